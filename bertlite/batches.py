@@ -1,0 +1,208 @@
+"""Which documents share a row, and batch n as a pure function of the configuration and n.
+
+Documents are packed whole where they fit, each as it will be at use, `[CLS] … [SEP]`; longer ones are cut where a row
+ends. The plan of all rows is made once, kept beside the corpus, and memory-mapped.
+"""
+
+# Shapes: R rows, T positions of a row, P prediction slots of a row.
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.config import MaskingSettings
+from bertlite.corpus import Corpus, locked
+from bertlite.errors import UserError
+from bertlite.files import fingerprint, new_folder
+from bertlite.masking import Vocabulary, mask_rows
+from bertlite.philox import EVALUATION_MASKS, HELD_OUT, MATES, TRAINING_MASKS, permute, philox, split64
+from bertlite.tokenizer import vocabulary_of
+
+PLAN_VERSION = 1  # raise it when the same corpus would give other rows
+EVALUATION_MASKING = MaskingSettings()  # held-out text is masked alike whatever the training does: losses compare
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for the model; see `model.Encoder` for the shapes. Unused prediction slots have the label IGNORED."""
+
+    input_ids: Tensor  # (R,T)
+    position_ids: Tensor  # (R,T), from 0 in each document
+    document_ids: Tensor  # (R,T), from 1 in each row; 0 is padding
+    prediction_positions: Tensor  # (R,P)
+    labels: Tensor  # (R,P)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+    def slice(self, start: int, end: int) -> "Batch":
+        """Rows start to end."""
+        return Batch(*(tensor[start:end] for tensor in vars(self).values()))
+
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.document_ids > 0).sum())
+
+
+class Plan:
+    """A table of rows. Row r holds pieces `row_starts[r]` to `row_starts[r + 1]`, which lie in the corpus's tokens
+    at `piece_starts` and are `piece_lengths` long, [CLS] and [SEP] not counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
+        self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
+        self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    def tokens(self) -> int:
+        """Tokens of all rows, [CLS] and [SEP] included."""
+        return int(self.piece_lengths.sum(dtype=np.int64)) + 2 * len(self.piece_lengths)
+
+
+def split_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
+    """Which documents are held out for validation: each with the same chance, at least one, the same every time."""
+    if len(corpus) < 2:
+        raise UserError(
+            "data.train holds only one document, so none can be held out; name a file in data.validation or, where "
+            "each line is a document, set data.document to line"
+        )
+    random = philox((0, HELD_OUT), (*split64(np.arange(len(corpus))), 0, 0))[:, 0]
+    held_out = random < np.uint64(share * 2**32)
+    held_out[np.argmin(random)] = True
+    held_out[np.argmax(random)] = False
+    return held_out
+
+
+def make_plan(
+    corpus: Corpus,
+    sequence_length: int,
+    share: float | None = None,
+    part: Literal["all", "train", "held-out"] = "all",
+) -> Plan:
+    """The rows of a corpus, or of what `split_documents` keeps or holds out of it; from the disk where it lies."""
+    key = fingerprint([PLAN_VERSION, sequence_length, share, part])
+    folder = corpus.folder / f"plan-{key}"
+    with locked(corpus.folder, f"plan-{key}"):
+        if not folder.exists():
+            wanted = np.ones(len(corpus), dtype=bool)
+            if share is not None:
+                wanted = split_documents(corpus, share) == (part == "held-out")
+            starts, lengths = cut(corpus.starts, wanted, sequence_length - 2)
+            pieces, row_starts = pack(lengths + 2, sequence_length)
+            with new_folder(folder) as aside:
+                np.save(aside / "piece_starts.npy", starts[pieces])
+                np.save(aside / "piece_lengths.npy", lengths[pieces].astype(np.int32))
+                np.save(aside / "row_starts.npy", row_starts)
+    return Plan(folder)
+
+
+def cut(starts: NDArray[np.int64], wanted: NDArray[np.bool_], limit: int) -> tuple[NDArray[np.int64], ...]:
+    """Cut the wanted documents into pieces of at most `limit` tokens: where each starts, and its length."""
+    first, lengths = starts[:-1][wanted], np.diff(starts)[wanted]
+    pieces = -(-lengths // limit)
+    owner = np.repeat(np.arange(len(lengths)), pieces)
+    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
+    return first[owner] + offset, np.minimum(limit, lengths[owner] - offset)
+
+
+def pack(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack pieces into rows of `capacity`: best fit, longest first, mates drawn at random.
+
+    Works on the histogram of lengths (Krell et al. 2021, "Efficient sequence packing without cross-contamination"),
+    so that the search does not grow with the corpus. Returns the pieces in row order, and where each row starts.
+    """
+    open_rows: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)  # free room → (lengths, how many rows)
+    open_rows[capacity] = [((), len(lengths))]
+    histogram = np.bincount(lengths, minlength=capacity + 1)
+    for length in range(capacity, 0, -1):
+        left = int(histogram[length])
+        while left:
+            room = min(space for space, rows in open_rows.items() if space >= length and rows)
+            pattern, rows = open_rows[room].pop()
+            each = min(room // length, left)  # the same row stays the best fit until it is full
+            filled = min(rows, left // each)
+            if rows > filled:
+                open_rows[room].append((pattern, rows - filled))
+            open_rows[room - each * length].append((pattern + (length,) * each, filled))
+            left -= each * filled
+
+    random = philox((0, MATES), (*split64(np.arange(len(lengths))), 0, 0))[:, 0]
+    order = np.lexsort((random, lengths))  # by length, shuffled within each
+    taken = np.cumsum(histogram) - histogram  # where in `order` the next piece of each length stands
+    pieces, sizes = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
+    for pattern, rows in (group for groups in open_rows.values() for group in groups):
+        if not pattern:
+            continue
+        columns = []
+        for length in pattern:
+            columns.append(order[taken[length] : taken[length] + rows])
+            taken[length] += rows
+        pieces.append(np.stack(columns, axis=1).ravel())
+        sizes.append(np.full(rows, len(pattern)))
+    return np.concatenate(pieces), np.cumsum(np.concatenate(sizes))
+
+
+class Batches:
+    """Makes batches of one plan. Two objects with equal arguments make equal batches, in any order, on any rank."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        plan: Plan,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        masking: MaskingSettings = EVALUATION_MASKING,
+        seed: int = 0,
+    ) -> None:
+        self.corpus, self.plan = corpus, plan
+        self.vocabulary: Vocabulary = vocabulary_of(tokenizer)
+        self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        self.sequence_length = sequence_length
+        self.masking, self.seed = masking, seed
+
+    def training(self, first: int, count: int) -> Batch:
+        """Samples `first` to `first + count` of the endless stream: every epoch is the plan's rows in a new order."""
+        samples = np.arange(first, first + count)
+        rows = permute(samples % len(self.plan), len(self.plan), self.seed, samples // len(self.plan))
+        return self._batch(rows, samples, self.masking, (self.seed, TRAINING_MASKS))
+
+    def evaluation(self, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count` of the plan with masks that never change; past its end rows are empty."""
+        samples = np.arange(first, first + count)
+        rows = np.where(samples < len(self.plan), samples, -1)
+        return self._batch(rows, samples, EVALUATION_MASKING, (0, EVALUATION_MASKS))
+
+    def _batch(
+        self, rows: NDArray[np.int64], samples: NDArray[np.int64], masking: MaskingSettings, key: tuple[int, int]
+    ) -> Batch:
+        ids, positions, documents = self._rows(rows)
+        inputs, slots, labels = mask_rows(ids, samples, self.vocabulary, masking.strategy, masking.rate, key)
+        return Batch(*map(torch.from_numpy, (inputs, positions, documents, slots, labels)))
+
+    def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Token ids, positions and document numbers (R,T) of rows of the plan; row -1 is empty."""
+        ids = np.full((len(rows), self.sequence_length), self.pad_id, dtype=np.int64)
+        positions, documents = np.zeros_like(ids), np.zeros_like(ids)
+        for out, row in enumerate(rows):
+            at = 0
+            pieces = range(self.plan.row_starts[row], self.plan.row_starts[row + 1]) if row >= 0 else ()
+            for number, piece in enumerate(pieces, 1):
+                start, length = self.plan.piece_starts[piece], self.plan.piece_lengths[piece]
+                end = at + length + 2
+                ids[out, at], ids[out, end - 1] = self.cls_id, self.sep_id
+                ids[out, at + 1 : end - 1] = self.corpus.tokens[start : start + length]
+                positions[out, at:end] = np.arange(length + 2)
+                documents[out, at:end] = number
+                at = end
+        return ids, positions, documents

@@ -1,0 +1,115 @@
+"""Checkpoints: Hugging Face model folders with what training needs to go on, whole or not there at all.
+
+step-00001000/           config.json, model.safetensors, tokenizer files
+    training/            optimizer.safetensors, state.json, manifest.json (checksums of all the other files)
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.files import new_folder, sha256, write_json
+from bertlite.hf import save_model
+from bertlite.runtime import say
+
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `RUN/checkpoints/step-…` in one step, then remove the oldest valid ones beyond `keep`.
+
+    Raises Failure when the disk is full; the checkpoints before are intact then.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    if folder.exists():
+        if problem(folder) is None:
+            return folder
+        folder.rename(_unused_name(folder))  # an invalid one is set aside, never deleted
+    with new_folder(folder) as aside:
+        save_model(model, aside)
+        tokenizer.save_pretrained(aside)
+        training = aside / "training"
+        training.mkdir()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in optimizer.items()},
+                  training / "optimizer.safetensors")  # fmt: skip
+        write_json(training / "state.json", state)
+        contents = {
+            str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(aside.rglob("*"))
+            if path.is_file()
+        }
+        write_json(training / "manifest.json", contents)
+    for old in _checkpoints(run)[:-keep]:
+        if problem(old) is None:
+            shutil.rmtree(old)
+    return folder
+
+
+def save_final_model(run: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write `RUN/model`, the sign that a run has finished."""
+    with new_folder(run / "model") as aside:
+        save_model(model, aside)
+        tokenizer.save_pretrained(aside)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is whole; each newer one that is not is named and passed over."""
+    for folder in reversed(_checkpoints(run)):
+        reason = problem(folder)
+        if reason is None:
+            return folder
+        say(f"checkpoint: {folder} is passed over: {reason}")
+    return None
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None when every file is there with its checksum."""
+    manifest = folder / "training" / "manifest.json"
+    try:
+        contents = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, expected in contents.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                return f"{name} is not what was saved"
+        if "model.safetensors" not in contents or "training/state.json" not in contents:
+            return "its manifest is incomplete"
+    except FileNotFoundError:
+        return "training/manifest.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "training/manifest.json is damaged"
+    return None
+
+
+def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors and the state of a valid checkpoint."""
+    training = folder / "training"
+    return load_file(training / "optimizer.safetensors"), json.loads((training / "state.json").read_text())
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """All checkpoint folders, oldest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _unused_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}.invalid-{number}")).exists():
+        number += 1
+    return name

@@ -1,0 +1,280 @@
+"""The YAML configuration: strict, with Hugging Face's own names, and without importing torch."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from bertlite.errors import UserError
+
+
+class Section(BaseModel):
+    """One section of the YAML: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class ModelSettings(Section):
+    """The encoder's shape; the defaults are google-research/bert's BERT-mini."""
+
+    hidden_size: Positive = 256
+    num_hidden_layers: Positive = 4
+    num_attention_heads: Positive = 4
+    intermediate_size: Positive = 1024
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: Probability = 0.0
+    attention_probs_dropout_prob: Probability = 0.0
+    max_position_embeddings: Positive = 512
+    type_vocab_size: Positive = 2
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+
+    @model_validator(mode="after")
+    def heads_divide_hidden_size(self) -> "ModelSettings":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
+                f"{self.hidden_size}; choose a divisor"
+            )
+        return self
+
+
+class Architecture(ModelSettings):
+    """A complete description of an encoder: the settings, and what the tokenizer decides."""
+
+    vocab_size: Positive
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
+
+
+class TokenizerSettings(Section):
+    path: str | None = None
+    vocab_size: Positive = 30522
+    lowercase: bool = True
+
+    @model_validator(mode="after")
+    def special_tokens_fit(self) -> "TokenizerSettings":
+        if self.vocab_size <= 5:
+            raise ValueError(f"vocab_size is {self.vocab_size}, but the special tokens alone take 5; BERT has 30522")
+        return self
+
+
+class DataSettings(Section):
+    train: Annotated[Paths, Field(min_length=1)]
+    validation: Paths = []
+    validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    document: Literal["blank-line", "line"] = "blank-line"
+    cache_dir: str | None = None
+
+
+class MaskingSettings(Section):
+    strategy: str = "token"
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+
+
+class TrainSettings(Section):
+    max_steps: Annotated[int, Field(ge=0)] = 1200
+    global_batch_size: Positive = 32
+    per_device_train_batch_size: Positive | None = None
+    gradient_checkpointing: bool = False
+    optim: str = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.98
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    lr_scheduler_type: str = "linear"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    logging_steps: Positive = 10
+    eval_steps: Positive = 200
+    save_steps: Positive = 200
+    save_total_limit: Positive = 3
+
+
+class PretrainConfig(Section):
+    """Everything that `bertlite pretrain` reads."""
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings
+    masking: MaskingSettings = MaskingSettings()
+    train: TrainSettings = TrainSettings()
+    output_dir: str = "runs/mini"
+
+    @model_validator(mode="after")
+    def row_fits_positions(self) -> "PretrainConfig":
+        length, limit = self.data.sequence_length, self.model.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"data.sequence_length is {length}, more than model.max_position_embeddings {limit}; "
+                "lower the first or raise the second"
+            )
+        return self
+
+
+MAY_DIFFER_ON_RESUME = {
+    "output_dir",  # names the run folder itself
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.per_device_train_batch_size",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply `section.key=value` overrides, and check everything.
+
+    Raises UserError, naming the file or the override, the key, its value and the fix.
+    """
+    values = _read_yaml(path)
+    changed: dict[str, str] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set {override}: write it as section.key=value, such as train.max_steps=100")
+        try:
+            _assign(values, name.strip().split("."), yaml.load(text, _Loader))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+        changed[name.strip()] = f"--set {override}"
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, item, path, changed) for item in error.errors()[:5]]
+        raise UserError("\n".join(lines)) from None
+
+
+def dump_config(config: Section) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Section, new: Section) -> list[str]:
+    """The dotted names of the settings in which two configurations of one kind differ."""
+    before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
+    return [name for name in after if before.get(name) != after[name]]
+
+
+def choose(table: dict[str, Any], name: str, setting: str) -> Any:
+    """`table[name]`, or a UserError that names the setting and the choices."""
+    if name not in table:
+        raise UserError(f"{setting} is {name!r}, which is not one of {', '.join(table)}{_did_you_mean(name, table)}")
+    return table[name]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a UTF-8 text file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: should hold sections such as data: and train:, but holds a {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], names: list[str], value: Any) -> None:
+    for name in names[:-1]:
+        inner = values.get(name)
+        if not isinstance(inner, dict):
+            inner = values[name] = {}
+        values = inner
+    values[names[-1]] = value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _setting_names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = [field.annotation, *get_args(field.annotation)]
+        for part in inner:
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _setting_names(part, f"{prefix}{name}.")
+
+
+def _did_you_mean(name: str, choices: Any) -> str:
+    """A hint at the choice that `name` was probably meant for, or nothing."""
+    by_last = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
+    close = difflib.get_close_matches(name, list(choices), 1, 0.75)
+    if not close:
+        close = [by_last[part] for part in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), 1)]
+    return f". Did you mean {close[0]}?" if close else ""
+
+
+def _explain(kind: type[BaseModel], item: Any, path: Path, changed: dict[str, str]) -> str:
+    """One pydantic error as a line: where it was written, the key, the value and the fix."""
+    keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in ("bool", "literal['auto']"))]
+    while len(keys) > 1 and keys[-1].isdigit():
+        keys.pop()
+    name = ".".join(keys)
+    source = next((given for key, given in changed.items() if (name + ".").startswith(key + ".")), None)
+    value = repr(item["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    if item["type"] == "extra_forbidden":
+        text = f"{name} is not a setting{_did_you_mean(name, list(_setting_names(kind)))}"
+    elif item["type"] == "missing":
+        text = f"{name} is missing"
+    elif item["type"] == "value_error":  # one of the validators above, which names its keys
+        text = ".".join([*keys, str(item["ctx"]["error"])])
+        source = source or next((given for key, given in changed.items() if key.rsplit(".", 1)[-1] in text), None)
+    elif item["type"] == "model_type":
+        text = f"{name} is {value}, but should be a section with keys of its own"
+    else:
+        reason = item["msg"][0].lower() + item["msg"][1:]
+        text = f"{name} is {value}: {reason.replace('input should', 'it should')}"
+    return f"{source or path}: {text}"

@@ -1,0 +1,103 @@
+"""Files and folders that are either whole or not there."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bertlite.errors import Failure
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` to fill; when the block ends well, it becomes `path`.
+
+    Everything is on the disk before the name appears. After an error, nothing is left.
+    Raises Failure when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        aside.chmod(0o777 & ~_umask())
+        with full_disk_named(path.parent):
+            yield aside
+            for file in aside.rglob("*"):
+                sync(file)
+            sync(aside)
+            aside.rename(path)
+            sync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `new_folder` and `write_whole` left in `folder` when their process was killed.
+
+    Only for a folder that no other process writes to.
+    """
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\.(step-\d+|model|config\.yaml|metrics\.jsonl)\.\w+", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with full_disk_named(path.parent):
+            aside.write_text(text, encoding="utf-8")
+            sync(aside)
+            aside.replace(path)
+            sync(path.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            aside.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turn "no space left" into a Failure that says where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failure(f"{folder}: the disk is full; what was saved before is intact") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Ask the operating system to bring a file or folder to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short name for anything that JSON can express."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

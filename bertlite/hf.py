@@ -1,0 +1,250 @@
+"""Hugging Face model folders: the table of weight names, loading and saving."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bertlite.config import Architecture
+from bertlite.errors import UserError
+from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel
+
+# Our names on the left, Hugging Face's on the right. Several on the right lie one under the other in ours.
+EMBEDDINGS = {
+    "embeddings.word.weight": ["embeddings.word_embeddings.weight"],
+    "embeddings.position.weight": ["embeddings.position_embeddings.weight"],
+    "embeddings.segment.weight": ["embeddings.token_type_embeddings.weight"],
+    "embeddings.norm.weight": ["embeddings.LayerNorm.weight"],
+    "embeddings.norm.bias": ["embeddings.LayerNorm.bias"],
+}
+LAYER = {
+    "attention.qkv.weight": [
+        "attention.self.query.weight",
+        "attention.self.key.weight",
+        "attention.self.value.weight",
+    ],
+    "attention.qkv.bias": ["attention.self.query.bias", "attention.self.key.bias", "attention.self.value.bias"],
+    "attention.out.weight": ["attention.output.dense.weight"],
+    "attention.out.bias": ["attention.output.dense.bias"],
+    "attention_norm.weight": ["attention.output.LayerNorm.weight"],
+    "attention_norm.bias": ["attention.output.LayerNorm.bias"],
+    "up.weight": ["intermediate.dense.weight"],
+    "up.bias": ["intermediate.dense.bias"],
+    "down.weight": ["output.dense.weight"],
+    "down.bias": ["output.dense.bias"],
+    "norm.weight": ["output.LayerNorm.weight"],
+    "norm.bias": ["output.LayerNorm.bias"],
+}
+POOLER = {
+    "pooler.dense.weight": ["pooler.dense.weight"],
+    "pooler.dense.bias": ["pooler.dense.bias"],
+}
+MLM_HEAD = {
+    "head.dense.weight": ["cls.predictions.transform.dense.weight"],
+    "head.dense.bias": ["cls.predictions.transform.dense.bias"],
+    "head.norm.weight": ["cls.predictions.transform.LayerNorm.weight"],
+    "head.norm.bias": ["cls.predictions.transform.LayerNorm.bias"],
+    "head.bias": ["cls.predictions.bias"],
+}
+# What other BERT folders hold and a masked language model has no use for. A decoder is another name of the word
+# embedding, which is checked; position_ids count from 0; next-sentence prediction is not a part of bertlite.
+UNUSED = re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.decoder\.|bert\.pooler\.")
+
+# What Hugging Face's BertConfig assumes of a config.json that leaves it out.
+ASSUMED = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+
+
+def weight_names(model: nn.Module) -> dict[str, list[str]]:
+    """Our name of every weight of `model`, with Hugging Face's name or names."""
+    encoder = model if isinstance(model, Encoder) else model.encoder
+    ours, theirs = ("", "") if encoder is model else ("encoder.", "bert.")
+    table = dict(EMBEDDINGS)
+    for number in range(encoder.config.num_hidden_layers):
+        for name, names in LAYER.items():
+            table[f"layers.{number}.{name}"] = [f"encoder.layer.{number}.{their}" for their in names]
+    if encoder.pooler is not None:
+        table |= POOLER
+    table = {ours + name: [theirs + their for their in names] for name, names in table.items()}
+    return table | (MLM_HEAD if isinstance(model, MaskedLanguageModel) else {})
+
+
+def to_hf(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under our names (weights, gradients) as Hugging Face names and cuts them."""
+    return {
+        their: part
+        for name, names in weight_names(model).items()
+        for their, part in zip(names, tensors[name].chunk(len(names)), strict=True)
+    }
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write config.json and model.safetensors (fp32) into an existing folder."""
+    config: Architecture = model.config
+    about = {
+        "architectures": ["BertForMaskedLM" if isinstance(model, MaskedLanguageModel) else "BertModel"],
+        "model_type": "bert",
+        **config.model_dump(),
+        "position_embedding_type": "absolute",
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    weights = to_hf(model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    weights = {name: tensor.float().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Encoder:
+    """The model of a Hugging Face BERT folder, in fp32 on the CPU: with its MLM head, or the encoder alone.
+
+    Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
+    """
+    config = read_architecture(folder)
+    weights = _read_weights(folder)
+    layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
+    if layers != set(range(config.num_hidden_layers)):
+        raise UserError(
+            f"{folder}: config.json speaks of {config.num_hidden_layers} layers, the weights of {len(layers)}"
+        )
+    has_head = any(name.startswith("cls.predictions.") for name in weights)
+    with torch.device("meta"):
+        model: MaskedLanguageModel | Encoder
+        if has_head:
+            model = MaskedLanguageModel(config, kernel)
+        else:
+            weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
+            model = Encoder(config, kernel, pooler="pooler.dense.weight" in weights)
+    _check_decoder(weights, folder)
+    expected = to_hf(model, dict(model.named_parameters()))
+    _check_names_and_shapes(weights, {name: tensor.shape for name, tensor in expected.items()}, folder)
+    state = {
+        name: torch.cat([weights[their].float() for their in names]) for name, names in weight_names(model).items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_()
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
+    path = folder / "config.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: not a model folder (it has no readable config.json)") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(about, dict) or about.get("model_type") != "bert":
+        kind = about.get("model_type") if isinstance(about, dict) else None
+        raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
+    for key, allowed in {"position_embedding_type": (None, "absolute"), "is_decoder": (None, False)}.items():
+        if about.get(key) not in allowed:
+            raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite's encoder does not have")
+    values = {name: about.get(name, assumed) for name, assumed in ASSUMED.items()}
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
+    if values["pad_token_id"] is None:
+        values["pad_token_id"] = 0
+    try:
+        return Architecture.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {name} {first['msg'].removeprefix('Value error, ')}".replace(":  ", ": ")) from None
+
+
+def local_folder(name: str) -> Path:
+    """The folder that `name` means: itself, or the local copy of what the hub has under that name."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    except (HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names, under today's names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    elif index.exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index}: not a valid index of weights") from None
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index}: it names a file outside its folder")
+    elif (folder / "pytorch_model.bin").exists():
+        raise UserError(
+            f"{folder}: its weights are in pytorch_model.bin, a pickle, which can run code and is not read; "
+            "load it with transformers and save_pretrained it to get model.safetensors"
+        )
+    else:
+        raise UserError(f"{folder}: not a model folder (it has no model.safetensors)")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118, the file is no dict
+                    weights[_modern_name(key)] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name}: damaged, or not a safetensors file: {error}") from None
+    return weights
+
+
+def _modern_name(name: str) -> str:
+    """Checkpoints that came from TensorFlow call a layer norm's weight gamma and its bias beta."""
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda end: f"LayerNorm.{_GREEK[end[1]]}", name)
+
+
+_GREEK = {"gamma": "weight", "beta": "bias"}
+
+
+def _check_decoder(weights: dict[str, Tensor], folder: Path) -> None:
+    for decoder, tied in {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }.items():
+        if decoder in weights and tied in weights and not torch.equal(weights[decoder], weights[tied]):
+            raise UserError(f"{folder}: {decoder} is not {tied}; bertlite's decoder is tied to the word embedding")
+
+
+def _check_names_and_shapes(weights: dict[str, Tensor], expected: dict[str, Any], folder: Path) -> None:
+    missing = [name for name in expected if name not in weights]
+    unknown = [name for name in weights if name not in expected and not UNUSED.match(name)]
+    if missing or unknown:
+        parts = [f"{len(names)} {what}, such as {names[0]}" for what, names in
+                 (("weights are missing", missing), ("are unknown", unknown)) if names]  # fmt: skip
+        raise UserError(f"{folder}: the weights are not those of the BERT that config.json describes: "
+                        f"{'; '.join(parts)}")  # fmt: skip
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, but config.json means {tuple(shape)}"
+            )

@@ -1,0 +1,202 @@
+"""The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
+
+# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row.
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bertlite.attention import KERNELS, attention_weights
+from bertlite.config import Architecture, choose
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """Google's tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+# Keys as in Hugging Face's hidden_act.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": gelu_new,
+    "relu": F.relu,
+}
+
+
+class Embeddings(nn.Module):
+    """The sum of word, position and segment embeddings, normalised (Devlin et al. 2018, figure 2)."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, D)
+        self.position = nn.Embedding(config.max_position_embeddings, D)
+        self.segment = nn.Embedding(config.type_vocab_size, D)
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        segment = self.segment.weight[0] if token_type_ids is None else self.segment(token_type_ids)
+        return self.dropout(self.norm(self.word(input_ids) + self.position(position_ids) + segment))  # (B,T,D)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), as a layer by itself and in the encoder.
+
+    `attention(query, key, value, mask)` takes query (B,Q,D), key and value (B,T,D), and a bool mask that broadcasts
+    to (B,H,Q,T), True = may attend (padding, causal, documents, or any other); without a mask all attend to all.
+    It returns (B,Q,D). `attention.weights(query, key, mask)` returns what each head attends to, (B,H,Q,T).
+    Self-attention is `attention(x, x, x, mask)`, which computes q, k and v by one matrix product.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0, kernel: str = "sdpa") -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide hidden_size {hidden_size}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.kernel = KERNELS[kernel]
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self._project(query, key, value)
+        y = self.kernel(q, k, v, mask, self.dropout if self.training else 0.0)  # (B,H,Q,K)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What each head attends to, before dropout: (B,H,Q,T), rows sum to 1."""
+        q, k, _ = self._project(query, key, key)
+        return attention_weights(q, k, mask)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if query is key and key is value:
+            projected = self.qkv(query).chunk(3, dim=-1)
+        else:
+            weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+            projected = tuple(map(F.linear, (query, key, value), weights, biases))
+        return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)  # (B,H,·,K) each
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention and feed-forward, each added to its input and normalised (post-layer-norm)."""
+
+    def __init__(self, config: Architecture, kernel: str) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.attention = MultiHeadAttention(D, config.num_attention_heads, config.attention_probs_dropout_prob, kernel)
+        self.attention_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.up = nn.Linear(D, config.intermediate_size)
+        self.activation = choose(ACTIVATIONS, config.hidden_act, "model.hidden_act")
+        self.down = nn.Linear(config.intermediate_size, D)
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, x, mask)))
+        return self.norm(x + self.dropout(self.down(self.activation(self.up(x)))))  # (B,T,D)
+
+
+class Pooler(nn.Module):
+    """The first token's vector through a dense layer and tanh, for heads on whole sequences."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden[:, 0]))  # (B,D)
+
+
+class Encoder(nn.Module):
+    """Embeddings and a stack of layers; with `pooler`, also what heads on whole sequences read.
+
+    `document_ids` (B,T) says which document of its row a token belongs to: tokens attend within their document alone.
+    Packed rows number their documents from 1; padding is 0. So a padded row's document ids are its attention mask.
+    """
+
+    def __init__(self, config: Architecture, kernel: str = "sdpa", pooler: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
+        self.pooler = Pooler(config) if pooler else None
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The last layer's output (B,T,D)."""
+        return self.hidden_states(input_ids, position_ids, document_ids, token_type_ids)[-1]
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> list[Tensor]:
+        """The output of the embeddings and of each layer, (B,T,D) each."""
+        mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]  # (B,1,T,T)
+        states = [self.embeddings(input_ids, position_ids, token_type_ids)]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                states.append(checkpoint(layer, states[-1], mask, use_reentrant=False))
+            else:
+                states.append(layer(states[-1], mask))
+        return states
+
+
+class MaskedLMHead(nn.Module):
+    """Scores over the vocabulary; the decoder's matrix is the word embedding (Devlin et al. 2018, section 3.1)."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = choose(ACTIVATIONS, config.hidden_act, "model.hidden_act")
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
+        return F.linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
+
+
+class MaskedLanguageModel(nn.Module):
+    """The encoder under a masked language modelling head that runs only where a prediction is wanted."""
+
+    def __init__(self, config: Architecture, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, kernel)
+        self.head = MaskedLMHead(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        prediction_positions: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Scores (B,P,V) for the tokens at `prediction_positions` (B,P) of each row."""
+        hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids)
+        wanted = prediction_positions[..., None].expand(-1, -1, hidden.shape[-1])
+        return self.head(hidden.gather(1, wanted), self.encoder.embeddings.word.weight)
+
+
+def initialize(model: nn.Module, std: float, seed: int) -> None:
+    """BERT's own start: weights normal with `std`, cut at two deviations; biases 0; layer norms 1 and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,67 @@
+"""Random numbers as a pure function of a key and a counter: the same on every machine, in any order.
+
+Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", over numpy arrays. It is
+written out because numpy promises no stable streams between its versions, and its own Philox has no vector of counters.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What a stream of numbers is for. Two purposes never share numbers.
+HELD_OUT, MATES, ROW_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT = range(6)
+
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox(key: tuple[int, int], counter: tuple[NDArray | int, ...]) -> NDArray[np.uint64]:
+    """Four 32-bit numbers, as uint64, for every counter.
+
+    `counter` is four integers or arrays below 2**32 that broadcast to one shape; the result has that shape plus (4,).
+    """
+    words = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
+    c0, c1, c2, c3 = words
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def split64(value: NDArray | int) -> tuple[NDArray, NDArray]:
+    """The low and the high 32 bits of 64-bit counters."""
+    value = np.asarray(value, dtype=np.uint64)
+    return value & _LOW, value >> _SHIFT
+
+
+def below(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
+    """Map 32-bit random numbers to integers in [0, limit), for limits far below 2**32."""
+    return ((random * np.uint64(limit)) >> _SHIFT).astype(np.int64)
+
+
+def permute(index: NDArray[np.int64], size: int, seed: int, epoch: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where a shuffle of `size` things, another one each epoch, puts `index`; no table is kept.
+
+    A four-round Feistel network over Philox (Luby and Rackoff 1988) on the next power of four, walked until it
+    falls below `size` (Black and Rogaway 2002).
+    """
+    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    low_mask = np.uint64((1 << half) - 1)
+    value = np.asarray(index, dtype=np.uint64).copy()
+    epoch = np.broadcast_to(np.asarray(epoch, dtype=np.uint64), value.shape)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> np.uint64(half), value[outside] & low_mask
+        for turn in range(4):
+            mixed = philox((seed, ROW_ORDER), (right, turn, *split64(epoch[outside])))[..., 0]
+            left, right = right, left ^ (mixed & low_mask)
+        value[outside] = (left << np.uint64(half)) | right
+        outside = value >= np.uint64(size)
+    return value.astype(np.int64)
+
+
+def _multiply(factor: int, words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    product = words * np.uint64(factor)
+    return product >> _SHIFT, product & _LOW

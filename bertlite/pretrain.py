@@ -1,0 +1,180 @@
+"""`bertlite prepare` and `bertlite pretrain`: from a configuration to a corpus, and to a trained model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.attention import best_kernel
+from bertlite.batches import Batch, Batches, Plan, make_plan
+from bertlite.checkpoint import load_training_state, newest_checkpoint, save_checkpoint, save_final_model
+from bertlite.config import Architecture, PretrainConfig, choose
+from bertlite.corpus import Corpus, cache_folder, file_digests, find_files, prepare_corpus, read_documents
+from bertlite.errors import UserError
+from bertlite.hf import load_model
+from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
+from bertlite.model import ACTIVATIONS, MaskedLanguageModel, initialize, parameter_count
+from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
+from bertlite.run_folder import open_run, write_config
+from bertlite.runtime import Runtime, barrier, say, start
+from bertlite.tokenizer import load_tokenizer, trained_tokenizer
+from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+
+
+class Prepared(NamedTuple):
+    """What a configuration's text became."""
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    plan: Plan
+    validation_corpus: Corpus
+    validation_plan: Plan
+
+
+def prepare(config: PretrainConfig) -> Prepared:
+    """Tokenizer, corpora and rows of the configured text, from the cache or made now.
+
+    Raises UserError, naming setting and file, for text or a tokenizer that cannot be used.
+    """
+    data, cache = config.data, cache_folder(config.data.cache_dir)
+    paths = find_files(data.train, "data.train")
+    validation_paths = find_files(data.validation, "data.validation")
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.lowercase)
+    else:
+        digests = [*file_digests(paths, cache), data.document]
+        tokenizer = trained_tokenizer(lambda: read_documents(paths, data.document), digests, config.tokenizer, cache)
+    tokenizer.model_max_length = data.sequence_length
+    T = data.sequence_length
+    corpus = prepare_corpus(paths, tokenizer, data, "data.train")
+    if validation_paths:
+        validation = prepare_corpus(validation_paths, tokenizer, data, "data.validation")
+        plan, validation_plan = make_plan(corpus, T), make_plan(validation, T)
+    else:
+        validation, share = corpus, data.validation_split
+        plan, validation_plan = make_plan(corpus, T, share, "train"), make_plan(corpus, T, share, "held-out")
+    for name, rows in {"training": plan, "held-out": validation_plan}.items():
+        used = rows.tokens() / (len(rows) * T)
+        say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
+    return Prepared(tokenizer, corpus, plan, validation, validation_plan)
+
+
+def run(config: PretrainConfig, resume: bool = False) -> Path:
+    """Pretrain as configured into `output_dir`; with `resume`, go on from its newest valid checkpoint.
+
+    Returns the folder of the final model.
+    """
+    check_names(config)
+    folder = Path(config.output_dir)
+    runtime = start(config.train.precision, config.train.compile)
+    with open_run(folder, config, resume, runtime.rank):
+        if resume and (folder / "model" / "config.json").exists():
+            say(f"{folder}: the run has finished; its model is in {folder / 'model'}")
+            return folder / "model"
+        if runtime.rank == 0:  # the others find everything in the cache afterwards
+            prepared = prepare(config)
+            write_config(folder, config)
+        barrier()
+        if runtime.rank:
+            prepared = prepare(config)
+        _train(config, prepared, folder, runtime)
+    return folder / "model"
+
+
+def check_names(config: PretrainConfig) -> None:
+    """Raise UserError for a setting that names a function that does not exist."""
+    choose(ACTIVATIONS, config.model.hidden_act, "model.hidden_act")
+    choose(STRATEGIES, config.masking.strategy, "masking.strategy")
+    choose(OPTIMIZERS, config.train.optim, "train.optim")
+    choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
+
+
+def masked_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats, summed over the predictions, and how many there are (Devlin et al. 2018, section 3.1)."""
+    logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, (batch.labels != IGNORED).sum()
+
+
+def masked_lm_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Sums for the held-out loss (nats per prediction) and accuracy."""
+    logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions)
+    labels = batch.labels.flatten()
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
+    correct = (logits.flatten(0, 1).argmax(-1) == labels).sum()
+    return {"loss": loss, "accuracy": correct, "count": (labels != IGNORED).sum()}
+
+
+def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime) -> None:
+    settings, T = config.train, config.data.sequence_length
+    tokenizer = prepared.tokenizer
+    batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings.seed)
+    validation = Batches(prepared.validation_corpus, prepared.validation_plan, tokenizer, T)
+    architecture = Architecture(
+        **config.model.model_dump(), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    kernel = best_kernel(runtime.device)
+    checkpoint = newest_checkpoint(folder)
+    model: nn.Module
+    if checkpoint is None:
+        model = MaskedLanguageModel(architecture, kernel)
+        initialize(model, architecture.initializer_range, settings.seed)
+    else:
+        model = load_model(checkpoint, kernel)
+    model.encoder.gradient_checkpointing = settings.gradient_checkpointing
+    model.to(runtime.device)
+    optimizer = Optimizer(model, settings)
+    slots = prediction_slots(T, config.masking.rate)
+    micro_batch = rows_at_a_time(settings, architecture, T, slots, runtime)
+    facts = {"corpus": [prepared.corpus.folder.name, prepared.validation_corpus.folder.name], **runtime.facts()}
+    progress = Progress()
+    if checkpoint is not None:
+        tensors, state = load_training_state(checkpoint)
+        optimizer.load_state(tensors)
+        progress = Progress(**state["progress"])
+        if not settings.per_device_train_batch_size:
+            micro_batch = min(state["micro_batch"], settings.global_batch_size // runtime.world_size)
+        _compare(facts, state["facts"], folder)
+        say(f"resuming from {checkpoint}")
+    say(
+        f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
+        f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
+        f"a step, {micro_batch} at a time on each of {runtime.world_size} rank(s)"
+    )
+
+    def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
+        state = {"progress": asdict(progress), "micro_batch": micro_batch, "facts": facts}
+        save_checkpoint(folder, progress.step, model, tokenizer, optimizer_state, state, settings.save_total_limit)
+
+    Training(
+        folder=folder,
+        model=model,
+        loss=torch.compile(masked_lm_loss, dynamic=False) if runtime.compile else masked_lm_loss,
+        make_batch=batches.training,
+        evaluate=lambda: evaluate(
+            model, masked_lm_scores, validation.evaluation, len(validation.plan), micro_batch, runtime
+        ),
+        save=save,
+        settings=settings,
+        runtime=runtime,
+        micro_batch=micro_batch,
+        progress=progress,
+        optimizer=optimizer,
+    ).run()
+    if runtime.rank == 0:
+        save_final_model(folder, model, tokenizer)
+    barrier()
+    say(f"the model is in {folder / 'model'}")
+
+
+def _compare(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
+    """Refuse other text; announce another machine."""
+    if now["corpus"] != before["corpus"]:
+        raise UserError(f"{folder}: the text or the tokenizer has changed since the run began; start another run")
+    for name in now:
+        if now[name] != before[name]:
+            say(f"{name} is {now[name]}, but was {before[name]}: the batches are the same, the last digits may not be")

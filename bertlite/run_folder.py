@@ -1,0 +1,129 @@
+"""A run's folder: its lock, its configuration, its metrics, and which model a name means."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bertlite.checkpoint import newest_checkpoint
+from bertlite.config import MAY_DIFFER_ON_RESUME, Section, differences, dump_config, load_config
+from bertlite.errors import UserError
+from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
+from bertlite.hf import local_folder
+
+Config = TypeVar("Config", bound=Section)
+
+
+@contextmanager
+def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iterator[None]:
+    """Hold a run folder for this process alone, after checking that `config` may run or go on in it.
+
+    The lock is the operating system's, on the folder itself: a process that dies leaves none behind.
+    Raises UserError when another process holds it, when it holds a run and `resume` is false, or when `config`
+    differs from the run's in a setting that may not change.
+    """
+    if rank:  # rank 0 does it for all
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name another folder with --out")
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made or opened: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is using this run folder") from None
+        _check_config(folder, config, resume)
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+        yield
+    finally:
+        if created:
+            with suppress(OSError):
+                folder.rmdir()  # succeeds only while nothing was written
+        os.close(descriptor)
+
+
+def write_config(folder: Path, config: Section) -> None:
+    write_whole(folder / "config.yaml", dump_config(config))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of the model that `name` means: a run's final model or its newest valid checkpoint, a Hugging Face
+    folder, or a hub name. Raises UserError when it means none."""
+    path = Path(name)
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    if (path / "config.yaml").exists() or (path / "checkpoints").is_dir():
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise UserError(f"{name}: a run folder without a valid checkpoint yet")
+        return checkpoint
+    return local_folder(name)
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a line, written through at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+
+    def write(self, line: dict[str, Any]) -> None:
+        with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break  # torn by a crash
+        return lines
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines after `step`."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        write_whole(self.path, "".join(kept))
+
+    def last_step(self, key: str) -> int:
+        """The step of the last line that has `key`; -1 when there is none."""
+        return max((line["step"] for line in self.lines() if key in line), default=-1)
+
+    def sync(self) -> None:
+        if self.path.exists():
+            sync(self.path)
+
+
+def _check_config(folder: Path, config: Section, resume: bool) -> None:
+    holds_run = any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
+    if not holds_run:
+        return
+    if not resume:
+        raise UserError(f"{folder}: already holds a run; go on with it by --resume, or name another folder by --out")
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds no config.yaml, so it cannot be resumed; name another folder by --out")
+    old = load_config(type(config), folder / "config.yaml")
+    for name in differences(old, config):
+        if name not in MAY_DIFFER_ON_RESUME:
+            before, now = (_value(kind, name) for kind in (old, config))
+            raise UserError(
+                f"{folder}: {name} is {now!r}, but the run there has {before!r}; resume with the old value, "
+                "or start another run with --out"
+            )
+
+
+def _value(config: Section, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

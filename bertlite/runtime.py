@@ -1,0 +1,118 @@
+"""The machine: device, precision, threads and the process group."""
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from bertlite.errors import UserError
+from bertlite.signals import stop_request
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run computes on. `dtype` is that of matrix products; weights and sums are fp32 throughout."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """What has to be equal for two runs to be equal bit for bit."""
+        return {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else _processor(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32",
+            "compile": self.compile,
+            "ranks": self.world_size,
+        }
+
+
+def start(precision: str = "fp32", compile: str | bool = False) -> Runtime:
+    """Choose device and precision, make torch deterministic, and join the other ranks under torchrun."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        # One rank may spend hours on preparing a corpus while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return Runtime(
+        device=device,
+        dtype=_matrix_dtype(precision, device),
+        compile=bool(compile) and _can_compile(device, compile),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size,
+    )
+
+
+def rank_from_environment() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """A line for the person who watches: on standard error, from rank 0 alone."""
+    if rank_from_environment() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensors: list[torch.Tensor]) -> None:
+    """Add up tensors over all ranks, in place."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def agreed_stop(runtime: Runtime) -> int:
+    """The signal that asked any rank to stop, the same on all ranks; 0 when none came."""
+    if runtime.world_size == 1:
+        return stop_request.number
+    number = torch.tensor(stop_request.number, device=runtime.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number.item())
+
+
+def _matrix_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" or (precision == "auto" and fast_bf16):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _can_compile(device: torch.device, setting: str | bool) -> bool:
+    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
+        return True
+    if setting != "auto":
+        raise UserError("train.compile is true, but there is no C++ compiler; install g++, or set it to auto")
+    say("no C++ compiler (g++ or clang++) was found, so the model runs uncompiled, more slowly")
+    return False
+
+
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

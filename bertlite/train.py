@@ -1,0 +1,249 @@
+"""The training loop and the evaluation loop. What is trained, on what and by which loss, comes as arguments."""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bertlite.batches import Batch
+from bertlite.config import Architecture, TrainSettings
+from bertlite.errors import Failure, UserError
+from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
+from bertlite.philox import DROPOUT, philox, split64
+from bertlite.run_folder import Metrics
+from bertlite.runtime import Runtime, agreed_stop, all_reduce_sum, say
+from bertlite.signals import Stopped, stop_request
+
+# The sum of the losses of a batch, and how many it sums.
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+# Sums over a batch by name; "count" is what the others are divided by.
+Scores = Callable[[nn.Module, Batch], dict[str, Tensor]]
+# A batch from the number of its first row and how many rows it has.
+MakeBatch = Callable[[int, int], Batch]
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with the weights and the optimizer's state, all that going on depends on."""
+
+    step: int = 0
+    tokens: int = 0
+    loss_sum: float = 0.0  # since the last training line
+    scored: int = 0
+    elapsed_seconds: float = 0.0
+
+
+@dataclass
+class Training:
+    """One training run: `loss` is backpropagated through `model`, `evaluate` and `save` are called when due."""
+
+    folder: Path
+    model: nn.Module
+    loss: Loss
+    make_batch: MakeBatch
+    evaluate: Callable[[], dict[str, float]]
+    save: Callable[[dict[str, Tensor], Progress], None]
+    settings: TrainSettings
+    runtime: Runtime
+    micro_batch: int  # rows that a rank computes at a time
+    progress: Progress
+    optimizer: Optimizer
+
+    def run(self) -> None:
+        """Train to the last step; at each step train, log, evaluate and save, in this order.
+
+        After SIGINT or SIGTERM the work so far is saved and Stopped raised. Raises Failure when the loss is not finite.
+        """
+        self.metrics = Metrics(self.folder)
+        if self.runtime.rank == 0:
+            self.metrics.cut_back(self.progress.step)
+        self.parameters = list(self.model.parameters())
+        self.evaluated = self.metrics.last_step("eval_loss")
+        self.saved = self.progress.step or -1
+        self.logged = self.progress.step
+        self.started = time.perf_counter() - self.progress.elapsed_seconds
+        self.window = (time.perf_counter(), self.progress.tokens)
+        self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training", disable=None)
+        try:
+            with ThreadPoolExecutor(1, "batches") as executor:
+                self._loop(executor)
+        except Stopped:
+            stop_request.deferred = True
+            if 0 < self.progress.step != self.saved:
+                self._save()
+            raise
+        finally:
+            stop_request.deferred = False
+            self.bar.close()
+
+    def _loop(self, executor: ThreadPoolExecutor) -> None:
+        settings, progress = self.settings, self.progress
+        share = executor.submit(self._share, progress.step)
+        while True:
+            if self.logged < progress.step and self._due(settings.logging_steps):
+                self._log()
+            if self.evaluated < progress.step and self._due(settings.eval_steps):
+                self._evaluate()
+            if self.saved < progress.step and self._due(settings.save_steps):
+                self._save()
+            if stop := agreed_stop(self.runtime):
+                raise Stopped(stop)
+            if progress.step == settings.max_steps:
+                return
+            batch = share.result()
+            share = executor.submit(self._share, progress.step + 1)
+            self._step(batch)
+            self.bar.update()
+
+    def _due(self, every: int) -> bool:
+        step = self.progress.step
+        return step == self.settings.max_steps or (step > 0 and step % every == 0)
+
+    def _share(self, step: int) -> Batch:
+        """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
+        first, end = self._rows(step)
+        return self.make_batch(first, end - first)
+
+    def _rows(self, step: int) -> tuple[int, int]:
+        G, rank, ranks = self.settings.global_batch_size, self.runtime.rank, self.runtime.world_size
+        return step * G + rank * G // ranks, step * G + (rank + 1) * G // ranks
+
+    def _step(self, share: Batch) -> None:
+        """One optimizer step: sums over all rows of all ranks, divided once."""
+        progress, device = self.progress, self.runtime.device
+        tokens = share.tokens()
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, scored, tokens
+        self.model.train()
+        for start in range(0, len(share), self.micro_batch):
+            if stop_request.number and self.runtime.world_size == 1:
+                raise Stopped(stop_request.number)  # the step is left undone: it changed nothing yet
+            torch.manual_seed(self._dropout_seed(start))
+            rows = share.slice(start, start + self.micro_batch).to(device)
+            with self.runtime.autocast():
+                loss, count = self.loss(self.model, rows)
+            loss.backward()
+            sums += torch.stack([loss.detach().double(), count.double(), torch.zeros_like(count).double()])
+        # Until the first step is computed, which may compile for long, there is nothing to lose by stopping at once.
+        stop_request.deferred = True
+        sums[2] += tokens
+        all_reduce_sum([parameter.grad for parameter in self.parameters if parameter.grad is not None] + [sums])
+        loss_sum, scored, tokens = sums.tolist()
+        self.norm = clip_gradients(self.parameters, max(1.0, scored), self.settings.max_grad_norm).item()
+        if not (math.isfinite(loss_sum) and math.isfinite(self.norm)):
+            raise Failure(
+                f"the loss or its gradient is not finite at step {progress.step + 1}; the checkpoints before are "
+                "intact. Lower train.learning_rate, or raise train.warmup_ratio, and start a new run"
+            )
+        self.optimizer.step(learning_rate_factor(progress.step, self.settings))
+        progress.step += 1
+        progress.tokens += int(tokens)
+        progress.loss_sum += loss_sum
+        progress.scored += int(scored)
+
+    def _dropout_seed(self, start: int) -> int:
+        """Dropout follows from the seed, the step and the row."""
+        first = self._rows(self.progress.step)[0] + start
+        low, high, *_ = philox((self.settings.seed, DROPOUT), (*split64(first), 0, 0)).tolist()
+        return low | (high >> 1) << 32
+
+    def _log(self) -> None:
+        progress, (since, tokens) = self.progress, self.window
+        now = time.perf_counter()
+        line = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": progress.loss_sum / max(1, progress.scored),
+            "lr": self.optimizer.learning_rate(),
+            "grad_norm": self.norm,
+            "tokens_per_second": (progress.tokens - tokens) / (now - since),
+            "elapsed_seconds": now - self.started,
+        }
+        self._write(line)
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+        self.window = (now, progress.tokens)
+        self.logged = progress.step
+        progress.loss_sum, progress.scored = 0.0, 0
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        stop_request.deferred = self.runtime.world_size > 1  # it changes nothing, so one rank may leave it at once
+        scores = self.evaluate()
+        stop_request.deferred = True
+        progress = self.progress
+        self._write(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                **{f"eval_{name}": value for name, value in scores.items()},
+                "elapsed_seconds": time.perf_counter() - self.started,
+            }
+        )
+        results = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        say(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
+        self.evaluated = progress.step
+        self._pass_over(began)
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        self.progress.elapsed_seconds = began - self.started
+        if self.runtime.rank == 0:
+            self.metrics.sync()
+            self.save(self.optimizer.state(), self.progress)
+        self.saved = self.progress.step
+        self._pass_over(began)
+
+    def _pass_over(self, began: float) -> None:
+        """Do not count the time since `began` as training time."""
+        since, tokens = self.window
+        self.window = (since + time.perf_counter() - began, tokens)
+
+    def _write(self, line: dict[str, float]) -> None:
+        if self.runtime.rank == 0:
+            self.metrics.write(line)
+
+
+def evaluate(
+    model: nn.Module, scores: Scores, make_batch: MakeBatch, rows: int, micro_batch: int, runtime: Runtime
+) -> dict[str, float]:
+    """The means of `scores` over rows 0 to `rows`, shared out among the ranks; the model computes without dropout."""
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    with torch.inference_mode(), runtime.autocast():
+        # Every rank makes as many batches as the others; those past the last row are empty.
+        for first in range(0, rows, micro_batch * runtime.world_size):
+            batch = make_batch(first + runtime.rank * micro_batch, micro_batch).to(runtime.device)
+            for name, value in scores(model, batch).items():
+                sums[name] = sums.get(name, 0) + value.double()
+        all_reduce_sum(list(sums.values()))
+    count = max(1.0, sums.pop("count").item())
+    return {name: value.item() / count for name, value in sums.items()}
+
+
+def rows_at_a_time(settings: TrainSettings, config: Architecture, row: int, slots: int, runtime: Runtime) -> int:
+    """How many rows a rank computes at a time: as set, or the largest part of its share that should fit in memory.
+
+    Raises UserError when there are more ranks than rows.
+    """
+    share = settings.global_batch_size // runtime.world_size
+    if not share:
+        raise UserError(
+            f"train.global_batch_size is {settings.global_batch_size}, fewer than the {runtime.world_size} ranks"
+        )
+    if settings.per_device_train_batch_size:
+        return min(share, settings.per_device_train_batch_size)
+    numbers_of_a_token = 16 * config.hidden_size + 4 * config.intermediate_size + 4 * config.num_attention_heads * row
+    layers = 2 if settings.gradient_checkpointing else config.num_hidden_layers
+    bytes_of_a_row = 4 * (row * layers * numbers_of_a_token + 4 * slots * config.vocab_size)
+    if runtime.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available // runtime.world_size
+    fitting = [rows for rows in range(1, share + 1) if share % rows == 0 and rows * bytes_of_a_row <= free // 2]
+    return max(fitting, default=1)
