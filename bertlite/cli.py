@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,19 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Precision = Annotated[str, typer.Option(help="fp32 or bf16.")]
+
+
+class Compute(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Document(StrEnum):
+    BLANK_LINE = "blank-line"
+    LINE = "line"
+
+
+Precision = Annotated[Compute, typer.Option(help="What to compute in.")]
 
 
 def _version(wanted: bool) -> None:
@@ -64,6 +77,95 @@ def pretrain(
 
     folder = [f"output_dir={json.dumps(str(out))}"] if out else []
     print(pretraining.run(load_config(PretrainConfig, config, [*(overrides or []), *folder]), resume=resume))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Held-out text; may be repeated.")],
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
+    document: Annotated[Document, typer.Option(help="What ends a document.")] = Document.BLANK_LINE,
+    precision: Precision = Compute.FP32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and accuracy of a masked language model on held-out text, with fixed masks."""
+    from bertlite.attention import best_kernel
+    from bertlite.evaluate import evaluate_text
+    from bertlite.hf import load_masked_lm
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+
+    runtime = start(precision.value)
+    loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
+    result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value)
+    print(json.dumps(result) if as_json else "\n".join(f"{name:13}  {value:.4f}" for name, value in result.items()))
+
+
+@app.command()
+def fill(
+    model: Model,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help='Such as "Paris is the [MASK] of France."')],
+    top_k: Annotated[int, typer.Option(min=1, help="How many answers for each mask.")] = 5,
+    precision: Precision = Compute.FP32,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a masked language model expects in place of [MASK]."""
+    from bertlite.fill import fill as fill_masks
+    from bertlite.hf import load_masked_lm
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+
+    runtime = start(precision.value)
+    loaded, tokenizer = load_masked_lm(model_folder(model))
+    with runtime.autocast():
+        result = fill_masks(loaded.to(runtime.device), tokenizer, text, top_k)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    answers = [result] if isinstance(result[0], dict) else result
+    for number, mask in enumerate(answers, 1):
+        if len(answers) > 1:
+            print(f"mask {number}")
+        for answer in mask:
+            print(f"{answer['score']:.4f}  {answer['token_str']:16}  {answer['sequence']}")
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    format: Annotated[str, typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+) -> None:
+    """Write a model for other programs, after checking it against Hugging Face."""
+    from bertlite.export import export as write_export
+    from bertlite.run_folder import model_folder
+
+    write_export(model_folder(model), out, format)
+    print(out)
+
+
+@app.command()
+def verify(model: Model, precision: Precision = Compute.FP32, as_json: AsJson = False) -> None:
+    """Compare a model with Hugging Face's BERT: weights, outputs, loss, gradients; exit code 1 if it differs."""
+    from bertlite.parity import check_parity
+    from bertlite.run_folder import model_folder
+
+    folder = model_folder(model)
+    checks = check_parity(folder, precision.value)
+    ok = all(check.ok for check in checks)
+    if as_json:
+        print(
+            json.dumps(
+                {"ok": ok, "model": str(folder), "checks": [{**vars(check), "ok": check.ok} for check in checks]}
+            )
+        )
+    else:
+        print(f"{'inputs':8}  {'quantity':30}  {'difference':>10}  {'allowed':>8}")
+        for check in checks:
+            verdict = "ok" if check.ok else "DIFFERS"
+            print(f"{check.inputs:8}  {check.quantity:30}  {check.difference:10.2g}  {check.tolerance:8.0g}  {verdict}")
+        print(f"{folder}: {'equals' if ok else 'DIFFERS FROM'} Hugging Face's model")
+    raise typer.Exit(0 if ok else 1)
 
 
 def main() -> None:

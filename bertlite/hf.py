@@ -12,10 +12,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import Architecture
 from bertlite.errors import UserError
 from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel
+from bertlite.tokenizer import load_tokenizer
 
 # Our names on the left, Hugging Face's on the right. Several on the right lie one under the other in ours.
 EMBEDDINGS = {
@@ -144,6 +146,24 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
     }
     model.load_state_dict(state, assign=True)
     return model.requires_grad_()
+
+
+def load_tokenizer_of(folder: Path, model: MaskedLanguageModel | Encoder) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
+    tokenizer = load_tokenizer(str(folder))
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} pieces, but the model embeds {model.config.vocab_size:,}"
+        )
+    return tokenizer
+
+
+def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageModel, PreTrainedTokenizerBase]:
+    """A masked language model and its tokenizer. Raises UserError when the folder holds another kind of model."""
+    model = load_model(folder, kernel)
+    if not isinstance(model, MaskedLanguageModel):
+        raise UserError(f"{folder}: the model has no masked language modelling head")
+    return model, load_tokenizer_of(folder, model)
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -1,0 +1,40 @@
+"""`bertlite evaluate`: the loss and accuracy of a masked language model on held-out text."""
+
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.batches import Batches, make_plan
+from bertlite.config import DataSettings
+from bertlite.corpus import find_files, prepare_corpus
+from bertlite.errors import UserError
+from bertlite.model import MaskedLanguageModel
+from bertlite.pretrain import masked_lm_scores
+from bertlite.runtime import Runtime
+from bertlite.train import evaluate
+
+ROWS_AT_A_TIME = 32
+
+
+def evaluate_text(
+    model: MaskedLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: list[str],
+    runtime: Runtime,
+    sequence_length: int | None = None,
+    document: str = "blank-line",
+) -> dict[str, float]:
+    """`eval_loss` (nats per prediction) and `eval_accuracy` on text files, by the masks that training evaluates with.
+
+    Rows are as long as the tokenizer's `model_max_length`, which bertlite sets to the length trained with, and never
+    longer than the model's positions. Raises UserError for text that cannot be used.
+    """
+    limit = model.config.max_position_embeddings
+    length = min(sequence_length or tokenizer.model_max_length, limit)
+    if sequence_length and sequence_length > limit:
+        raise UserError(f"--sequence-length is {sequence_length}, more than the model's {limit} positions")
+    data = DataSettings(train=files, sequence_length=length, document=document)
+    corpus = prepare_corpus(find_files(files, "--data"), tokenizer, data, "--data")
+    plan = make_plan(corpus, length)
+    batches = Batches(corpus, plan, tokenizer, length)
+    model.to(runtime.device)
+    scores = evaluate(model, masked_lm_scores, batches.evaluation, len(plan), ROWS_AT_A_TIME, runtime)
+    return {f"eval_{name}": value for name, value in scores.items()}

@@ -1,0 +1,191 @@
+"""Number by number against Hugging Face: the same folder in both, the same inputs, everything compared."""
+
+# Shapes: B rows, T positions, D hidden size, V vocabulary.
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertForMaskedLM, BertModel
+from transformers.utils import logging
+
+from bertlite.attention import best_kernel
+from bertlite.hf import UNUSED, load_model, to_hf
+from bertlite.masking import IGNORED
+from bertlite.model import Encoder, MaskedLanguageModel
+
+# Of the largest reference value (at least 1), of the reference loss, and of the norm of a reference gradient.
+TOLERANCES = {
+    "fp32": {"outputs": 1e-5, "loss": 1e-6, "gradients": 1e-5},
+    # bf16 keeps 8 bits, so that each product is off by up to 2**-8; some dozen roundings follow one another.
+    "bf16": {"outputs": 5e-2, "loss": 1e-2, "gradients": 1e-1},
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the worst difference found, relative as TOLERANCES says, and what is allowed."""
+
+    inputs: str
+    quantity: str
+    difference: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance  # False for NaN
+
+
+class Inputs(NamedTuple):
+    input_ids: Tensor  # (B,T)
+    position_ids: Tensor  # (B,T)
+    document_ids: Tensor  # (B,T)
+    token_type_ids: Tensor  # (B,T)
+    labels: Tensor  # (B,T), IGNORED where nothing is predicted
+
+
+def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
+    """Compare a model folder in bertlite and in transformers: weights, outputs, loss and gradients.
+
+    Dropout is off on both sides. Raises UserError when the folder is no BERT that bertlite reads.
+    """
+    ours = load_model(folder, best_kernel(torch.device("cpu")))
+    theirs, surprises = load_reference(folder, ours)
+    tolerances = TOLERANCES[precision]
+    checks = [Check("weights", "names only one side has", float(len(surprises)), 0.0), compare_weights(ours, theirs)]
+    for name, inputs in make_inputs(ours.config.vocab_size, ours.config.max_position_embeddings,
+                                    ours.config.type_vocab_size, ours.config.pad_token_id).items():  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            differences = compare(ours, theirs, inputs)
+        for quantity, difference in differences.items():
+            kind = quantity if quantity in tolerances else "outputs"
+            checks.append(Check(name, quantity, difference, tolerances[kind]))
+    return checks
+
+
+def load_reference(folder: Path, ours: MaskedLanguageModel | Encoder) -> tuple[nn.Module, list[str]]:
+    """transformers' model of the folder, and the weight names that it missed or did not know."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options = {"attn_implementation": "sdpa", "dtype": torch.float32, "output_loading_info": True}
+    if isinstance(ours, MaskedLanguageModel):
+        theirs, report = BertForMaskedLM.from_pretrained(folder, **options)
+    else:
+        theirs, report = BertModel.from_pretrained(folder, add_pooling_layer=ours.pooler is not None, **options)
+    names = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    return theirs.eval(), [str(name) for name in names if not UNUSED.match(str(name))]
+
+
+def compare_weights(ours: nn.Module, theirs: nn.Module) -> Check:
+    """How many weights differ in any bit, by their Hugging Face names."""
+    reference = dict(theirs.named_parameters())
+    differing = 0
+    for name, weight in to_hf(ours, dict(ours.named_parameters())).items():
+        differing += name not in reference or not torch.equal(weight, reference[name])
+    return Check("weights", "tensors not equal bit for bit", float(differing), 0.0)
+
+
+def make_inputs(vocab_size: int, max_positions: int, segments: int, pad_id: int) -> dict[str, Inputs]:
+    """Random tokens, padded, packed (several documents a row) and, where the model has segments, in pairs."""
+    generator = torch.Generator().manual_seed(0)
+    T = min(48, max_positions)
+    documents = {
+        "padded": [[T], [T * 2 // 3], [T // 3]],
+        "packed": [[T // 2, T // 4, T // 8], [T // 3, T // 3, T // 3]],
+        "pair": [[T], [T // 2]],
+    }
+    result = {}
+    for name, rows in documents.items():
+        document_ids, position_ids = torch.zeros(len(rows), T).long(), torch.zeros(len(rows), T).long()
+        for row, lengths in enumerate(rows):
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            for number, (length, end) in enumerate(zip(lengths, ends, strict=True), 1):
+                document_ids[row, end - length : end] = number
+                position_ids[row, end - length : end] = torch.arange(length)
+        real = document_ids > 0
+        input_ids = torch.where(real, torch.randint(vocab_size, real.shape, generator=generator), pad_id)
+        labels = torch.randint(vocab_size, real.shape, generator=generator)
+        labels = torch.where(real & (torch.rand(real.shape, generator=generator) < 0.15), labels, IGNORED)
+        labels[:, 0] = input_ids[:, 0]  # at least one prediction a row
+        # Segments give tokens something in common, without which the gradients of q and k in a model that has
+        # learnt little are nearly 0, and the comparison one of roundings.
+        second = real & (position_ids >= T // 6) & (segments > 1)
+        result[name] = Inputs(input_ids, position_ids, document_ids, second.long(), labels)
+    return result
+
+
+def compare(ours: nn.Module, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """The largest relative differences of hidden states, outputs, loss and gradients, at real positions."""
+    real = inputs.document_ids > 0
+    our_states, our_output, our_loss = _our_side(ours, inputs)
+    # The reference is SDPA with a 4-D bool mask: transformers' eager path takes such a mask for numbers to add.
+    mask = (inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :])[:, None]
+    reference = theirs(
+        input_ids=inputs.input_ids,
+        attention_mask=mask,
+        position_ids=inputs.position_ids,
+        token_type_ids=inputs.token_type_ids,
+        output_hidden_states=True,
+    )
+    differences = {
+        "hidden states": max(
+            _relative(mine[real], other[real]) for mine, other in zip(our_states, reference.hidden_states, strict=True)
+        )
+    }
+    if isinstance(ours, MaskedLanguageModel):
+        differences["logits"] = _relative(our_output[real], reference.logits[real])
+        their_loss = _loss(reference.logits, inputs)
+    else:
+        their_loss = _encoder_loss(reference.last_hidden_state, reference.pooler_output, real)
+        if our_output is not None:
+            differences["pooler"] = _relative(our_output, reference.pooler_output)
+    differences["loss"] = ((our_loss - their_loss).abs() / their_loss.abs()).item()
+    for model, loss in ((ours, our_loss), (theirs, their_loss)):
+        model.zero_grad()
+        loss.backward()
+    differences["gradients"] = _gradient_difference(ours, theirs)
+    return differences
+
+
+def _our_side(ours: nn.Module, inputs: Inputs) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    ours.eval()
+    tokens = (inputs.input_ids, inputs.position_ids, inputs.document_ids)
+    if isinstance(ours, MaskedLanguageModel):
+        states = ours.encoder.hidden_states(*tokens, inputs.token_type_ids)
+        everywhere = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
+        logits = ours(*tokens, everywhere, inputs.token_type_ids)
+        return states, logits, _loss(logits, inputs)
+    states = ours.hidden_states(*tokens, inputs.token_type_ids)
+    pooled = None if ours.pooler is None else ours.pooler(states[-1])
+    return states, pooled, _encoder_loss(states[-1], pooled, inputs.document_ids > 0)
+
+
+def _loss(logits: Tensor, inputs: Inputs) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), inputs.labels.flatten(), ignore_index=IGNORED)
+
+
+def _encoder_loss(hidden: Tensor, pooled: Tensor | None, real: Tensor) -> Tensor:
+    """A number that every output weighs in, each in its own way; an encoder by itself has no loss."""
+    weights = torch.linspace(-1, 1, hidden.shape[-1])
+    loss = (hidden[real].float() @ weights).square().mean()
+    return loss if pooled is None else loss + (pooled.float() @ weights).square().mean()
+
+
+def _relative(mine: Tensor, reference: Tensor) -> float:
+    return ((mine - reference).abs().max() / max(1.0, reference.abs().max().item())).item()
+
+
+def _gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
+    reference = {name: weight.grad for name, weight in theirs.named_parameters()}
+    zeros = {name: torch.zeros_like(weight) for name, weight in ours.named_parameters()}
+    gradients = {name: zeros[name] if weight.grad is None else weight.grad for name, weight in ours.named_parameters()}
+    worst = 0.0
+    for name, gradient in to_hf(ours, gradients).items():
+        other = reference[name] if reference[name] is not None else torch.zeros_like(gradient)
+        # The true gradient of key.bias is 0: softmax does not see it. Its rounding is held against the query's.
+        scale = reference[name.replace("key.bias", "query.bias")]
+        norm = 0.0 if scale is None else scale.norm().item()
+        worst = max(worst, (gradient - other).norm().item() / (norm or 1.0))
+    return worst
