@@ -146,6 +146,10 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
         f"a step, {micro_batch} at a time on each of {runtime.world_size} rank(s)"
     )
 
+    loss, scores = masked_lm_loss, masked_lm_scores
+    if runtime.compile:
+        loss, scores = torch.compile(loss, dynamic=False), torch.compile(scores, dynamic=False)
+
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
         state = {"progress": asdict(progress), "micro_batch": micro_batch, "facts": facts}
         save_checkpoint(folder, progress.step, model, tokenizer, optimizer_state, state, settings.save_total_limit)
@@ -153,11 +157,9 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
     Training(
         folder=folder,
         model=model,
-        loss=torch.compile(masked_lm_loss, dynamic=False) if runtime.compile else masked_lm_loss,
+        loss=loss,
         make_batch=batches.training,
-        evaluate=lambda: evaluate(
-            model, masked_lm_scores, validation.evaluation, len(validation.plan), micro_batch, runtime
-        ),
+        evaluate=lambda: evaluate(model, scores, validation.evaluation, len(validation.plan), micro_batch, runtime),
         save=save,
         settings=settings,
         runtime=runtime,

@@ -1,0 +1,65 @@
+"""What several test files share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests start processes beside themselves
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample" / "pretrain.txt"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    """One corpus cache for the whole session, so that the small tokenizer is trained once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory) -> dict[str, str]:
+    """Training and held-out text, cut from the sample where a document ends."""
+    folder = tmp_path_factory.mktemp("text")
+    documents = SAMPLE.read_text(encoding="utf-8").split("\n\n")
+    for name, part in {"train": documents[:30], "validation": documents[-5:]}.items():
+        (folder / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
+    return {name: str(folder / f"{name}.txt") for name in ("train", "validation")}
+
+
+@pytest.fixture
+def write_config(tmp_path, cache, text_files):
+    """Write the YAML of a run of seconds, with changes by dotted names, and return its path."""
+
+    def write(name: str = "run", **changes) -> Path:
+        config = {
+            "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+            "tokenizer": {"vocab_size": 1000},
+            "data": {
+                "train": [text_files["train"]],
+                "validation": [text_files["validation"]],
+                "sequence_length": 64,
+                "cache_dir": cache,
+            },
+            "train": {
+                "max_steps": 12,
+                "global_batch_size": 8,
+                "learning_rate": 1e-3,
+                "logging_steps": 2,
+                "eval_steps": 4,
+                "save_steps": 4,
+                "compile": False,
+                "precision": "fp32",
+            },
+            "output_dir": str(tmp_path / name),
+        }
+        for key, value in changes.items():
+            section, _, setting = key.partition("__")
+            config.setdefault(section, {})[setting] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write

@@ -1,0 +1,264 @@
+"""The command line as a user meets it: results, help, and what it says about mistakes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel, pipeline
+
+from bertlite import __version__, cli
+
+COMMANDS = ["prepare", "pretrain", "evaluate", "fill", "export", "verify"]
+
+
+@pytest.fixture
+def bertlite(capsys, monkeypatch):
+    """Run the command line in this process: `bertlite("fill", …)` returns exit code, stdout and stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bertlite", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache, text_files) -> Path:
+    """The run folder of a model that has learnt a little."""
+    from bertlite.config import PretrainConfig, load_config
+    from bertlite.pretrain import run
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = {
+        "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+        "tokenizer": {"vocab_size": 1000},
+        "data": {"train": [text_files["train"]], "validation": [text_files["validation"]], "sequence_length": 64,
+                 "cache_dir": cache},
+        "train": {"max_steps": 100, "learning_rate": 2e-3, "compile": False, "eval_steps": 50, "save_steps": 50},
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))
+    run(load_config(PretrainConfig, folder / "config.yaml"))
+    return folder / "run"
+
+
+def test_version(bertlite):
+    assert bertlite("--version") == (0, f"bertlite {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(bertlite, command):
+    code, out, _ = bertlite(command, "--help")
+    assert code == 0 and f"bertlite {command}" in out.replace("pytest", "bertlite")
+    assert command in bertlite("--help")[1]
+
+
+def test_every_command_is_in_this_list():
+    assert sorted(command.callback.__name__ for command in cli.app.registered_commands) == sorted(COMMANDS)
+
+
+def test_prepare_then_pretrain_uses_the_cache(bertlite, write_config, tmp_path):
+    path = write_config(data__cache_dir=str(tmp_path / "cache"))
+    assert bertlite("prepare", path)[0] == 0
+    assert not (tmp_path / "run").exists()
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.bin")}
+    assert len(made) == 4
+    code, out, err = bertlite("pretrain", path)
+    assert (code, out) == (0, f"{tmp_path}/run/model\n"), err
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.bin")} == made
+
+
+def test_out_and_set(bertlite, write_config, tmp_path):
+    code, out, _ = bertlite("pretrain", write_config(), "--out", tmp_path / "other", "--set", "train.max_steps=1")
+    assert (code, out) == (0, f"{tmp_path}/other/model\n")
+    assert json.loads((tmp_path / "other/metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+
+
+@pytest.mark.parametrize("text", ["The [MASK] of the state.", "The [MASK] of [MASK] is [MASK]."])
+def test_fill_answers_like_the_pipeline(bertlite, trained, text):
+    reference = pipeline("fill-mask", model=str(trained / "model"), device="cpu")(text, top_k=5)
+    answers = json.loads(bertlite("fill", trained, text, "--json")[1])
+    ours, theirs = ([answers], [reference]) if isinstance(reference[0], dict) else (answers, reference)
+    assert len(ours) == text.count("[MASK]")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert [{**answer, "score": 0} for answer in mine] == [{**answer, "score": 0} for answer in other]
+        scores = [answer["score"] for answer in other]
+        assert [answer["score"] for answer in mine] == pytest.approx(scores, abs=1e-5)
+
+
+def test_fill_prints_a_line_an_answer(bertlite, trained):
+    assert len(bertlite("fill", trained, "A [MASK].", "--top-k", "3")[1].splitlines()) == 3
+    assert len(bertlite("fill", trained, "A [MASK].")[1].splitlines()) == 5
+
+
+def test_evaluate_repeats_the_evaluation_of_the_training(bertlite, trained, text_files):
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    code, out, _ = bertlite("evaluate", trained, "--data", text_files["validation"], "--json")
+    result = json.loads(out)
+    assert code == 0 and result.keys() == {"eval_loss", "eval_accuracy"}
+    assert result["eval_loss"] == pytest.approx(last["eval_loss"], abs=2e-3)  # trained in bf16 where that is faster
+    assert result["eval_accuracy"] == pytest.approx(last["eval_accuracy"], abs=5e-3)
+
+
+def test_evaluate_is_the_loss_of_transformers(trained, text_files):
+    """By hand: the rows and masks of the evaluation, the model of transformers."""
+    from bertlite.batches import Batches, make_plan
+    from bertlite.config import DataSettings
+    from bertlite.corpus import find_files, prepare_corpus
+    from bertlite.evaluate import evaluate_text
+    from bertlite.hf import load_masked_lm
+    from bertlite.runtime import start
+
+    model, tokenizer = load_masked_lm(trained / "model")
+    files = [text_files["validation"]]
+    for length in (64, 33):
+        result = evaluate_text(model, tokenizer, files, start(), sequence_length=length)
+        corpus = prepare_corpus(find_files(files, ""), tokenizer, DataSettings(train=files), "text")
+        plan = make_plan(corpus, length)
+        batch = Batches(corpus, plan, tokenizer, length).evaluation(0, len(plan))
+        reference = AutoModelForMaskedLM.from_pretrained(trained / "model")
+        with torch.inference_mode():
+            logits = reference(
+                input_ids=batch.input_ids,
+                attention_mask=(batch.document_ids[:, :, None] == batch.document_ids[:, None, :])[:, None],
+                position_ids=batch.position_ids,
+            ).logits
+        scored = batch.labels != -100
+        logits = logits.gather(1, batch.prediction_positions[..., None].expand(-1, -1, logits.shape[-1]))[scored]
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels[scored]).item()
+        accuracy = (logits.argmax(-1) == batch.labels[scored]).double().mean().item()
+        assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        assert result["eval_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_export_is_a_folder_that_transformers_loads(bertlite, trained, tmp_path):
+    assert bertlite("export", trained, tmp_path / "out", "--format", "hf")[:2] == (0, f"{tmp_path}/out\n")
+    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    text = "The state, of the union."
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(trained / "model")(
+        text
+    )
+    assert not (tmp_path / "out" / "training").exists()
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    code, _, err = bertlite("export", trained, tmp_path / "out")
+    assert code == 2 and str(tmp_path / "out") in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+def test_verify_prints_a_table_and_json(bertlite, trained):
+    code, out, _ = bertlite("verify", trained)
+    assert code == 0 and out.count(" ok\n") == len(out.splitlines()) - 2
+    result = json.loads(bertlite("verify", trained / "checkpoints" / "step-00000050", "--json")[1])
+    assert result["ok"] and {check["inputs"] for check in result["checks"]} == {"weights", "padded", "packed", "pair"}
+    assert bertlite("verify", trained, "--precision", "bf16")[0] == 0
+
+
+def test_verify_fails_with_exit_code_1(bertlite, trained, monkeypatch):
+    from bertlite import parity
+
+    load = parity.load_reference
+
+    def wrong(folder, ours):
+        model, surprises = load(folder, ours)
+        with torch.no_grad():
+            model.bert.encoder.layer[1].attention.self.query.weight[0, 0] += 1e-3
+        return model, surprises
+
+    monkeypatch.setattr(parity, "load_reference", wrong)
+    code, out, _ = bertlite("verify", trained)
+    assert code == 1 and "DIFFERS" in out
+    assert json.loads(bertlite("verify", trained, "--json")[1])["ok"] is False
+
+
+MISTAKES = {
+    "unknown key": (("train.learning_rat=1",), "Did you mean train.learning_rate?"),
+    "key of another section": (("hidden_size=8",), "Did you mean model.hidden_size?"),
+    "wrong type": (("train.max_steps=many",), "train.max_steps is 'many'"),
+    "heads": (("model.num_attention_heads=3",), "num_attention_heads is 3, which does not divide hidden_size 32"),
+    "missing file": (("data.train=[nowhere.txt]",), "data.train: nowhere.txt"),
+    "no match": (("data.validation=['nothing/*.txt']",), "data.validation: nothing/*.txt"),
+    "small vocabulary": (("tokenizer.vocab_size=4",), "tokenizer.vocab_size is 4"),
+    "long rows": (("data.sequence_length=4096",), "model.max_position_embeddings 512"),
+    "no such optimizer": (("train.optim=adam",), "Did you mean adamw?"),
+    "no such strategy": (("masking.strategy=words",), "masking.strategy is 'words'"),
+    "no such schedule": (("train.lr_scheduler_type=linea",), "Did you mean linear?"),
+    "no such activation": (("model.hidden_act=gelo",), "Did you mean gelu?"),
+    "no such tokenizer": (("tokenizer.path=./nowhere",), "nowhere"),
+    "rate": (("masking.rate=1.5",), "masking.rate is 1.5"),
+    "not key=value": (("train.max_steps",), "section.key=value"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_configuration_is_named(bertlite, write_config, tmp_path, mistake):
+    changes, expected = MISTAKES[mistake]
+    options = [part for change in changes for part in ("--set", change)]
+    code, out, err = bertlite("pretrain", write_config(), *options)
+    assert (code, out) == (2, "") and expected in err
+    assert len([line for line in err.splitlines() if line.startswith("bertlite: ")]) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [(b"", "is empty"), (b"\n \n\n", "only blank lines"), (b"good\n\nb\xe9d\n", ":3: not UTF-8 (byte 0xe9)")],
+)
+def test_a_bad_text_file_is_named(bertlite, write_config, tmp_path, content, expected):
+    (tmp_path / "bad.txt").write_bytes(content)
+    code, _, err = bertlite("pretrain", write_config(data__train=[str(tmp_path / "bad.txt")]))
+    assert code == 2 and "bad.txt" in err and expected in err
+
+
+def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tmp_path):
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    code, _, err = bertlite("pretrain", write_config(tokenizer__path=str(tmp_path / "vocab.txt")))
+    assert code == 2 and "vocab.txt" in err and "[MASK]" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("fill", "{none}", "a [MASK]"), "none"),
+        (("verify", "{empty}"), "no readable config.json"),
+        (("evaluate", "{none}", "--data", "x.txt"), "none"),
+        (("evaluate", "{trained}", "--data", "nowhere.txt"), "--data: nowhere.txt"),
+        (("evaluate", "{trained}", "--data", "{text}", "--sequence-length", "4096"), "512 positions"),
+        (("fill", "{trained}", "no mask here"), "no [MASK]"),
+        (("fill", "{trained}", "[MASK] " * 600), "512 positions"),
+        (("fill", "{trained}", "a [MASK]", "--top-k", "100000"), "--top-k"),
+        (("fill", "{encoder}", "a [MASK]"), "no masked language modelling head"),
+        (("export", "{trained}", "{new}", "--format", "gguf"), "--format is 'gguf'"),
+        (("export", "{none}", "{new}"), "none"),
+        (("fill", "org/name", "a [MASK]"), "org/name"),
+        (("pretrain", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_argument_is_named(bertlite, trained, tmp_path, text_files, arguments, expected):
+    (tmp_path / "empty").mkdir()
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=1000)
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    places = {name: tmp_path / name for name in ("none", "empty", "new", "encoder")}
+    filled = [part.format(trained=trained, text=text_files["train"], **places) for part in arguments]
+    code, out, err = bertlite(*filled)
+    assert (code, out) == (2, "") and expected in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_path):
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=900)
+    from transformers import BertForMaskedLM
+
+    BertForMaskedLM(config).save_pretrained(tmp_path / "small")
+    for file in (trained / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "small")
+    code, _, err = bertlite("fill", tmp_path / "small", "a [MASK]")
+    assert code == 2 and "1,000 pieces" in err and "900" in err

@@ -1,0 +1,49 @@
+"""Files and folders that are whole or not there."""
+
+import os
+
+import pytest
+
+from bertlite.files import new_folder, remove_leftovers, sha256, write_whole
+
+
+def test_new_folder_appears_only_when_filled(tmp_path):
+    with new_folder(tmp_path / "model") as aside:
+        (aside / "a").write_text("1")
+        (aside / "inner").mkdir()
+        (aside / "inner" / "b").write_text("2")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model" / "inner" / "b").read_text() == "2"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_new_folder_leaves_nothing_after_an_error(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "model") as aside:
+        (aside / "a").write_text("1")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".step-00000020.abc_1", ".model.x7"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".config.yaml.4711").write_text("")
+    kept = {".git", ".step", "step-00000020", "model", ".hidden.txt"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept
+
+
+def test_sha256_is_that_of_coreutils(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

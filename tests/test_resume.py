@@ -1,0 +1,237 @@
+"""Nothing lost: checkpoints that are whole, and runs that go on exactly where they stopped."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_train import metrics, pretrain, traces
+
+from bertlite.batches import Batches
+from bertlite.checkpoint import newest_checkpoint, problem
+from bertlite.config import PretrainConfig, load_config
+from bertlite.errors import UserError
+from bertlite.optim import OPTIMIZERS
+from bertlite.run_folder import model_folder, open_run
+
+
+def crash_after(folder: Path, step: int, copy: Path) -> Path:
+    """A copy of a finished run as a crash soon after `step`'s checkpoint would have left it."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "model")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # torn
+    return copy
+
+
+def optimizer_state(folder: Path, step: int):
+    return load_file(folder / f"checkpoints/step-{step:08d}/training/optimizer.safetensors")
+
+
+CASES = {
+    "plain": {},
+    "dropout": {"model__hidden_dropout_prob": 0.1, "model__attention_probs_dropout_prob": 0.1},
+    "bf16": {"train__precision": "bf16"},
+    "accumulation": {"train__per_device_train_batch_size": 3},
+    "compiled": {"train__compile": True, "model__hidden_dropout_prob": 0.1},
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_is_bit_for_bit(write_config, tmp_path, optim, case):
+    path = write_config("whole", train__optim=optim, train__save_steps=5, train__logging_steps=3, **CASES[case])
+    whole = pretrain(path)
+    cut = crash_after(whole, 5, tmp_path / "cut")
+    pretrain(path, f"output_dir={cut}", resume=True)
+    assert traces(cut) == traces(whole)
+    before, after = optimizer_state(whole, 12), optimizer_state(cut, 12)
+    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+
+
+def test_a_lost_position_in_the_data_would_be_seen(write_config, tmp_path, monkeypatch):
+    path = write_config("whole", train__save_steps=5)
+    whole = pretrain(path)
+    cut = crash_after(whole, 5, tmp_path / "cut")
+    training = Batches.training
+    monkeypatch.setattr(Batches, "training", lambda self, first, count: training(self, first - 5 * 8, count))
+    pretrain(path, f"output_dir={cut}", resume=True)
+    assert traces(cut) != traces(whole)
+
+
+def test_other_intervals_and_another_micro_batch_give_the_same_batches(write_config, tmp_path):
+    path = write_config("whole", train__save_steps=5)
+    whole = pretrain(path)
+    cut = crash_after(whole, 5, tmp_path / "cut")
+    changes = ("train.save_steps=7", "train.eval_steps=3", "train.logging_steps=1", "train.save_total_limit=9")
+    pretrain(path, f"output_dir={cut}", *changes, "train.per_device_train_batch_size=4", resume=True)
+    last, other = (next(line for line in reversed(metrics(run)) if "eval_loss" in line) for run in (whole, cut))
+    assert other["tokens"] == last["tokens"] and other["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
+
+
+def test_a_setting_that_may_not_change_is_named(write_config):
+    path = write_config()
+    pretrain(path)
+    with pytest.raises(UserError, match=r"train\.learning_rate is 0\.002, but the run there has 0\.001"):
+        pretrain(path, "train.learning_rate=0.002", resume=True)
+
+
+def test_other_text_is_refused(write_config, tmp_path, text_files):
+    text = tmp_path / "text.txt"
+    shutil.copy(text_files["train"], text)
+    path = write_config(data__train=[str(text)])
+    folder = pretrain(path)
+    shutil.rmtree(folder / "model")
+    text.write_text(text.read_text() + "\n\nOne more document.\n")
+    with pytest.raises(UserError, match="the text or the tokenizer has changed"):
+        pretrain(path, resume=True)
+
+
+def test_a_finished_run_has_nothing_to_resume(write_config):
+    path = write_config()
+    folder = pretrain(path)
+    before = traces(folder)
+    pretrain(path, resume=True)
+    assert traces(folder) == before
+
+
+def test_without_resume_a_run_is_never_overwritten(write_config):
+    path = write_config()
+    pretrain(path)
+    with pytest.raises(UserError, match="already holds a run"):
+        pretrain(path)
+
+
+def test_resume_of_nothing_starts_at_the_beginning(write_config):
+    assert traces(pretrain(write_config("a"), resume=True)) == traces(pretrain(write_config("b")))
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        return
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    if how == "flipped":
+        content[random.Random(path.name).randrange(len(content))] ^= 1 << random.Random(0).randrange(8)
+    path.write_bytes(content)
+
+
+def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_config, tmp_path, capsys):
+    folder = pretrain(write_config(train__save_steps=4))
+    newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
+    files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    for file in files:
+        for how in ("truncated", "flipped", "removed"):
+            shutil.copytree(newest, tmp_path / "kept")
+            damage(newest / file, how)
+            assert newest_checkpoint(folder) == before, (file, how)
+            assert f"{newest} is passed over" in capsys.readouterr().err
+            assert newest.exists()
+            shutil.rmtree(newest)
+            (tmp_path / "kept").rename(newest)
+    assert newest_checkpoint(folder) == newest
+
+
+def test_old_checkpoints_go_but_invalid_ones_stay(write_config):
+    path = write_config(train__save_steps=2, train__save_total_limit=2)
+    folder = pretrain(path)
+    steps = [checkpoint.name for checkpoint in sorted((folder / "checkpoints").iterdir())]
+    assert steps == ["step-00000010", "step-00000012"]
+    for checkpoint in (folder / "checkpoints").iterdir():
+        damage(checkpoint / "model.safetensors", "flipped")
+    shutil.rmtree(folder / "model")
+    pretrain(path, resume=True)  # from the beginning: nothing valid was left
+    names = sorted(checkpoint.name for checkpoint in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000010.invalid-1", "step-00000012", "step-00000012.invalid-1"]
+    assert problem(folder / "checkpoints/step-00000012") is None
+
+
+def test_a_folder_in_use_is_refused_and_a_crash_leaves_no_lock(write_config, tmp_path):
+    config = load_config(PretrainConfig, write_config())
+    folder = tmp_path / "run"
+    with open_run(folder, config, resume=False):
+        other = open_run(folder, config, resume=False)
+        with pytest.raises(UserError, match="another process is using"):
+            other.__enter__()
+    with open_run(folder, config, resume=False):
+        pass
+    assert not folder.exists()
+
+
+def test_a_name_means_the_final_model_or_the_newest_checkpoint(write_config, tmp_path):
+    folder = pretrain(write_config())
+    assert model_folder(str(folder)) == folder / "model"
+    cut = crash_after(folder, 8, tmp_path / "cut")
+    assert model_folder(str(cut)) == cut / "checkpoints/step-00000008"
+    with pytest.raises(UserError, match="no such"):
+        model_folder(str(tmp_path / "none"))
+
+
+def start(path: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bertlite", "pretrain", str(path), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["training", "evaluation"])
+def test_a_signal_saves_and_ends_the_run_within_seconds(write_config, number, moment):
+    changes = {"train__max_steps": 300, "train__save_steps": 300, "train__logging_steps": 1}
+    changes["train__eval_steps"] = 20 if moment == "evaluation" else 300
+    if moment == "evaluation":
+        changes |= {"data__validation": ["sample"], "data__sequence_length": 64}
+    whole = pretrain(write_config("whole", **changes)) if moment == "training" else None
+    path = write_config("cut", **changes)
+    folder = path.parent / "cut"
+    process = start(path)
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 20, process)
+    if moment == "evaluation":
+        time.sleep(0.3)
+    process.send_signal(number)
+    began = time.monotonic()
+    errors = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + number, errors
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in errors and "stopped by" in errors
+    checkpoint = newest_checkpoint(folder)
+    step = json.loads((checkpoint / "training/state.json").read_text())["progress"]["step"]
+    assert 20 <= step < 300
+    if moment == "evaluation":
+        assert step == 20 and "eval_loss" not in log.read_text()
+    else:
+        pretrain(path, resume=True)
+        assert traces(folder)[0] == traces(whole)[0] and traces(folder)[2] == traces(whole)[2]
+
+
+def test_runs_killed_at_random_moments_end_like_an_undisturbed_one(write_config):
+    changes = {"train__max_steps": 120, "train__save_steps": 3, "train__eval_steps": 40}
+    whole = pretrain(write_config("whole", **changes))
+    path = write_config("cut", **changes)
+    folder = path.parent / "cut"
+    moments = random.Random(0)
+    for _ in range(4):
+        process = start(path, "--resume")
+        wait_for((folder / "checkpoints").exists, process)
+        time.sleep(moments.uniform(0.0, 1.0))
+        process.kill()
+        process.communicate()
+    pretrain(path, resume=True)
+    assert traces(folder) == traces(whole)
+    assert not list(folder.glob("**/.*"))

@@ -1,0 +1,433 @@
+"""Tokenizers: the same in every process, the same as Hugging Face's, loaded from whatever people have."""
+
+import os
+import random
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+
+from bertlite.config import TokenizerSettings
+from bertlite.corpus import find_files, read_documents
+from bertlite.errors import UserError
+from bertlite.tokenizer import (
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    train_word_piece,
+    trained_tokenizer,
+    vocabulary_of,
+    word_piece,
+    wrap,
+)
+
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+VOCABULARIES = {name: DATA / "vocab" / name for name in ("bert-base-uncased", "bert-base-chinese")}
+needs_vocabularies = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+ODD_TEXT = [
+    "Héllo WORLD, isn't it? naïve café ÅNGSTRÖM",
+    "東京は日本の首都です。北京是中华人民共和国的首都,人口2189万。",
+    "a[MASK]b [MASK] [SEP] [UNK] [mask]",
+    "tabs\tnew\nlines\r\nnul\x00 zero\u200bwidth \ufeff soft\u00adhyphen  two  blanks",
+    "🙂🙃 emoji; e\u0301 combining; ﬁ ligature; Ⅷ; ½; 1e-4; C++; 100%; foo_bar; x=y; ##ing",
+    "antidisestablishmentarianism" * 5,
+    "   ",
+]
+
+
+def real_text() -> list[str]:
+    """Lines of the sample and, where they are, of Wikipedia and PubMed, and what is odd."""
+    paths = find_files(["sample"], "data.train")
+    paths += (
+        [DATA / "pretrain" / f"{name}_valid.txt" for name in ("enwiki", "pubmed", "zhwiki")] if DATA.exists() else []
+    )
+    lines = [line for path in paths for line in islice(read_documents([path], "line"), 100)]
+    return lines + ODD_TEXT
+
+
+def same_ids(first, second) -> None:
+    """Equal ids, types and masks for single texts and for pairs."""
+    texts = real_text()
+    mates = random.Random(0).sample(texts, len(texts))
+    for pair in (None, mates):
+        left, right = first(texts, pair), second(texts, pair)
+        assert left["input_ids"] == right["input_ids"]
+        assert left["token_type_ids"] == right["token_type_ids"]
+        assert left["attention_mask"] == right["attention_mask"]
+
+
+def sample_documents():
+    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 40)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
+def trained(request, tmp_path_factory):
+    """A tokenizer trained on a part of the sample, and whether it lower-cases."""
+    cache = tmp_path_factory.mktemp("tokenizers")
+    return trained_tokenizer(
+        sample_documents, ["sample"], TokenizerSettings(vocab_size=3000, lowercase=request.param), cache
+    ), request.param
+
+
+def test_training_is_the_same_in_every_process():
+    """Whatever the seeds of Python's and Rust's hash maps, and the number of threads."""
+    program = """
+import hashlib
+from itertools import islice
+from bertlite.corpus import find_files, read_documents
+from bertlite.tokenizer import train_word_piece
+for lowercase in (True, False):
+    documents = lambda: islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
+    print(hashlib.sha256(train_word_piece(documents, 3000, lowercase).to_str().encode()).hexdigest())
+"""
+    environments = [("0", "1"), ("1", "2"), ("random", "4")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed, threads in environments
+    ]
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(outputs[0]) == 2 and len(set(outputs[0])) == 2
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_training_does_not_depend_on_the_order_of_ties():
+    """Every word is as frequent as every other, so each merge is a tie."""
+    words = [first + second for first in "abcdefghijklmnop" for second in "qrstuvwxyz"]
+    texts = {train_word_piece(lambda: iter([" ".join(words * 2)]), 120, True).to_str() for _ in range(5)}
+    assert len(texts) == 1
+
+
+def test_special_tokens_come_first(trained):
+    tokenizer, _ = trained
+    assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == [0, 1, 2, 3, 4]
+    assert [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id] == [0, 1, 2]
+    assert [tokenizer.sep_token_id, tokenizer.mask_token_id] == [3, 4]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+
+
+def test_saved_folder_gives_the_same_ids_with_auto_tokenizer(trained, tmp_path):
+    tokenizer, _ = trained
+    tokenizer.save_pretrained(tmp_path)
+    same_ids(tokenizer, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_trained_vocabulary_gives_the_same_ids_with_bert_tokenizer(trained, tmp_path):
+    """Google's and Hugging Face's own splitting, from nothing but the list of pieces."""
+    tokenizer, lowercase = trained
+    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    same_ids(tokenizer, BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase))
+
+
+def test_case_is_kept_or_not(trained):
+    tokenizer, lowercase = trained
+    assert (tokenizer("The State")["input_ids"] == tokenizer("the state")["input_ids"]) == lowercase
+    assert tokenizer.tokenize("the") == ["the"]
+
+
+def test_training_text_is_covered_and_pieces_are_used(trained):
+    tokenizer, _ = trained
+    ids = [number for text in tokenizer(list(sample_documents()))["input_ids"] for number in text]
+    assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.001
+    assert len(set(ids)) > 0.9 * len(tokenizer)
+    assert len(tokenizer) == 3000
+
+
+def test_chinese_characters_are_tokens_of_their_own():
+    text = "北京是中华人民共和国的首都。"
+    tokenizer = wrap(train_word_piece(lambda: iter([text, "人口 2189 万, in Beijing"]), 200, True))
+    assert tokenizer.tokenize(text) == list(text)
+    assert tokenizer.tokenize("在Beijing北京") == ["[UNK]", *tokenizer.tokenize("beijing"), "北", "京"]
+    assert not any(piece.startswith("##") and piece[2:] in text for piece in tokenizer.get_vocab())
+
+
+@pytest.mark.skipif(not (DATA / "pretrain" / "zhwiki_valid.txt").exists(), reason="needs ../shared/data")
+def test_chinese_wikipedia_has_few_unknown_tokens():
+    train, valid = (DATA / "pretrain" / f"zhwiki_{name}" for name in ("train.txt.xz", "valid.txt"))
+    tokenizer = wrap(train_word_piece(lambda: islice(read_documents([train], "line"), 15_000), 21_128, True))
+    assert len(tokenizer) <= 21_128
+    ids = [number for text in tokenizer(list(read_documents([valid], "line")))["input_ids"] for number in text]
+    assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.005
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("size", [6, 7, 8, 9, 50, 300, 1000])
+def test_vocabulary_is_no_larger_than_asked(size, lowercase):
+    """Also where the text has more characters than the vocabulary has room."""
+    alphabet = (
+        "".join(map(chr, range(0x4E00, 0x4E00 + 2000))) + "abcdefghijklmnopqrstuvwxyzéß АБВ абв हिन्दी ไทย العربية"
+    )
+    trained = train_word_piece(lambda: iter([alphabet, "the theme of them " * 20]), size, lowercase)
+    assert trained.get_vocab_size() <= size
+    assert [trained.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert sorted(trained.get_vocab().values()) == list(range(trained.get_vocab_size()))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), max_size=5),
+    size=st.integers(6, 60),
+    lowercase=st.booleans(),
+)
+def test_any_text_trains_a_vocabulary_of_at_most_that_size(documents, size, lowercase):
+    trained = train_word_piece(lambda: iter(documents), size, lowercase)
+    assert 5 <= trained.get_vocab_size() <= size
+    assert [trained.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert trained.to_str() == train_word_piece(lambda: iter(documents), size, lowercase).to_str()
+
+
+def test_frequent_characters_get_the_room():
+    text = "e " * 100 + "q " * 3 + "t " * 50
+    pieces = train_word_piece(lambda: iter([text]), 9, True).get_vocab()
+    assert set(pieces) == {*SPECIAL_TOKENS, "e", "##e", "t", "##t"}
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused():
+    with pytest.raises(UserError, match="tokenizer.*special tokens"):
+        vocabulary_of(wrap(train_word_piece(lambda: iter(["", " \n"]), 100, True)))
+
+
+# Loading
+
+
+@needs_vocabularies
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_vocab_txt_gives_hugging_faces_ids(name, lowercase, tmp_path):
+    """As a file, and as a folder that holds nothing else."""
+    source = VOCABULARIES[name] / "vocab.txt"
+    (tmp_path / "vocab.txt").write_bytes(source.read_bytes())
+    reference = BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase)
+    same_ids(load_tokenizer(str(source), lowercase), reference)
+    same_ids(load_tokenizer(str(tmp_path), lowercase), reference)
+
+
+@needs_vocabularies
+def test_tokenizer_json_gives_hugging_faces_ids():
+    folder = VOCABULARIES["bert-base-uncased"]
+    same_ids(load_tokenizer(str(folder / "tokenizer.json")), BertTokenizer.from_pretrained(folder))
+
+
+@needs_vocabularies
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_published_folder_gives_hugging_faces_ids(name):
+    """bert-base-uncased holds tokenizer.json and vocab.txt, bert-base-chinese vocab.txt alone."""
+    same_ids(load_tokenizer(str(VOCABULARIES[name])), BertTokenizer.from_pretrained(VOCABULARIES[name]))
+
+
+def test_saved_folder_loads_and_says_its_own_case(trained, tmp_path):
+    """`lowercase` counts for a bare vocab.txt alone."""
+    tokenizer, lowercase = trained
+    tokenizer.save_pretrained(tmp_path)
+    for name in (str(tmp_path), str(tmp_path / "tokenizer.json")):
+        loaded = load_tokenizer(name, not lowercase)
+        same_ids(tokenizer, loaded)
+        assert loaded.mask_token_id == 4 and loaded.is_fast
+
+
+def test_windows_line_ends_in_vocab_txt_are_no_part_of_the_pieces(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes("\r\n".join([*SPECIAL_TOKENS, "the", "##s", ""]).encode())
+    assert load_tokenizer(str(path))("thes the")["input_ids"] == [2, 5, 6, 5, 3]
+
+
+def test_special_tokens_anywhere_in_vocab_txt(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["the", "[MASK]", "a", "[SEP]", "[PAD]", "[CLS]", "[UNK]"]), encoding="utf-8")
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer("the zebra [MASK]", "a")["input_ids"] == [5, 0, 6, 1, 3, 2, 3]
+    vocabulary = vocabulary_of(tokenizer)
+    assert vocabulary.size == 7 and vocabulary.mask_id == 1
+    assert vocabulary.special_ids.tolist() == [1, 3, 4, 5, 6] and vocabulary.ordinary_ids.tolist() == [0, 2]
+
+
+def test_a_tokenizers_own_truncation_and_padding_are_switched_off(trained, tmp_path):
+    backend = Tokenizer.from_str(trained[0].backend_tokenizer.to_str())
+    backend.enable_truncation(8)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    for text in ("short", "a long text " * 20):
+        assert loaded.backend_tokenizer.encode(text).ids == trained[0].backend_tokenizer.encode(text).ids
+
+
+def test_masking_knows_special_and_ordinary_ids(trained):
+    tokenizer, _ = trained
+    vocabulary = vocabulary_of(tokenizer)
+    assert vocabulary.size == len(tokenizer) and vocabulary.mask_id == tokenizer.mask_token_id
+    assert vocabulary.special_ids.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(vocabulary.ordinary_ids, np.arange(5, len(tokenizer)))
+
+
+def test_added_special_tokens_are_special_too(trained, tmp_path):
+    trained[0].save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[E1]", "[E2]"]})
+    size = len(trained[0])
+    vocabulary = vocabulary_of(tokenizer)
+    assert vocabulary.size == size + 2
+    assert vocabulary.special_ids.tolist() == [0, 1, 2, 3, 4, size, size + 1]
+    assert vocabulary.ordinary_ids.max() == size - 1
+
+
+# The cache
+
+
+def test_the_same_text_and_settings_train_once(tmp_path, capfd):
+    def texts():
+        return iter(["some words and some more words"] * 3)
+
+    def never():
+        raise AssertionError("the text was read again")
+
+    chosen = TokenizerSettings(vocab_size=60)
+    first = trained_tokenizer(texts, ["digest"], chosen, tmp_path)
+    assert "training a vocabulary of 60" in capfd.readouterr().err
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = trained_tokenizer(never, ["digest"], chosen, tmp_path)
+    assert "training" not in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+    assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+
+    others = [
+        (["digest"], TokenizerSettings(vocab_size=59)),
+        (["digest"], TokenizerSettings(vocab_size=60, lowercase=False)),
+        (["other"], chosen),
+        (["digest", "other"], chosen),
+    ]
+    for digests, wanted in others:
+        with pytest.raises(AssertionError, match="read again"):
+            trained_tokenizer(never, digests, wanted, tmp_path)
+        trained_tokenizer(texts, digests, wanted, tmp_path)
+        assert "training" in capfd.readouterr().err
+
+
+def test_training_that_fails_leaves_nothing_behind(tmp_path):
+    def broken():
+        yield "some text"
+        raise UserError("bad line")
+
+    with pytest.raises(UserError, match="bad line"):
+        trained_tokenizer(broken, ["digest"], TokenizerSettings(vocab_size=60), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    tokenizer = trained_tokenizer(lambda: iter(["some text"]), ["digest"], TokenizerSettings(vocab_size=60), tmp_path)
+    assert len(tokenizer) > 5
+
+
+# Bad input
+
+
+def vocab_txt(text: str | bytes):
+    def write(folder: Path) -> str:
+        path = folder / "vocab.txt"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def tokenizer_json(text: str | bytes):
+    def write(folder: Path) -> str:
+        path = folder / "tokenizer.json"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def without_mask(folder: Path) -> Tokenizer:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the"]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def json_without_mask(folder: Path) -> str:
+    without_mask(folder).save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+def folder_without_mask(folder: Path) -> str:
+    PreTrainedTokenizerFast(
+        tokenizer_object=without_mask(folder),
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def broken_folder(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return str(folder)
+
+
+ALL = "\n".join(SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: str(folder / "nowhere" / "vocab.txt"), "no such tokenizer"),
+        (lambda folder: str(folder / "nowhere.json"), "no such tokenizer"),
+        (lambda folder: str(folder / "nowhere"), "no such tokenizer"),
+        (lambda folder: "./nowhere", "no such tokenizer"),
+        (lambda folder: "nowhere.txt", "no such tokenizer"),
+        (lambda folder: str(folder), "no such tokenizer"),  # an empty folder
+        (lambda folder: "nobody/has-published-this", "no tokenizer could be loaded"),
+        (lambda folder: "nobody-has-published-this", "no tokenizer could be loaded"),
+        (lambda folder: "not/a/hub/name", "no tokenizer could be loaded"),
+        (vocab_txt("[PAD]\n[CLS]\n[SEP]\n[MASK]\nthe\n"), "[UNK]"),
+        (vocab_txt("the\na\n"), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
+        (vocab_txt(""), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
+        (vocab_txt(f"{ALL}\nthe\na\nthe\n"), "'the' stands there twice"),
+        (vocab_txt(f"{ALL}\nthe\n[MASK]\n"), "'[MASK]' stands there twice"),
+        (vocab_txt(f"{ALL}\ncafé".encode("latin-1")), "not UTF-8"),
+        (tokenizer_json('{"version": "1.0", "mod'), "no tokenizer could be loaded"),
+        (tokenizer_json("{}"), "no tokenizer could be loaded"),
+        (tokenizer_json(""), "no tokenizer could be loaded"),
+        (tokenizer_json(b"\xff\xfe\x00"), "no tokenizer could be loaded"),
+        (broken_folder, "no tokenizer could be loaded"),
+        (json_without_mask, "mask"),
+        (folder_without_mask, "mask"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = make(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(name)
+    message = str(caught.value)
+    assert name.removeprefix("./") in message and reason.lower() in message.lower()
+    assert len(message.splitlines()) == 1
+
+
+def test_a_tokenizer_without_the_fast_form_is_refused(tmp_path):
+    """A slow one, as some languages have, cannot be used; the message says what to do."""
+    from transformers import PythonBackend
+
+    class Slow(PythonBackend):
+        vocab_size = 1
+
+        def get_vocab(self):
+            return {"[UNK]": 0}
+
+    assert not Slow(unk_token="[UNK]").is_fast
+
+
+def test_word_piece_without_special_tokens_is_plain(tmp_path):
+    assert word_piece({"[UNK]": 0, "a": 1}, True).encode("A b").ids == [1, 0]

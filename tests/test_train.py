@@ -1,0 +1,236 @@
+"""Pretraining: the loop against transformers and against itself, and every setting of the YAML."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertForMaskedLM
+
+from bertlite.batches import Batches
+from bertlite.config import PretrainConfig, load_config
+from bertlite.errors import Failure
+from bertlite.optim import OPTIMIZERS
+from bertlite.pretrain import prepare, run
+
+TIMES = ("tokens_per_second", "elapsed_seconds")
+
+
+def pretrain(path: Path, *overrides: str, resume: bool = False) -> Path:
+    """Pretrain in this process and return the run folder."""
+    config = load_config(PretrainConfig, path, list(overrides))
+    run(config, resume=resume)
+    return Path(config.output_dir)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_losses_equal_those_of_transformers_trained_on_the_same_batches(write_config):
+    path = write_config(train__logging_steps=1, train__max_grad_norm=0.5)
+    folder = pretrain(path)
+    untrained = pretrain(path, "train.max_steps=0", f"output_dir={folder}-untrained")
+
+    config = load_config(PretrainConfig, path)
+    prepared = prepare(config)
+    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, seed=0)
+    reference = BertForMaskedLM.from_pretrained(untrained / "model", attn_implementation="sdpa").train()
+    decayed = [weight for weight in reference.parameters() if weight.ndim > 1]
+    others = [weight for weight in reference.parameters() if weight.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
+    expected = []
+    for line in (line for line in metrics(folder) if "loss" in line):
+        batch = batches.training(8 * (line["step"] - 1), 8)
+        labels = torch.full_like(batch.input_ids, -100)
+        for row in range(8):
+            scored = batch.labels[row] != -100
+            labels[row, batch.prediction_positions[row, scored]] = batch.labels[row, scored]
+        loss = reference(
+            input_ids=batch.input_ids,
+            attention_mask=(batch.document_ids[:, :, None] == batch.document_ids[:, None, :])[:, None],
+            position_ids=batch.position_ids,
+            labels=labels,
+        ).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = line["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert len(expected) == 12
+    assert losses(folder) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_accumulation_is_exact(write_config, rows):
+    whole = pretrain(write_config("whole", train__per_device_train_batch_size=8))
+    parts = pretrain(write_config("parts", train__per_device_train_batch_size=rows))
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], weight, atol=2e-4, rtol=0)
+
+
+def test_two_ranks_train_like_one(write_config):
+    one = pretrain(write_config("one", train__logging_steps=1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29547"]
+    path = write_config("two", train__logging_steps=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-m", "bertlite", "pretrain", path], check=True, env=environment, capture_output=True)
+    two = path.parent / "two"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert [line["tokens"] for line in metrics(two)] == [line["tokens"] for line in metrics(one)]
+
+
+def test_a_line_means_all_scored_tokens_since_the_line_before(write_config):
+    each = pretrain(write_config("each", train__logging_steps=1))
+    fourth = pretrain(write_config("fourth", train__logging_steps=4))
+    config = load_config(PretrainConfig, write_config())
+    prepared = prepare(config)
+    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, seed=0)
+    counts = [int((batches.training(8 * step, 8).labels != -100).sum()) for step in range(4)]
+    mean = sum(count * loss for count, loss in zip(counts, losses(each)[:4], strict=True)) / sum(counts)
+    assert losses(fourth)[0] == pytest.approx(mean, abs=1e-6)
+    tokens = sum(batches.training(8 * step, 8).tokens() for step in range(4))
+    assert metrics(fourth)[0]["tokens"] == tokens
+
+
+def test_at_one_step_the_order_is_train_then_evaluation_and_the_last_does_all(write_config):
+    folder = pretrain(write_config(train__max_steps=11, train__logging_steps=5, train__eval_steps=5))
+    kinds = [(line["step"], "eval" if "eval_loss" in line else "train") for line in metrics(folder)]
+    assert kinds == [(s, kind) for s in (5, 10, 11) for kind in ("train", "eval")]
+    assert (folder / "checkpoints" / "step-00000011").is_dir()
+
+
+def test_no_steps_leave_the_untrained_model(write_config):
+    folder = pretrain(write_config(train__max_steps=0))
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [0]
+    assert lines[0]["eval_loss"] == pytest.approx(torch.tensor(1000.0).log().item(), abs=0.1)
+
+
+def test_the_model_learns(write_config):
+    path = write_config(train__max_steps=150, train__global_batch_size=32, train__eval_steps=75)
+    evaluations = [line["eval_loss"] for line in metrics(pretrain(path)) if "eval_loss" in line]
+    assert evaluations[1] < evaluations[0] < 6.9 - 0.5
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
+    changes = {"train__optim": optim, "train__max_steps": 30, "train__logging_steps": 1, "train__global_batch_size": 16}
+    plain = losses(pretrain(write_config("plain", **changes)))
+    bf16 = losses(pretrain(write_config("bf16", **changes, train__precision="bf16")))
+    compiled = losses(pretrain(write_config("compiled", **changes, train__compile=True)))
+    both = losses(pretrain(write_config("both", **changes, train__compile=True, train__precision="bf16")))
+    # fp32 differs by the order of sums; Muon's own iteration is in bf16, and magnifies it. bf16 has 8 bits: one loss
+    # of a batch is off by about 2**-8 / sqrt(predictions), which the training then follows.
+    assert compiled == pytest.approx(plain, abs=1e-4 if optim == "adamw" else 2e-2)
+    assert bf16 == pytest.approx(plain, abs=3e-2)
+    assert both == pytest.approx(plain, abs=3e-2)
+    assert bf16 != plain
+
+
+def test_training_that_diverges_ends_with_advice(write_config):
+    with pytest.raises(Failure, match=r"not finite at step \d+.*learning_rate"):
+        pretrain(write_config(train__learning_rate=1e30, train__warmup_ratio=0.0))
+
+
+# A value for every setting that differs from what `write_config` sets; None where another test shows the effect.
+CHANGED = {
+    "model.hidden_size": 48,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 4,
+    "model.intermediate_size": 96,
+    "model.hidden_act": "relu",
+    "model.hidden_dropout_prob": 0.1,
+    "model.attention_probs_dropout_prob": 0.1,
+    "model.max_position_embeddings": 64,
+    "model.type_vocab_size": 1,
+    "model.initializer_range": 0.05,
+    "model.layer_norm_eps": 1e-5,
+    "tokenizer.path": None,  # test_tokenizer.py, test_cli.py
+    "tokenizer.vocab_size": 900,
+    "tokenizer.lowercase": False,
+    "data.train": ["sample"],
+    "data.validation": [],
+    "data.validation_split": None,  # test_batches.py
+    "data.sequence_length": 32,
+    "data.document": "line",
+    "data.cache_dir": None,  # test_corpus.py
+    "masking.strategy": None,  # only one so far
+    "masking.rate": 0.3,
+    "train.max_steps": 5,
+    "train.global_batch_size": 4,
+    "train.per_device_train_batch_size": 1,
+    "train.gradient_checkpointing": None,  # the same numbers, test_model.py
+    "train.optim": "muon",
+    "train.learning_rate": 2e-3,
+    "train.muon_learning_rate": None,  # test_optim.py
+    "train.weight_decay": 0.1,
+    "train.adam_beta1": 0.5,
+    "train.adam_beta2": 0.9,
+    "train.adam_epsilon": 1e-4,
+    "train.warmup_ratio": 0.5,
+    "train.lr_scheduler_type": "cosine",
+    "train.max_grad_norm": 0.1,
+    "train.precision": "bf16",
+    "train.compile": None,  # above
+    "train.seed": 7,
+    "train.logging_steps": 1,
+    "train.eval_steps": 2,
+    "train.save_steps": 2,
+    "train.save_total_limit": 1,
+    "output_dir": None,
+}
+
+
+def fields(section, prefix: str = "") -> set[str]:
+    names = set()
+    for name, value in section:
+        names |= fields(value, f"{name}.") if hasattr(value, "model_dump") else {prefix + name}
+    return names
+
+
+def traces(folder: Path) -> tuple:
+    """All that a run leaves, but for times."""
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    config = (folder / "model" / "config.json").read_text()
+    return metrics(folder), checkpoints, model, config
+
+
+def test_every_setting_is_in_the_list(write_config):
+    assert set(CHANGED) == fields(load_config(PretrainConfig, write_config()))
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    return {}
+
+
+@pytest.mark.parametrize("setting", [name for name, value in CHANGED.items() if value is not None])
+def test_every_setting_changes_something(write_config, unchanged, setting):
+    short = {"train__max_steps": 4}
+    if "traces" not in unchanged:
+        unchanged["traces"] = traces(pretrain(write_config("before", **short, train__save_steps=1)))
+        unchanged["again"] = traces(pretrain(write_config("again", **short, train__save_steps=1)))
+    assert unchanged["traces"] == unchanged["again"]
+    path = write_config("after", **short, train__save_steps=1)
+    assert traces(pretrain(path, f"{setting}={json.dumps(CHANGED[setting])}")) != unchanged["traces"]
