@@ -5,7 +5,9 @@ ends. The plan of all rows is made once, kept beside the corpus, and memory-mapp
 """
 
 # Shapes: R rows, T positions of a row, P prediction slots of a row.
+import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,15 +18,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config import MaskingSettings
+from bertlite.config import MaskingSettings, TrainSettings
 from bertlite.corpus import Corpus, locked
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, new_folder
-from bertlite.masking import Vocabulary, mask_rows
-from bertlite.philox import EVALUATION_MASKS, HELD_OUT, MATES, TRAINING_MASKS, permute, philox, split64
+from bertlite.files import fingerprint, new_folder, write_json
+from bertlite.masking import Vocabulary, mask_rows, prediction_slots
+from bertlite.philox import (
+    EVALUATION_MASKS,
+    HELD_OUT,
+    MATES,
+    ROW_ORDER,
+    SOURCE_ORDER,
+    TRAINING_MASKS,
+    permute,
+    philox,
+    split64,
+)
 from bertlite.tokenizer import vocabulary_of
+from bertlite.words import word_start_table
 
-PLAN_VERSION = 1  # raise it when the same corpus would give other rows
+PLAN_VERSION = 2  # raise it when the same corpus would give other rows
+DEFAULTS = TrainSettings()
 EVALUATION_MASKING = MaskingSettings()  # held-out text is masked alike whatever the training does: losses compare
 
 
@@ -55,12 +69,14 @@ class Batch:
 
 class Plan:
     """A table of rows. Row r holds pieces `row_starts[r]` to `row_starts[r + 1]`, which lie in the corpus's tokens
-    at `piece_starts` and are `piece_lengths` long, [CLS] and [SEP] not counted."""
+    at `piece_starts` and are `piece_lengths` long, [CLS] and [SEP] not counted. `groups` says how many rows, one
+    behind the other, have which weight."""
 
     def __init__(self, folder: Path) -> None:
         self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
         self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
         self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
+        self.groups: list[tuple[float, int]] = json.loads((folder / "groups.json").read_text())
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -87,24 +103,46 @@ def split_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
 def make_plan(
     corpus: Corpus,
     sequence_length: int,
+    weights: Sequence[float] | None = None,
     share: float | None = None,
     part: Literal["all", "train", "held-out"] = "all",
 ) -> Plan:
-    """The rows of a corpus, or of what `split_documents` keeps or holds out of it; from the disk where it lies."""
-    key = fingerprint([PLAN_VERSION, sequence_length, share, part])
+    """The rows of a corpus, or of what `split_documents` keeps or holds out of it; from the disk where it lies.
+
+    `weights`, one for each source of the corpus, are how often its text is seen, 1 being once an epoch. Documents
+    share rows with documents of their weight.
+    """
+    sources = corpus.summary.source_documents
+    weights = list(weights or [1.0] * len(sources))[: len(sources)]
+    key = fingerprint([PLAN_VERSION, sequence_length, weights, share, part])
     folder = corpus.folder / f"plan-{key}"
     with locked(corpus.folder, f"plan-{key}"):
         if not folder.exists():
             wanted = np.ones(len(corpus), dtype=bool)
             if share is not None:
                 wanted = split_documents(corpus, share) == (part == "held-out")
-            starts, lengths = cut(corpus.starts, wanted, sequence_length - 2)
-            pieces, row_starts = pack(lengths + 2, sequence_length)
+            weight_of = np.repeat(weights, sources)
             with new_folder(folder) as aside:
-                np.save(aside / "piece_starts.npy", starts[pieces])
-                np.save(aside / "piece_lengths.npy", lengths[pieces].astype(np.int32))
-                np.save(aside / "row_starts.npy", row_starts)
+                _write_plan(aside, corpus, sequence_length, wanted, weight_of)
     return Plan(folder)
+
+
+def _write_plan(
+    folder: Path, corpus: Corpus, T: int, wanted: NDArray[np.bool_], weight_of: NDArray[np.float64]
+) -> None:
+    starts, lengths, rows = [], [], [np.zeros(1, np.int64)]
+    groups: list[tuple[float, int]] = []
+    for weight in np.unique(weight_of[wanted]):
+        piece_starts, piece_lengths = cut(corpus.starts, wanted & (weight_of == weight), T - 2)
+        pieces, row_starts = pack(piece_lengths + 2, T)
+        starts.append(piece_starts[pieces])
+        lengths.append(piece_lengths[pieces].astype(np.int32))
+        rows.append(row_starts[1:] + rows[-1][-1])
+        groups.append((float(weight), len(row_starts) - 1))
+    np.save(folder / "piece_starts.npy", np.concatenate(starts))
+    np.save(folder / "piece_lengths.npy", np.concatenate(lengths))
+    np.save(folder / "row_starts.npy", np.concatenate(rows))
+    write_json(folder / "groups.json", groups)
 
 
 def cut(starts: NDArray[np.int64], wanted: NDArray[np.bool_], limit: int) -> tuple[NDArray[np.int64], ...]:
@@ -163,37 +201,69 @@ class Batches:
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         masking: MaskingSettings = EVALUATION_MASKING,
-        seed: int = 0,
+        train: TrainSettings = DEFAULTS,
     ) -> None:
-        self.corpus, self.plan = corpus, plan
+        self.corpus, self.plan, self.masking, self.train = corpus, plan, masking, train
         self.vocabulary: Vocabulary = vocabulary_of(tokenizer)
+        self.begins_word = word_start_table(tokenizer.backend_tokenizer)
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         self.sequence_length = sequence_length
-        self.masking, self.seed = masking, seed
 
     def training(self, first: int, count: int) -> Batch:
-        """Samples `first` to `first + count` of the endless stream: every epoch is the plan's rows in a new order."""
+        """Samples `first` to `first + count` of the endless stream, masked at the rate of their step."""
         samples = np.arange(first, first + count)
-        rows = permute(samples % len(self.plan), len(self.plan), self.seed, samples // len(self.plan))
-        return self._batch(rows, samples, self.masking, (self.seed, TRAINING_MASKS))
+        steps = samples // self.train.global_batch_size
+        rates = self.masking.rate.at(np.minimum(1.0, steps / max(1, self.train.max_steps - 1)))
+        return self._batch(self.rows(samples), samples, self.masking, rates, (self.train.seed, TRAINING_MASKS))
+
+    def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the plan that are samples of the stream: in every epoch each once, times its weight.
+
+        An epoch shuffles the turns of the groups among each other; a group's turns go through its own rows, shuffled
+        anew each time they have all been seen. All in closed form.
+        """
+        seed = self.train.seed
+        turns = np.array([max(1, round(weight * rows)) for weight, rows in self.plan.groups])
+        epochs, place = samples // turns.sum(), samples % turns.sum()
+        if len(turns) > 1:
+            place = permute(place, int(turns.sum()), (seed, SOURCE_ORDER), epochs)
+        result = np.empty_like(samples)
+        first_turn = first_row = 0
+        for (_, size), count in zip(self.plan.groups, turns.tolist(), strict=True):
+            inside = (place >= first_turn) & (place < first_turn + count)
+            number = epochs[inside] * count + place[inside] - first_turn
+            result[inside] = first_row + permute(number % size, size, (seed, ROW_ORDER), number // size)
+            first_turn, first_row = first_turn + count, first_row + size
+        return result
 
     def evaluation(self, first: int, count: int) -> Batch:
         """Rows `first` to `first + count` of the plan with masks that never change; past its end rows are empty."""
         samples = np.arange(first, first + count)
         rows = np.where(samples < len(self.plan), samples, -1)
-        return self._batch(rows, samples, EVALUATION_MASKING, (0, EVALUATION_MASKS))
+        rates = EVALUATION_MASKING.rate.at(np.zeros(count))
+        return self._batch(rows, samples, EVALUATION_MASKING, rates, (0, EVALUATION_MASKS))
 
     def _batch(
-        self, rows: NDArray[np.int64], samples: NDArray[np.int64], masking: MaskingSettings, key: tuple[int, int]
+        self,
+        rows: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        masking: MaskingSettings,
+        rates: NDArray[np.float64],
+        key: tuple[int, int],
     ) -> Batch:
-        ids, positions, documents = self._rows(rows)
-        inputs, slots, labels = mask_rows(ids, samples, self.vocabulary, masking.strategy, masking.rate, key)
-        return Batch(*map(torch.from_numpy, (inputs, positions, documents, slots, labels)))
+        ids, positions, documents, begins_word = self._rows(rows)
+        slots = prediction_slots(self.sequence_length, masking)
+        inputs, places, labels = mask_rows(
+            ids, begins_word, samples, self.vocabulary, masking.strategy, rates, slots, key
+        )
+        return Batch(*map(torch.from_numpy, (inputs, positions, documents, places, labels)))
 
     def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Token ids, positions and document numbers (R,T) of rows of the plan; row -1 is empty."""
+        """Token ids, positions, document numbers and beginnings of words (R,T) of the plan's rows; -1 is empty."""
         ids = np.full((len(rows), self.sequence_length), self.pad_id, dtype=np.int64)
         positions, documents = np.zeros_like(ids), np.zeros_like(ids)
+        segmented = self.corpus.word_starts
+        begins_word = np.zeros(ids.shape, dtype=bool)
         for out, row in enumerate(rows):
             at = 0
             pieces = range(self.plan.row_starts[row], self.plan.row_starts[row + 1]) if row >= 0 else ()
@@ -202,7 +272,9 @@ class Batches:
                 end = at + length + 2
                 ids[out, at], ids[out, end - 1] = self.cls_id, self.sep_id
                 ids[out, at + 1 : end - 1] = self.corpus.tokens[start : start + length]
+                if segmented is not None:
+                    begins_word[out, at + 1 : end - 1] = segmented[start : start + length]
                 positions[out, at:end] = np.arange(length + 2)
                 documents[out, at:end] = number
                 at = end
-        return ids, positions, documents
+        return ids, positions, documents, self.begins_word[ids] if segmented is None else begins_word

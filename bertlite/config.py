@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from bertlite.errors import UserError
 
@@ -20,10 +20,9 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-class ModelSettings(Section):
+class Shape(Section):
     """The encoder's shape; the defaults are google-research/bert's BERT-mini."""
 
     hidden_size: Positive = 256
@@ -39,7 +38,7 @@ class ModelSettings(Section):
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
 
     @model_validator(mode="after")
-    def heads_divide_hidden_size(self) -> "ModelSettings":
+    def heads_divide_hidden_size(self) -> "Shape":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
@@ -48,8 +47,14 @@ class ModelSettings(Section):
         return self
 
 
-class Architecture(ModelSettings):
-    """A complete description of an encoder: the settings, and what the tokenizer decides."""
+class ModelSettings(Shape):
+    """What to train: a new encoder of a shape, or one that exists (`init_from`), which brings its own."""
+
+    init_from: str | None = None
+
+
+class Architecture(Shape):
+    """A complete description of an encoder: its shape, and what the tokenizer decides."""
 
     vocab_size: Positive
     pad_token_id: Annotated[int, Field(ge=0)] = 0
@@ -59,6 +64,9 @@ class TokenizerSettings(Section):
     path: str | None = None
     vocab_size: Positive = 30522
     lowercase: bool = True
+    train_characters: Positive = 100_000_000
+    pad_to_multiple_of: Positive | None = None
+    extend: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def special_tokens_fit(self) -> "TokenizerSettings":
@@ -67,18 +75,71 @@ class TokenizerSettings(Section):
         return self
 
 
+class Source(Section):
+    """Where text lies: files (`path`), or a Hugging Face dataset (`dataset`)."""
+
+    path: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    column: str = "text"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def one_place(self) -> "Source":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("should have either a path or a dataset")
+        return self
+
+    @model_serializer(mode="wrap")
+    def only_a_path_is_its_name(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
+        given = {name: value for name, value in serialize(self).items() if value != Source.model_fields[name].default}
+        return self.path if set(given) == {"path"} else given
+
+
+def _sources(value: Any) -> Any:
+    """A single source, or a list of them; a source that is only a name is a path."""
+    values = value if isinstance(value, list) else [value]
+    return [{"path": one} if isinstance(one, str) else one for one in values]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_sources)]
+
+
 class DataSettings(Section):
-    train: Annotated[Paths, Field(min_length=1)]
-    validation: Paths = []
+    train: Annotated[Sources, Field(min_length=1)]
+    validation: Sources = []
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.02
     sequence_length: Annotated[int, Field(ge=8)] = 128
     document: Literal["blank-line", "line"] = "blank-line"
+    min_characters: Annotated[int, Field(ge=0)] = 0
+    max_characters: Positive | None = None
+    remove_duplicates: bool = False
+    segmenter: str | None = None
     cache_dir: str | None = None
+
+
+class Rate(Section):
+    """A share that goes in a straight line from `start` to `end` over the run."""
+
+    start: Annotated[float, Field(gt=0, lt=1)]
+    end: Annotated[float, Field(gt=0, lt=1)]
+
+    def at(self, progress: Any) -> Any:
+        """The rate where `progress` (a number or an array) of the run is done."""
+        return self.start + (self.end - self.start) * progress
+
+    @model_serializer(mode="wrap")
+    def a_constant_is_a_number(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
+        return self.start if self.start == self.end else serialize(self)
 
 
 class MaskingSettings(Section):
     strategy: str = "token"
-    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    rate: Annotated[Rate, BeforeValidator(lambda rate: rate if isinstance(rate, dict | Rate) else
+                                          {"start": rate, "end": rate})] = Rate(start=0.15, end=0.15)  # fmt: skip
 
 
 class TrainSettings(Section):
@@ -118,7 +179,7 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def row_fits_positions(self) -> "PretrainConfig":
         length, limit = self.data.sequence_length, self.model.max_position_embeddings
-        if length > limit:
+        if length > limit and self.model.init_from is None:
             raise ValueError(
                 f"data.sequence_length is {length}, more than model.max_position_embeddings {limit}; "
                 "lower the first or raise the second"

@@ -1,63 +1,67 @@
-"""Text files to token ids on disk: made once, memory-mapped, and used again while nothing has changed."""
+"""Documents to token ids on disk: made once, memory-mapped, and used again while nothing has changed."""
 
-import bz2
 import fcntl
-import glob
-import gzip
-import io
+import hashlib
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config import DataSettings
+from bertlite.config import DataSettings, Source, choose
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, full_disk_named, sha256, write_json
+from bertlite.files import fingerprint, full_disk_named, write_json
 from bertlite.runtime import say
+from bertlite.sources import read_documents, source_digest, source_files
+from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
 
-CORPUS_VERSION = 1  # raise it when the same text would give other files
+CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
 BATCHES_PER_SYNC = 16  # after so many, what is on the disk is certain and an interruption goes on from there
-OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-    ".zst": lambda path: io.BufferedReader(zstandard.open(path, "rb"), 1 << 20),
-}
 
 
 @dataclass
 class Summary:
-    """What a corpus holds, counted while it was made."""
+    """What a corpus holds and what was dropped, counted while it was made."""
 
-    documents: int = 0
-    empty_documents: int = 0
+    read: int = 0  # documents, of which these were dropped:
+    empty: int = 0
+    duplicates: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    documents: int = 0  # and these kept:
     tokens: int = 0
     unknown_tokens: int = 0
-    characters: int = 0
+    words: int = 0
+    bytes: int = 0
+    source_documents: list[int] = field(default_factory=list)  # of each source, those kept
 
     def text(self) -> str:
-        unknown = self.unknown_tokens / max(1, self.tokens)
-        return f"{self.documents:,} documents, {self.tokens:,} tokens, {unknown:.2%} unknown"
+        dropped = ", ".join(
+            f"{count:,} {name.replace('_', ' ')}"
+            for name, count in asdict(self).items()
+            if name in ("empty", "duplicates", "too_short", "too_long") and count
+        )
+        return (
+            f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens, "
+            f"{self.tokens / max(1, self.words):.2f} a word, {self.unknown_tokens / max(1, self.tokens):.2%} unknown"
+            + (f"; dropped: {dropped}" if dropped else "")
+        )
 
 
 class Corpus:
     """Documents as token ids, without [CLS] and [SEP], in the order of the text.
 
     `tokens` (all tokens,) holds one document after the other; document i is `tokens[starts[i]:starts[i + 1]]`.
+    `word_starts` (all tokens,) says where words begin; None where the vocabulary says it (`words.word_start_table`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,6 +70,8 @@ class Corpus:
         self.summary = Summary(**about["summary"])
         self.tokens: NDArray = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
+        words = folder / "word_starts.bin"
+        self.word_starts: NDArray | None = np.memmap(words, dtype=np.uint8, mode="r") if words.exists() else None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -79,82 +85,29 @@ def cache_folder(setting: str | None) -> Path:
     return Path(setting or os.environ.get("BERTLITE_CACHE") or "~/.cache/bertlite").expanduser()
 
 
-def find_files(patterns: list[str], setting: str) -> list[Path]:
-    """The files that names and globs mean, in their order; `sample` is the text that ships with bertlite.
+def prepare_corpus(
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, data: DataSettings, setting: str
+) -> Corpus:
+    """The corpus of these sources: from the cache, finished from where it was interrupted, or made now.
 
-    Raises UserError for a name or glob that matches nothing, and for an empty file.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        if pattern == "sample":
-            found.append(Path(str(files("bertlite") / "sample" / "pretrain.txt")))
-            continue
-        matches = sorted(Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            what = "no file matches" if glob.has_magic(pattern) else "there is no such file"
-            raise UserError(f"{setting}: {pattern}: {what} (paths are relative to the current directory)")
-        for match in matches:
-            if match.is_dir():
-                raise UserError(f"{setting}: {match} is a folder; name its files, for example {match}/*.txt")
-            if match.stat().st_size == 0:
-                raise UserError(f"{setting}: {match} is empty")
-        found += matches
-    return found
-
-
-def read_documents(paths: Iterable[Path], document: str) -> Iterator[str]:
-    """The documents of text files, plain or compressed, one after the other.
-
-    `document` is "blank-line" (a document ends at a blank line or the end of its file) or "line". A byte order mark is
-    dropped. Raises UserError for a file that cannot be read, is damaged, or is not UTF-8, with the line.
-    """
-    for path in paths:
-        lines: list[str] = []
-        for line in _read_lines(path):
-            if line.strip():
-                lines.append(line)
-                if document == "blank-line":
-                    continue
-            if lines:
-                yield "\n".join(lines)
-                lines = []
-        if lines:
-            yield "\n".join(lines)
-
-
-def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
-    """The contents' SHA-256, read again only when a file's size or time has changed since the last time."""
-    digests = []
-    for path in paths:
-        status = path.stat()
-        record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
-        now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        known = json.loads(record.read_text()) if record.exists() else None
-        if known is None or {**known, **now} != known:
-            now["sha256"] = sha256(path)
-            if known is not None and known["sha256"] != now["sha256"]:
-                say(f"corpus: {path} has changed since it was last prepared")
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_json(record, now)
-            known = now
-        digests.append(str(known["sha256"]))
-    return digests
-
-
-def prepare_corpus(paths: list[Path], tokenizer: PreTrainedTokenizerBase, data: DataSettings, name: str) -> Corpus:
-    """The corpus of these files: from the cache, finished from where it was interrupted, or made now.
-
-    `name` is the setting that the files come from. Raises UserError when the files hold no text.
+    `setting` is where the sources are configured. Raises UserError when they hold no text.
     """
     cache = cache_folder(data.cache_dir)
     backend = tokenizer.backend_tokenizer
-    key = fingerprint([CORPUS_VERSION, file_digests(paths, cache), data.document, backend.to_str()])
+    parts = {
+        "the tokenizer": backend.to_str(),
+        "the text": [source_digest(source, setting, cache) for source in sources],
+        "the settings": [CORPUS_VERSION, data.document, data.min_characters, data.max_characters,
+                         data.remove_duplicates, data.segmenter],
+    }  # fmt: skip
+    key = fingerprint(parts)
     folder = cache / "corpora" / key
     with locked(cache / "corpora", key):
         if not (folder / "corpus.json").exists():
-            _tokenize(paths, backend, tokenizer.unk_token_id, data.document, folder, name)
+            _say_what_changed(sources, parts, cache, setting)
+            _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
     corpus = Corpus(folder)
-    say(f"{name}: {corpus.summary.text()} ({folder})")
+    say(f"{setting}: {corpus.summary.text()} ({folder})")
     return corpus
 
 
@@ -167,7 +120,22 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _tokenize(paths: list[Path], tokenizer: Tokenizer, unknown_id: int, document: str, folder: Path, name: str) -> None:
+def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path, setting: str) -> None:
+    """Compare with what the same sources were last prepared by, and remember this time."""
+    names = [[source.path and str(Path(source.path).absolute()), source.dataset, source.name] for source in sources]
+    record = cache / "prepared" / f"{fingerprint(names)}.json"
+    now = {part: fingerprint(value) for part, value in parts.items()}
+    if record.exists():
+        before = json.loads(record.read_text())
+        changed = " and ".join(part for part in now if before.get(part) != now[part])
+        say(f"{setting}: {changed or 'nothing'} changed since the last time; preparing the corpus again")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, now)
+
+
+def _tokenize(
+    sources: list[Source], tokenizer: Tokenizer, unknown_id: int, data: DataSettings, folder: Path, setting: str
+) -> None:
     """Append documents to the corpus's files; `progress.json` says how much of them is certain.
 
     After an interruption, what lies beyond is cut off and work goes on from there: the same bytes in the end.
@@ -175,51 +143,143 @@ def _tokenize(paths: list[Path], tokenizer: Tokenizer, unknown_id: int, document
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.json"
     summary = Summary(**json.loads(progress.read_text())) if progress.exists() else Summary()
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
     with ExitStack() as stack:
         stack.enter_context(full_disk_named(folder))
-        tokens = stack.enter_context(_open_at(folder / "tokens.bin", summary.tokens * dtype.itemsize))
-        starts = stack.enter_context(_open_at(folder / "document_starts.bin", (summary.documents + 1) * 8))
-        bar = stack.enter_context(tqdm(desc=f"tokenizing {name}", unit="char", unit_scale=True, disable=None))
-        bar.update(summary.characters)
-        done = summary.documents + summary.empty_documents
-        for number, batch in enumerate(_batches(read_documents(paths, document), skip=done), 1):
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            for text, encoding in zip(batch, encodings, strict=True):
-                ids = np.array(encoding.ids, dtype=dtype)
-                summary.characters += len(text)
-                summary.documents += len(ids) > 0
-                summary.empty_documents += len(ids) == 0
-                summary.tokens += len(ids)
-                summary.unknown_tokens += int((ids == unknown_id).sum())
-                if len(ids):
-                    tokens.write(ids.tobytes())
-                    starts.write(np.array(summary.tokens, "<i8").tobytes())
-            bar.update(sum(map(len, batch)))
+        bar = stack.enter_context(_bar(sources, setting))
+        writer = _Writer(folder, tokenizer, unknown_id, data, summary, stack)
+        for number, batch in enumerate(_batches(sources, data, summary, setting, bar), 1):
+            writer.write(batch)
             if number % BATCHES_PER_SYNC == 0:
-                _sync_files(tokens, starts)
+                writer.sync()
                 write_json(progress, asdict(summary))
         if not summary.tokens:
-            raise UserError(f"{name}: {', '.join(map(str, paths))}: there is no text in it, only blank lines")
-        _sync_files(tokens, starts)
-        write_json(folder / "corpus.json", {"dtype": dtype.str, "summary": asdict(summary)})
+            places = ", ".join(str(source.path or source.dataset) for source in sources)
+            raise UserError(f"{setting}: {places}: there is no text in it; {summary.read:,} documents read, none kept")
+        writer.sync()
+        write_json(folder / "corpus.json", {"dtype": writer.dtype.str, "summary": asdict(summary)})
         progress.unlink(missing_ok=True)
 
 
-def _batches(documents: Iterator[str], skip: int) -> Iterator[list[str]]:
-    """Lists of documents of about BATCH_CHARACTERS together, after the first `skip` documents."""
-    batch: list[str] = []
-    characters = 0
-    for number, text in enumerate(documents):
-        if number < skip:
-            continue
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+class _Writer:
+    """Tokenises batches of documents and appends them to the files of a corpus."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        unknown_id: int,
+        data: DataSettings,
+        summary: Summary,
+        stack: ExitStack,
+    ) -> None:
+        self.tokenizer, self.unknown_id, self.summary = tokenizer, unknown_id, summary
+        self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+        self.begins_word = word_start_table(tokenizer)
+        self.segment = choose(SEGMENTERS, data.segmenter, "data.segmenter") if data.segmenter else None
+        self.tokens = stack.enter_context(_open_at(folder / "tokens.bin", summary.tokens * self.dtype.itemsize))
+        self.starts = stack.enter_context(_open_at(folder / "document_starts.bin", (summary.documents + 1) * 8))
+        self.files = [self.tokens, self.starts]
+        if self.segment:
+            self.words = stack.enter_context(_open_at(folder / "word_starts.bin", summary.tokens))
+            self.files.append(self.words)
+
+    def write(self, batch: list[tuple[int, str]]) -> None:
+        """Append documents, given with the number of their source."""
+        chunks = [_chunks(text) for _, text in batch]
+        flat = [chunk for document in chunks for chunk in document]
+        encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
+        encodings = iter(encode(flat, add_special_tokens=False))
+        for (source, text), document in zip(batch, chunks, strict=True):
+            parts = [next(encodings) for _ in document]
+            ids = np.concatenate([np.array(part.ids, dtype=self.dtype) for part in parts])
+            if not len(ids):
+                self.summary.empty += 1
+                continue
+            starts = self.begins_word[ids]
+            if self.segment:
+                starts = self._segmented(document, parts)
+                self.words.write(starts.tobytes())
+            self._count(source, text, ids, int(starts.sum()))
+            self.tokens.write(ids.tobytes())
+            self.starts.write(np.array(self.summary.tokens, "<i8").tobytes())
+
+    def sync(self) -> None:
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _segmented(self, document: list[str], parts: list[Encoding]) -> NDArray:
+        return np.concatenate(
+            [segmented_starts(chunk, part.offsets, self.segment) for chunk, part in zip(document, parts, strict=True)]
+        )
+
+    def _count(self, source: int, text: str, ids: NDArray, words: int) -> None:
+        summary = self.summary
+        summary.source_documents += [0] * (source + 1 - len(summary.source_documents))
+        summary.source_documents[source] += 1
+        summary.documents += 1
+        summary.tokens += len(ids)
+        summary.unknown_tokens += int((ids == self.unknown_id).sum())
+        summary.words += words
+        summary.bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+def _batches(
+    sources: list[Source], data: DataSettings, summary: Summary, setting: str, bar: tqdm
+) -> Iterator[list[tuple[int, str]]]:
+    """Lists of documents to keep, of about BATCH_CHARACTERS together, after those that `summary` has read already."""
+    skip = summary.read
+    seen: set[bytes] = set()
+    batch: list[tuple[int, str]] = []
+    characters = number = 0
+    for source_number, source in enumerate(sources):
+        for text in read_documents(source, data.document, setting, bar.update):
+            number += 1
+            duplicate = data.remove_duplicates and _is_known(text, seen)
+            if number <= skip:
+                continue
+            summary.read += 1
+            if not text.strip():
+                summary.empty += 1
+            elif duplicate:
+                summary.duplicates += 1
+            elif len(text) < data.min_characters:
+                summary.too_short += 1
+            elif data.max_characters and len(text) > data.max_characters:
+                summary.too_long += 1
+            else:
+                batch.append((source_number, text))
+                characters += len(text)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _is_known(text: str, seen: set[bytes]) -> bool:
+    """Whether the same text has come before; about 100 bytes of memory a document."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+    known = digest in seen
+    seen.add(digest)
+    return known
+
+
+def _chunks(text: str) -> list[str]:
+    """A text as parts of at most BATCH_CHARACTERS, cut before white space where there is any: memory stays bounded."""
+    chunks, at = [], 0
+    while len(text) - at > BATCH_CHARACTERS:
+        end = at + BATCH_CHARACTERS
+        space = max(text.rfind(sign, at + 1, end) for sign in " \n\t")
+        chunks.append(text[at : space if space > 0 else end])
+        at += len(chunks[-1])
+    return [*chunks, text[at:]]
+
+
+def _bar(sources: list[Source], setting: str) -> tqdm:
+    files = [path for source in sources for path in source_files(source, setting)]
+    total = None if any(source.dataset for source in sources) else sum(path.stat().st_size for path in files)
+    return tqdm(desc=f"tokenizing {setting}", total=total, unit="B", unit_scale=True, disable=None)
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -228,26 +288,3 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def _sync_files(*open_files: BinaryIO) -> None:
-    for file in open_files:
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with OPENERS.get(path.suffix, lambda plain: plain.open("rb"))(path) as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); convert it, for example: iconv -f latin1 -t utf-8"
-        ) from None
-    except (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.batches import Batches, make_plan
 from bertlite.config import DataSettings
-from bertlite.corpus import find_files, prepare_corpus
+from bertlite.corpus import prepare_corpus
 from bertlite.errors import UserError
 from bertlite.model import MaskedLanguageModel
 from bertlite.pretrain import masked_lm_scores
@@ -31,8 +31,8 @@ def evaluate_text(
     length = min(sequence_length or tokenizer.model_max_length, limit)
     if sequence_length and sequence_length > limit:
         raise UserError(f"--sequence-length is {sequence_length}, more than the model's {limit} positions")
-    data = DataSettings(train=files, sequence_length=length, document=document)
-    corpus = prepare_corpus(find_files(files, "--data"), tokenizer, data, "--data")
+    data = DataSettings.model_validate({"train": files, "sequence_length": length, "document": document})
+    corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
     model.to(runtime.device)

@@ -198,5 +198,20 @@ def initialize(model: nn.Module, std: float, seed: int) -> None:
             nn.init.zeros_(module.bias)
 
 
+def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]]) -> None:
+    """Exchange a model's vocabulary: entry i becomes the mean of the old entries `old_ids[i]`, or of all without any.
+
+    An entry is a row of the word embedding and a number of the decoder's bias.
+    """
+    for parameter in (model.encoder.embeddings.word.weight, model.head.bias):
+        old = parameter.detach()
+        new = old.mean(0, keepdim=True).repeat(len(old_ids), *[1] * (old.ndim - 1))
+        for number, ids in enumerate(old_ids):
+            if ids:
+                new[number] = old[ids].mean(0)
+        parameter.data = new
+    model.config = model.encoder.config = model.config.model_copy(update={"vocab_size": len(old_ids)})
+
+
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())

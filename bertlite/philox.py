@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What a stream of numbers is for. Two purposes never share numbers.
-HELD_OUT, MATES, ROW_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT = range(6)
+HELD_OUT, MATES, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT, TOKENIZER_SAMPLE = range(8)
 
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -41,7 +41,7 @@ def below(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
     return ((random * np.uint64(limit)) >> _SHIFT).astype(np.int64)
 
 
-def permute(index: NDArray[np.int64], size: int, seed: int, epoch: NDArray[np.int64]) -> NDArray[np.int64]:
+def permute(index: NDArray[np.int64], size: int, key: tuple[int, int], epoch: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where a shuffle of `size` things, another one each epoch, puts `index`; no table is kept.
 
     A four-round Feistel network over Philox (Luby and Rackoff 1988) on the next power of four, walked until it
@@ -55,7 +55,7 @@ def permute(index: NDArray[np.int64], size: int, seed: int, epoch: NDArray[np.in
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & low_mask
         for turn in range(4):
-            mixed = philox((seed, ROW_ORDER), (right, turn, *split64(epoch[outside])))[..., 0]
+            mixed = philox(key, (right, turn, *split64(epoch[outside])))[..., 0]
             left, right = right, left ^ (mixed & low_mask)
         value[outside] = (left << np.uint64(half)) | right
         outside = value >= np.uint64(size)

@@ -13,16 +13,18 @@ from bertlite.attention import best_kernel
 from bertlite.batches import Batch, Batches, Plan, make_plan
 from bertlite.checkpoint import load_training_state, newest_checkpoint, save_checkpoint, save_final_model
 from bertlite.config import Architecture, PretrainConfig, choose
-from bertlite.corpus import Corpus, cache_folder, file_digests, find_files, prepare_corpus, read_documents
+from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
-from bertlite.hf import load_model
+from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
-from bertlite.model import ACTIVATIONS, MaskedLanguageModel, initialize, parameter_count
+from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
-from bertlite.run_folder import open_run, write_config
+from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, say, start
-from bertlite.tokenizer import load_tokenizer, trained_tokenizer
+from bertlite.sources import read_documents, source_digest
+from bertlite.tokenizer import configured_tokenizer, pieces_before
 from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+from bertlite.words import SEGMENTERS
 
 
 class Prepared(NamedTuple):
@@ -40,23 +42,28 @@ def prepare(config: PretrainConfig) -> Prepared:
 
     Raises UserError, naming setting and file, for text or a tokenizer that cannot be used.
     """
-    data, cache = config.data, cache_folder(config.data.cache_dir)
-    paths = find_files(data.train, "data.train")
-    validation_paths = find_files(data.validation, "data.validation")
-    if config.tokenizer.path:
-        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.lowercase)
-    else:
-        digests = [*file_digests(paths, cache), data.document]
-        tokenizer = trained_tokenizer(lambda: read_documents(paths, data.document), digests, config.tokenizer, cache)
-    tokenizer.model_max_length = data.sequence_length
-    T = data.sequence_length
-    corpus = prepare_corpus(paths, tokenizer, data, "data.train")
-    if validation_paths:
-        validation = prepare_corpus(validation_paths, tokenizer, data, "data.validation")
-        plan, validation_plan = make_plan(corpus, T), make_plan(validation, T)
+    data, cache, T = config.data, cache_folder(config.data.cache_dir), config.data.sequence_length
+    digests = [source_digest(source, "data.train", cache) for source in data.train]
+    base = config.tokenizer.path
+    if base is None and config.model.init_from is not None:
+        base = str(model_folder(config.model.init_from))
+    tokenizer = configured_tokenizer(
+        config.tokenizer,
+        base,
+        lambda: (text for source in data.train for text in read_documents(source, data.document, "data.train")),
+        [digests, data.document],
+        cache,
+    )
+    tokenizer.model_max_length = T
+    corpus = prepare_corpus(data.train, tokenizer, data, "data.train")
+    weights = [source.weight for source in data.train]
+    if data.validation:
+        validation = prepare_corpus(data.validation, tokenizer, data, "data.validation")
+        plan, validation_plan = make_plan(corpus, T, weights), make_plan(validation, T)
     else:
         validation, share = corpus, data.validation_split
-        plan, validation_plan = make_plan(corpus, T, share, "train"), make_plan(corpus, T, share, "held-out")
+        plan = make_plan(corpus, T, weights, share, "train")
+        validation_plan = make_plan(corpus, T, None, share, "held-out")
     for name, rows in {"training": plan, "held-out": validation_plan}.items():
         used = rows.tokens() / (len(rows) * T)
         say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
@@ -88,9 +95,61 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
 def check_names(config: PretrainConfig) -> None:
     """Raise UserError for a setting that names a function that does not exist."""
     choose(ACTIVATIONS, config.model.hidden_act, "model.hidden_act")
+    if config.data.segmenter is not None:
+        choose(SEGMENTERS, config.data.segmenter, "data.segmenter")
     choose(STRATEGIES, config.masking.strategy, "masking.strategy")
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
+
+
+def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kernel: str) -> MaskedLanguageModel:
+    """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary.
+
+    Raises UserError where a setting contradicts the model to begin from.
+    """
+    settings = config.model
+    if settings.init_from is None:
+        shape = settings.model_dump(exclude={"init_from"})
+        architecture = Architecture(**shape, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        model = MaskedLanguageModel(architecture, kernel)
+        initialize(model, settings.initializer_range, config.train.seed)
+        return model
+    source = model_folder(settings.init_from)
+    begin = load_model(source, kernel)
+    dropout = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    for name in settings.model_fields_set - dropout - {"init_from"}:
+        ours, theirs = getattr(settings, name), getattr(begin.config, name)
+        if ours != theirs:
+            raise UserError(f"model.{name} is {ours}, but {settings.init_from} has {theirs}; leave it out")
+    if config.data.sequence_length > begin.config.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, more than max_position_embeddings "
+            f"{begin.config.max_position_embeddings} of {settings.init_from}"
+        )
+    chosen = begin.config.model_copy(update={name: getattr(settings, name) for name in dropout})
+    model = MaskedLanguageModel(chosen, kernel)
+    initialize(model, chosen.initializer_range, config.train.seed)
+    if isinstance(begin, MaskedLanguageModel):
+        model.load_state_dict(begin.state_dict())
+    else:
+        say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
+        model.encoder.load_state_dict({k: v for k, v in begin.state_dict().items() if not k.startswith("pooler.")})
+    old = load_tokenizer_of(source, begin)
+    _exchange_vocabulary(model, old.get_vocab(), tokenizer.get_vocab())
+    return model
+
+
+def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], new: dict[str, int]) -> None:
+    if old == new:
+        return
+    pieces = sorted(new, key=lambda piece: new[piece])
+    old_ids = [[old[piece]] if piece in old else pieces_before(piece, old) for piece in pieces]
+    fresh = [piece for piece in pieces if piece not in old]
+    say(
+        f"vocabulary: {len(new):,} pieces; {len(fresh):,} are new ({', '.join(fresh[:5])}, …) and start as the mean of "
+        f"the old pieces that spell them; {len(old.keys() - new.keys()):,} old ones are gone"
+    )
+    exchange_vocabulary(model, old_ids)
 
 
 def masked_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -112,24 +171,16 @@ def masked_lm_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime) -> None:
     settings, T = config.train, config.data.sequence_length
     tokenizer = prepared.tokenizer
-    batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings.seed)
+    batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings)
     validation = Batches(prepared.validation_corpus, prepared.validation_plan, tokenizer, T)
-    architecture = Architecture(
-        **config.model.model_dump(), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
     kernel = best_kernel(runtime.device)
     checkpoint = newest_checkpoint(folder)
-    model: nn.Module
-    if checkpoint is None:
-        model = MaskedLanguageModel(architecture, kernel)
-        initialize(model, architecture.initializer_range, settings.seed)
-    else:
-        model = load_model(checkpoint, kernel)
+    model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, tokenizer, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
     optimizer = Optimizer(model, settings)
-    slots = prediction_slots(T, config.masking.rate)
-    micro_batch = rows_at_a_time(settings, architecture, T, slots, runtime)
+    slots = prediction_slots(T, config.masking)
+    micro_batch = rows_at_a_time(settings, model.config, T, slots, runtime)
     facts = {"corpus": [prepared.corpus.folder.name, prepared.validation_corpus.folder.name], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:

@@ -1,8 +1,12 @@
 """Tokenizers: train WordPiece from text, or load one; always a Hugging Face tokenizer with the five special tokens."""
 
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count as count_up
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -12,10 +16,12 @@ from bertlite.config import TokenizerSettings
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, new_folder
 from bertlite.masking import Vocabulary
+from bertlite.philox import TOKENIZER_SAMPLE, philox, split64
 from bertlite.runtime import say
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
+UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT's vocabularies leave for their users
 CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] rather than take room in the vocabulary
 
 
@@ -53,36 +59,61 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def trained_tokenizer(
-    documents: Callable[[], Iterable[str]], digests: list[str], settings: TokenizerSettings, cache: Path
+def configured_tokenizer(
+    settings: TokenizerSettings, base: str | None, documents: Callable[[], Iterable[str]], digest: Any, cache: Path
 ) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of these documents: from the cache, or trained now and kept there.
+    """The tokenizer that the settings mean: trained on the documents, or `base`, extended and padded as they say.
 
-    `digests` stand for the text: the same digests and settings give the same tokenizer.
+    What is made is kept in the cache by fingerprint; `digest` stands for the documents there.
+    Raises UserError when `base` cannot be loaded, or cannot be changed as the settings say.
     """
-    key = fingerprint([TRAINER_VERSION, digests, settings.vocab_size, settings.lowercase])
-    folder = cache / "tokenizers" / key
+    old = None if base is None else load_tokenizer(base, settings.lowercase)
+    if old is not None and not settings.extend and not settings.pad_to_multiple_of:
+        return old
+    given = None if old is None else [old.backend_tokenizer.to_str(), settings.extend]
+    size = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, given, size])
     if not folder.exists():
-        say(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
-        tokenizer = wrap(train_word_piece(documents, settings.vocab_size, settings.lowercase))
         with new_folder(folder) as aside:
-            tokenizer.save_pretrained(aside)
+            if old is None:
+                _train(documents(), settings).save_pretrained(aside)
+            else:
+                old.save_pretrained(aside)
+                if settings.extend:
+                    _change_vocabulary(aside, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
+            if settings.pad_to_multiple_of:
+                _change_vocabulary(aside, lambda vocabulary: padded(vocabulary, settings.pad_to_multiple_of))
     tokenizer = load_tokenizer(str(folder))
-    say(f"tokenizer: {len(tokenizer):,} pieces, {'lower-cased' if settings.lowercase else 'cased'} ({folder})")
+    say(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
     return tokenizer
 
 
-def train_word_piece(documents: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Tokenizer:
+def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
+    """All documents, or a random part of them of at most `limit` characters; the same part every time."""
+    kept: list[tuple[int, str]] = []
+    share, characters = 1 << 32, 0
+    for random, text in zip(_random_numbers(), documents, strict=False):
+        if random < share:
+            kept.append((random, text))
+            characters += len(text)
+        while characters > limit and len(kept) > 1:
+            share //= 2
+            kept = [(random, text) for random, text in kept if random < share]
+            characters = sum(len(text) for _, text in kept)
+    return [text[:limit] for _, text in kept]
+
+
+def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     """Train WordPiece as BERT has it (Devlin et al. 2018, section 3), the same in every process.
 
     The library numbers the pieces that continue a word in the order of a hash map, and breaks ties by these numbers.
     So they are given to it beforehand, sorted, as if they were special tokens.
     """
-    alphabet = _alphabet(documents(), vocab_size, lowercase)
+    alphabet = _alphabet(documents, vocab_size, lowercase)
     continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
     tokenizer = word_piece({"[UNK]": 0}, lowercase)
     tokenizer.train_from_iterator(
-        documents(),
+        documents,
         trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -95,6 +126,35 @@ def train_word_piece(documents: Callable[[], Iterable[str]], vocab_size: int, lo
     )
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return word_piece({piece: number for number, (piece, _) in enumerate(pieces)}, lowercase)
+
+
+def extended(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
+    """A vocabulary with new pieces in the places of its [unusedN] entries, in their order, and then at its end."""
+    by_number = {number: piece for piece, number in vocabulary.items()}
+    unused = sorted(number for number, piece in by_number.items() if UNUSED.fullmatch(piece))
+    places = [*unused, *range(len(by_number), len(by_number) + len(pieces))]
+    by_number |= dict(zip(places, pieces, strict=False))
+    return {by_number[number]: number for number in sorted(by_number)}
+
+
+def padded(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
+    """A vocabulary with [unusedN] entries added up to a multiple, so that tokenizer and embedding agree."""
+    names = (f"[unused{number}]" for number in count_up() if f"[unused{number}]" not in vocabulary)
+    return vocabulary | {
+        next(names): number for number in range(len(vocabulary), -(-len(vocabulary) // multiple) * multiple)
+    }
+
+
+def pieces_before(piece: str, vocabulary: dict[str, int]) -> list[int]:
+    """The ids that a vocabulary without `piece` spells it with, longest match first, as WordPiece does; [] if none."""
+    text, prefix, ids = piece.removeprefix("##"), "##" if piece.startswith("##") else "", []
+    while text:
+        end = next((end for end in range(len(text), 0, -1) if prefix + text[:end] in vocabulary), 0)
+        if not end:
+            return []
+        ids.append(vocabulary[prefix + text[:end]])
+        text, prefix = text[end:], "##"
+    return ids
 
 
 def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
@@ -125,6 +185,46 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if not len(ordinary):
         raise UserError("tokenizer: the vocabulary holds nothing but special tokens")
     return Vocabulary(len(tokenizer), tokenizer.mask_token_id, special, ordinary)
+
+
+def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+    say(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
+    sample = sample_documents(documents, settings.train_characters)
+    return wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
+
+
+def _extended(
+    vocabulary: dict[str, int], old: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
+) -> dict[str, int]:
+    """The vocabulary with the new pieces that a tokenizer trained on the documents would use most often."""
+    say(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
+    sample = sample_documents(documents, settings.train_characters)
+    lowercase = bool(old.backend_tokenizer.normalizer.lowercase)
+    domain = train_word_piece(sample, len(vocabulary), lowercase)
+    uses: Counter[str] = Counter()
+    for text in sample:
+        uses.update(domain.encode(text, add_special_tokens=False).tokens)
+    new = [piece for piece, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0])) if piece not in vocabulary]
+    return extended(vocabulary, new[: settings.extend])
+
+
+def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
+    """Rewrite the vocabulary of a saved WordPiece tokenizer."""
+    path = folder / "tokenizer.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if about["model"]["type"] != "WordPiece":
+        raise UserError(
+            f"tokenizer: a {about['model']['type']} vocabulary cannot be extended or padded, only WordPiece"
+        )
+    about["model"]["vocab"] = change(about["model"]["vocab"])
+    path.write_text(json.dumps(about, ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / "vocab.txt").unlink(missing_ok=True)  # would contradict it
+
+
+def _random_numbers() -> Iterator[int]:
+    for block in count_up():
+        indexes = np.arange(block * 4096, (block + 1) * 4096)
+        yield from philox((0, TOKENIZER_SAMPLE), (*split64(indexes), 0, 0))[:, 0].tolist()
 
 
 def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:

@@ -1,0 +1,211 @@
+"""Text in whatever form it lies: files, compressed or not, tables, and Hugging Face datasets, as documents."""
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from bertlite.config import Source
+from bertlite.errors import UserError
+from bertlite.files import fingerprint, sha256, write_json
+from bertlite.runtime import say
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+    ".zst": lambda file: io.BufferedReader(zstandard.open(file, "rb"), 1 << 20),
+}
+DAMAGED = (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error)
+# Tables, by the datasets library's name of their reader, and its options.
+TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def source_files(source: Source, setting: str) -> list[Path]:
+    """The files that a source's path means, in their order: a file, a glob, all files of a folder, or `sample`.
+
+    Raises UserError for a name that matches nothing, and for an empty file.
+    """
+    if source.path is None:
+        return []
+    if source.path == "sample":
+        return [Path(str(files("bertlite") / "sample" / "pretrain.txt"))]
+    found: list[Path] = []
+    for match in sorted(Path(name) for name in glob.glob(os.path.expanduser(source.path), recursive=True)):
+        inside = (path for path in sorted(match.rglob("*")) if not any(p.startswith(".") for p in path.parts))
+        found += [path for path in inside if path.is_file()] if match.is_dir() else [match]
+    if not found:
+        what = "no file matches" if glob.has_magic(source.path) else "there is no such file"
+        raise UserError(f"{setting}: {source.path}: {what} (paths are relative to the current directory)")
+    for path in found:
+        if path.stat().st_size == 0:
+            raise UserError(f"{setting}: {path} is empty")
+    return found
+
+
+def source_digest(source: Source, setting: str, cache: Path) -> list[Any]:
+    """What stands for a source's text: the same digest, the same text."""
+    about = [source.column, *(file_digest(path, cache) for path in source_files(source, setting))]
+    if source.dataset is None:
+        return about
+    folder = Path(source.dataset)
+    inside = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [*about, source.dataset, source.name, source.split, source.revision,
+            *(file_digest(path, cache) for path in inside)]  # fmt: skip
+
+
+def file_digest(path: Path, cache: Path) -> str:
+    """The content's SHA-256, read again only when the file's size or time has changed since the last time."""
+    status = path.stat()
+    record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
+    now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    known = json.loads(record.read_text()) if record.exists() else None
+    if known is None or {**known, **now} != known:
+        now["sha256"] = sha256(path)
+        if known is not None and known["sha256"] != now["sha256"]:
+            say(f"{path} has changed since it was last prepared")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, now)
+        known = now
+    return str(known["sha256"])
+
+
+def read_documents(
+    source: Source, document: str, setting: str, report: Callable[[int], None] = lambda count: None
+) -> Iterator[str]:
+    """The documents of a source, one after the other; `report` is told of bytes of its files that are done.
+
+    `document` says what a document is in a text file: "blank-line" (it ends at a blank line, or with its file) or
+    "line"; of a table or dataset each row is one. A byte order mark is dropped. Raises UserError for what cannot be
+    read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
+    """
+    for path in source_files(source, setting):
+        kind = path.suffixes[-2] if path.suffix in DECOMPRESSORS and len(path.suffixes) > 1 else path.suffix
+        if kind in TABLES:
+            yield from _read_table(path, kind, source.column)
+            report(path.stat().st_size)
+        else:
+            yield from _read_text(path, document, report)
+    if source.dataset is not None:
+        yield from _read_dataset(source, setting)
+
+
+def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iterator[str]:
+    lines: list[str] = []
+    for line in _read_lines(path, report):
+        if line.strip():
+            lines.append(line)
+            if document == "blank-line":
+                continue
+        if lines:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)
+
+
+def _read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    number = done = 0
+    try:
+        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if number % 1000 == 0:
+                    report(raw.tell() - done)
+                    done = raw.tell()
+        report(path.stat().st_size - done)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); convert it, for example: iconv -f latin1 -t utf-8"
+        ) from None
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
+    datasets = _datasets(str(path))
+    builder, options = TABLES[kind]
+    try:
+        table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
+        yield from _column(table, column, str(path))
+    except UserError:
+        raise
+    except Exception as error:  # the library lets through whatever its readers raise
+        reason = _broken_line(path) if builder == "json" else None
+        raise UserError(f"{path}{reason or f': cannot be read: {_first_line(error)}'}") from None
+
+
+def _read_dataset(source: Source, setting: str) -> Iterator[str]:
+    name = str(source.dataset)
+    datasets = _datasets(name)
+    try:
+        if (Path(name) / "state.json").exists():
+            table = datasets.load_from_disk(name)
+        elif (Path(name) / "dataset_dict.json").exists():
+            table = datasets.load_from_disk(name)[source.split]
+        else:
+            table = datasets.load_dataset(
+                name, source.name, split=source.split, revision=source.revision, streaming=source.streaming
+            )
+        yield from _column(table, source.column, f"{setting}: {name}")
+    except UserError:
+        raise
+    except Exception as error:  # the library lets through whatever its readers raise
+        raise UserError(f"{setting}: {name}: cannot be read as a dataset: {_first_line(error)}") from None
+
+
+def _datasets(name: str) -> Any:
+    """The datasets library, quiet; only sources that need it import it."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name}: the datasets library reads it, and is not installed: pip install datasets") from None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _column(table: Any, column: str, name: str) -> Iterator[str]:
+    for rows in table.iter(batch_size=1000):
+        if column not in rows:
+            raise UserError(f"{name}: there is no column {column!r}; there are {', '.join(rows)} (set column)")
+        for text in rows[column]:
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"{name}: the column {column!r} holds {type(text).__name__}, not text")
+            yield text or ""
+
+
+def _broken_line(path: Path) -> str | None:
+    """Where a JSON lines file breaks, found by reading it line by line; None when each line is valid."""
+    for number, line in enumerate(_read_lines(path), 1):
+        try:
+            if line.strip():
+                json.loads(line)
+        except ValueError as error:
+            return f":{number}: not valid JSON: {error}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
