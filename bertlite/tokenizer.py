@@ -32,15 +32,15 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     such tokenizer, or it lacks a special token or the fast form.
     """
     path = Path(name)
-    if path.is_dir() and not any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
-        path = path / "vocab.txt"
+    if path.is_dir() and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
+        path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
         raise UserError(f"{path}: no such tokenizer")
     try:
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))
         elif path.is_file():
-            tokenizer = BertTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
+            tokenizer = wrap(_with_special_tokens(Tokenizer.from_file(str(path)), path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except UserError:
@@ -175,7 +175,8 @@ def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
-    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
+    lowercase = getattr(tokenizer.normalizer, "lowercase", False)
+    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=lowercase)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -252,6 +253,13 @@ def _continues_words(character: str, lowercase: bool) -> bool:
     """Whether BERT's splitting ever leaves this character inside a word: not so for punctuation and Chinese."""
     text = normalizers.BertNormalizer(lowercase=lowercase).normalize_str("a" + character)
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
+
+
+def _with_special_tokens(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}, which masked language modelling needs")
+    return tokenizer
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

@@ -1,0 +1,232 @@
+"""Text in whatever form it lies, and what is said about text that cannot be read."""
+
+import csv
+import gzip
+import json
+import lzma
+import random
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bertlite.batches import make_plan
+from bertlite.config import DataSettings, Source
+from bertlite.corpus import BATCH_CHARACTERS, prepare_corpus
+from bertlite.errors import UserError
+from bertlite.sources import read_documents, source_files
+from bertlite.tokenizer import load_tokenizer
+
+DOCUMENTS = [f'Document {number}, with "quotes", a\ttab and é, 中文.\nTwo lines.' for number in range(50)]
+ROWS = [{"id": number, "body": text} for number, text in enumerate(DOCUMENTS)]
+
+
+def documents(path, document="blank-line", **source) -> list[str]:
+    return list(read_documents(Source(path=str(path), **source), document, "data.train"))
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+
+def write_table(path, delimiter):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "body"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+WRITERS = {
+    "rows.jsonl": write_jsonl,
+    "rows.csv": lambda path: write_table(path, ","),
+    "rows.tsv": lambda path: write_table(path, "\t"),
+    "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+    "rows.txt": lambda path: path.write_text("\n\n".join(DOCUMENTS), encoding="utf-8"),
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(
+            [
+                "[PAD]",
+                "[UNK]",
+                "[CLS]",
+                "[SEP]",
+                "[MASK]",
+                *"abcdefghijklmnopqrstuvwxyz0123456789.,",
+                *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+            ]
+        )
+    )
+    return load_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+def prepare(tmp_path, tokenizer, train, **data):
+    settings = DataSettings.model_validate({"train": train, "cache_dir": str(tmp_path / "cache"), **data})
+    return prepare_corpus(settings.train, tokenizer, settings, "data.train")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_form_gives_the_same_documents(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert documents(tmp_path / name, column="body") == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_forms_too(tmp_path, name, suffix, compress):
+    WRITERS[name](tmp_path / name)
+    packed = tmp_path / (name + suffix)
+    packed.write_bytes(compress((tmp_path / name).read_bytes()))
+    assert documents(packed, column="body") == DOCUMENTS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_by_its_folder(tmp_path, streaming, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "mine").mkdir()
+    write_jsonl(tmp_path / "mine" / "train.jsonl")
+    source = Source(dataset=str(tmp_path / "mine"), column="body", streaming=streaming)
+    assert list(read_documents(source, "line", "data.train")) == DOCUMENTS
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    source = Source(dataset=str(tmp_path / "saved"), column="body")
+    assert list(read_documents(source, "line", "data.train")) == DOCUMENTS
+
+
+def test_a_folder_means_its_files_in_order_without_hidden_ones(tmp_path):
+    for name in ("b.txt", "a.txt", "inner/c.txt", ".hidden"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name)
+    assert documents(tmp_path / "texts") == ["a.txt", "b.txt", "inner/c.txt"]
+
+
+def test_sources_of_all_forms_in_one_list(tmp_path, tokenizer):
+    for name, write in WRITERS.items():
+        write(tmp_path / name)
+    train = [{"path": str(tmp_path / name), "column": "body"} for name in WRITERS]
+    corpus = prepare(tmp_path, tokenizer, train)
+    assert corpus.summary.source_documents == [50] * 5
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in DOCUMENTS]
+    assert [corpus.document(number).tolist() for number in range(len(corpus))] == ids * 5
+
+
+def test_duplicates_and_lengths_are_dropped_and_counted(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one two three\n\nx\n\none two three\n\n" + "long " * 50)
+    (tmp_path / "b.txt").write_text("one two three\n\nfour five six")
+    train = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    kept = prepare(tmp_path, tokenizer, train, remove_duplicates=True, min_characters=5, max_characters=100)
+    summary = kept.summary
+    assert (summary.read, summary.documents, summary.duplicates, summary.too_short, summary.too_long) == (6, 2, 2, 1, 1)
+    assert summary.source_documents == [1, 1]
+    everything = prepare(tmp_path, tokenizer, train).summary
+    assert (everything.documents, everything.source_documents) == (6, [4, 2])
+    assert "2 duplicates" in summary.text() and "dropped" not in everything.text()
+
+
+def test_the_summary_counts_words_bytes_and_unknown_tokens(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("ab c é中", encoding="utf-8")
+    summary = prepare(tmp_path, tokenizer, [str(tmp_path / "a.txt")]).summary
+    # a ##b c e [UNK]: é loses its accent, 中 is not in the vocabulary
+    assert (summary.tokens, summary.words, summary.unknown_tokens, summary.bytes) == (5, 4, 1, 10)
+
+
+def test_oddities_of_text_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n\r\n\r\nth\0ree\r\n".encode())
+    assert documents(tmp_path / "a.txt") == ["one\ntwo", "th\0ree"]
+    assert documents(tmp_path / "a.txt", "line") == ["one", "two", "th\0ree"]
+
+
+def test_a_huge_line_is_cut_for_the_tokenizer_and_gives_the_same_ids(tmp_path, tokenizer):
+    words = random.Random(0).choices(["alpha", "beta", "c", "delta9"], k=BATCH_CHARACTERS // 2)
+    text = " ".join(words)
+    assert len(text) > 2 * BATCH_CHARACTERS
+    (tmp_path / "a.txt").write_text(text)
+    corpus = prepare(tmp_path, tokenizer, [str(tmp_path / "a.txt")])
+    assert corpus.document(0).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n\nmore text")
+    prepare(tmp_path, tokenizer, [str(path)])
+    capsys.readouterr()
+    prepare(tmp_path, tokenizer, [str(path)], document="line")
+    assert "the settings changed since the last time" in capsys.readouterr().err
+    path.write_text("other text")
+    prepare(tmp_path, tokenizer, [str(path)], document="line")
+    errors = capsys.readouterr().err
+    assert f"{path} has changed since it was last prepared" in errors and "the text changed" in errors
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.jsonl", '{"text": "x"}\n' * 16 + '{"text": oops}\n' + '{"text": "x"}\n' * 5, "a.jsonl:17: not valid JSON"),
+        ("a.jsonl", '{"body": "x", "id": 1}\n', "no column 'text'; there are body, id"),
+        ("a.csv", "title,content\na,b\n", "no column 'text'; there are title, content"),
+        ("a.jsonl", '{"text": 1}\n', "holds int, not text"),
+        ("a.parquet", "no parquet", "a.parquet: cannot be read"),
+    ],
+)
+def test_a_bad_table_is_named(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=expected):
+        documents(tmp_path / name)
+
+
+def test_a_parquet_file_without_the_column(tmp_path):
+    WRITERS["rows.parquet"](tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="no column 'text'; there are id, body"):
+        documents(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl"])
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_a_truncated_file_is_named(tmp_path, name, suffix, compress):
+    WRITERS[name](tmp_path / name)
+    whole = compress((tmp_path / name).read_bytes() * 50)
+    (tmp_path / (name + suffix)).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{name}{suffix}: "):
+        documents(tmp_path / (name + suffix), column="body")
+
+
+def test_an_unreachable_dataset_is_named():
+    with pytest.raises(UserError, match=r"data\.train: nobody/nothing: cannot be read as a dataset"):
+        list(read_documents(Source(dataset="nobody/nothing"), "line", "data.train"))
+
+
+def test_sources_that_match_nothing(tmp_path):
+    with pytest.raises(UserError, match="no file matches"):
+        source_files(Source(path=str(tmp_path / "*.txt")), "data.train")
+    with pytest.raises(UserError, match="no such file"):
+        source_files(Source(path=str(tmp_path / "a.txt")), "data.train")
+
+
+def test_weights_change_how_often_a_source_is_seen(tmp_path, tokenizer):
+    import numpy as np
+
+    from bertlite.batches import Batches
+    from bertlite.config import MaskingSettings, TrainSettings
+
+    for number, letter in enumerate("abc"):
+        text = "\n\n".join(" ".join([letter] * 100) for _ in range(60 + 20 * number))
+        (tmp_path / f"{letter}.txt").write_text(text)
+    weights = [2.0, 1.0, 0.5]
+    train = [{"path": str(tmp_path / f"{letter}.txt"), "weight": w} for letter, w in zip("abc", weights, strict=True)]
+    corpus = prepare(tmp_path, tokenizer, train)
+    plan = make_plan(corpus, 128, weights)
+    assert plan.groups == [[0.5, 100], [1.0, 80], [2.0, 60]]
+    batches = Batches(corpus, plan, tokenizer, 128, MaskingSettings(), TrainSettings())
+    epoch = 50 + 80 + 120
+    seen = np.bincount(batches.rows(np.arange(2 * epoch)), minlength=240)
+    assert (seen[:100] == 1).all() and (seen[100:180] == 2).all() and (seen[180:] == 4).all()
+    turns = batches.rows(np.arange(epoch)) >= 180
+    assert 0.3 < turns[: epoch // 2].mean() < 0.65  # mixed, not one source after the other
+    one_by_one = [int(batches.rows(np.array([sample]))[0]) for sample in range(epoch)]
+    assert one_by_one == batches.rows(np.arange(epoch)).tolist()
