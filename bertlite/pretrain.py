@@ -84,7 +84,6 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
             return folder / "model"
         if runtime.rank == 0:  # the others find everything in the cache afterwards
             prepared = prepare(config)
-            write_config(folder, config)
         barrier()
         if runtime.rank:
             prepared = prepare(config)
@@ -191,6 +190,8 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
             micro_batch = min(state["micro_batch"], settings.global_batch_size // runtime.world_size)
         _compare(facts, state["facts"], folder)
         say(f"resuming from {checkpoint}")
+    if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
+        write_config(folder, config)
     say(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
         f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
