@@ -121,18 +121,21 @@ def test_weights_sum_to_1_and_are_0_where_the_mask_forbids(mask_name):
         assert (weights[~mask.expand_as(weights)] == 0).all()
 
 
-def dropped_weights(kernel: str, rate: float, size: int = 64, training: bool = True) -> Tensor:
-    """Weights after dropout (H,Q,T), where every query attends to all `size` keys alike: values are unit vectors."""
-    heads = 4
-    layer = MultiHeadAttention(heads * size, heads, rate, kernel).train(training)
+def dropped_weights(kernel: str, rate: float, training: bool = True) -> Tensor:
+    """Weights after dropout (H,Q,T), where all attend to all alike: a key's value is 1 in two places of its own."""
+    heads, keys = 4, 64
+    hidden_size = heads * 2 * keys
+    layer = MultiHeadAttention(hidden_size, heads, rate, kernel).train(training)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
-        layer.qkv.weight[-heads * size :] = torch.eye(heads * size)
-        layer.out.weight.copy_(torch.eye(heads * size))
-        units = torch.eye(size).repeat(1, heads)[None]
+        layer.qkv.weight[-hidden_size:] = torch.eye(hidden_size)
+        layer.out.weight.copy_(torch.eye(hidden_size))
+        values = torch.eye(keys).repeat(1, 2 * heads)[None]
         torch.manual_seed(0)
-        return layer(units, units, units)[0].unflatten(-1, (heads, size)).transpose(0, 1)
+        weights, same_weights = layer(values, values, values)[0].unflatten(-1, (heads, 2, keys)).unbind(2)
+    assert torch.equal(weights, same_weights)
+    return weights.transpose(0, 1)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

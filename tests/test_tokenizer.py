@@ -1,9 +1,11 @@
 """Tokenizers: the same in every process, the same as Hugging Face's, loaded from whatever people have."""
 
+import hashlib
 import os
 import random
 import subprocess
 import sys
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +25,6 @@ from bertlite.tokenizer import (
     train_word_piece,
     trained_tokenizer,
     vocabulary_of,
-    word_piece,
     wrap,
 )
 
@@ -41,13 +42,14 @@ ODD_TEXT = [
 ]
 
 
+@cache
 def real_text() -> list[str]:
     """Lines of the sample and, where they are, of Wikipedia and PubMed, and what is odd."""
     paths = find_files(["sample"], "data.train")
     paths += (
         [DATA / "pretrain" / f"{name}_valid.txt" for name in ("enwiki", "pubmed", "zhwiki")] if DATA.exists() else []
     )
-    lines = [line for path in paths for line in islice(read_documents([path], "line"), 100)]
+    lines = [line for path in paths for line in islice(read_documents([path], "line"), 40)]
     return lines + ODD_TEXT
 
 
@@ -63,7 +65,7 @@ def same_ids(first, second) -> None:
 
 
 def sample_documents():
-    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 40)
+    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
@@ -82,24 +84,19 @@ import hashlib
 from itertools import islice
 from bertlite.corpus import find_files, read_documents
 from bertlite.tokenizer import train_word_piece
+
+def documents():
+    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
+
 for lowercase in (True, False):
-    documents = lambda: islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
     print(hashlib.sha256(train_word_piece(documents, 3000, lowercase).to_str().encode()).hexdigest())
 """
-    environments = [("0", "1"), ("1", "2"), ("random", "4")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed, threads in environments
-    ]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(outputs[0]) == 2 and len(set(outputs[0])) == 2
-    assert outputs[0] == outputs[1] == outputs[2]
+    here = [train_word_piece(sample_documents, 3000, lowercase).to_str() for lowercase in (True, False)]
+    assert here[0] != here[1]
+    for seed, threads in [("1", "1"), ("2", "4")]:
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
+        output = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True, timeout=120)
+        assert output.split() == [hashlib.sha256(text.encode()).hexdigest() for text in here]
 
 
 def test_training_does_not_depend_on_the_order_of_ties():
@@ -141,7 +138,7 @@ def test_training_text_is_covered_and_pieces_are_used(trained):
     tokenizer, _ = trained
     ids = [number for text in tokenizer(list(sample_documents()))["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.001
-    assert len(set(ids)) > 0.9 * len(tokenizer)
+    assert len(set(ids)) > 0.8 * len(tokenizer)
     assert len(tokenizer) == 3000
 
 
@@ -156,7 +153,7 @@ def test_chinese_characters_are_tokens_of_their_own():
 @pytest.mark.skipif(not (DATA / "pretrain" / "zhwiki_valid.txt").exists(), reason="needs ../shared/data")
 def test_chinese_wikipedia_has_few_unknown_tokens():
     train, valid = (DATA / "pretrain" / f"zhwiki_{name}" for name in ("train.txt.xz", "valid.txt"))
-    tokenizer = wrap(train_word_piece(lambda: islice(read_documents([train], "line"), 15_000), 21_128, True))
+    tokenizer = wrap(train_word_piece(lambda: islice(read_documents([train], "line"), 6_000), 21_128, True))
     assert len(tokenizer) <= 21_128
     ids = [number for text in tokenizer(list(read_documents([valid], "line")))["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.005
@@ -195,7 +192,7 @@ def test_frequent_characters_get_the_room():
 
 
 def test_a_vocabulary_of_special_tokens_alone_is_refused():
-    with pytest.raises(UserError, match="tokenizer.*special tokens"):
+    with pytest.raises(UserError, match=r"tokenizer.*special tokens"):
         vocabulary_of(wrap(train_word_piece(lambda: iter(["", " \n"]), 100, True)))
 
 
@@ -376,6 +373,11 @@ def broken_folder(folder: Path) -> str:
     return str(folder)
 
 
+def folder_of_a_slow_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
+    return str(folder)
+
+
 ALL = "\n".join(SPECIAL_TOKENS)
 
 
@@ -404,6 +406,7 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (broken_folder, "no tokenizer could be loaded"),
         (json_without_mask, "mask"),
         (folder_without_mask, "mask"),
+        (folder_of_a_slow_tokenizer, "tokenizer.json"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
@@ -414,20 +417,3 @@ def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
     message = str(caught.value)
     assert name.removeprefix("./") in message and reason.lower() in message.lower()
     assert len(message.splitlines()) == 1
-
-
-def test_a_tokenizer_without_the_fast_form_is_refused(tmp_path):
-    """A slow one, as some languages have, cannot be used; the message says what to do."""
-    from transformers import PythonBackend
-
-    class Slow(PythonBackend):
-        vocab_size = 1
-
-        def get_vocab(self):
-            return {"[UNK]": 0}
-
-    assert not Slow(unk_token="[UNK]").is_fast
-
-
-def test_word_piece_without_special_tokens_is_plain(tmp_path):
-    assert word_piece({"[UNK]": 0, "a": 1}, True).encode("A b").ids == [1, 0]

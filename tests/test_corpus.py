@@ -1,0 +1,522 @@
+"""Text to token ids on disk and back: nothing lost, nothing twice, whatever the files hold and whoever kills it."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from itertools import groupby, pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertlite import corpus as corpus_module
+from bertlite.config import DataSettings
+from bertlite.corpus import Corpus, cache_folder, file_digests, find_files, locked, prepare_corpus, read_documents
+from bertlite.errors import UserError
+from bertlite.tokenizer import SPECIAL_TOKENS, train_word_piece, word_piece, wrap
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "pretrain"
+MODES = ["blank-line", "line"]
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A small tokenizer, trained on English and on some other scripts."""
+    texts = Path(find_files(["sample"], "data.train")[0]).read_text(encoding="utf-8")[:100_000]
+    return wrap(train_word_piece(lambda: iter([texts, "日本語 中文 Ünïcode ß абв " * 9]), 800, True))
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    """Prepare files with the small tokenizer and the test's own cache."""
+
+    def run(*paths, document="blank-line", tokenizer=tokenizer, cache=tmp_path / "cache") -> Corpus:
+        data = DataSettings(train=["unused"], document=document, cache_dir=str(cache))
+        return prepare_corpus(list(paths), tokenizer, data, "data.train")
+
+    return run
+
+
+def reference_documents(content: bytes, document: str) -> list[str]:
+    """What the documents of one file are, read whole and grouped by blank lines."""
+    lines = [line.rstrip("\r\n") for line in content.decode("utf-8").removeprefix("\ufeff").split("\n")]
+    if document == "line":
+        return [line for line in lines if line.strip()]
+    return ["\n".join(group) for blank, group in groupby(lines, key=lambda line: not line.strip()) if not blank]
+
+
+def encoded(tokenizer, documents) -> list[list[int]]:
+    """Token ids, one document at a time, without those that leave none."""
+    ids = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in documents]
+    return [document for document in ids if document]
+
+
+def read_back(corpus: Corpus) -> list[list[int]]:
+    return [corpus.document(index).tolist() for index in range(len(corpus))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*") if path.is_file()}
+
+
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What changes when a file is written again."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*") if path.suffix != ".lock"}
+
+
+# Reading
+
+LINES = st.lists(
+    st.tuples(
+        st.one_of(
+            st.sampled_from(
+                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]"]
+            ),
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20),
+        ),
+        st.sampled_from(["\n", "\n", "\r\n"]),
+    ),
+    max_size=15,
+)
+FILES = st.lists(st.tuples(st.booleans(), LINES, st.booleans()), min_size=1, max_size=3)
+
+
+def as_bytes(byte_order_mark: bool, lines: list[tuple[str, str]], last_line_open: bool) -> bytes:
+    text = "".join(line + end for line, end in lines)
+    return (("\ufeff" if byte_order_mark else "") + (text.rstrip("\r\n") if last_line_open else text)).encode()
+
+
+@pytest.mark.parametrize("document", MODES)
+@settings(deadline=None, max_examples=50)
+@given(files=FILES, batch_characters=st.sampled_from([1, 10, 1000]), batches_per_sync=st.integers(1, 3))
+def test_every_document_is_read_back_in_order(
+    document, files, batch_characters, batches_per_sync, tokenizer, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("text")
+    paths, expected = [], []
+    for number, parts in enumerate(files):
+        paths.append(folder / f"{number}.txt")
+        paths[-1].write_bytes(as_bytes(*parts))
+        expected += reference_documents(as_bytes(*parts), document)
+    assert list(read_documents(paths, document)) == expected
+    ids = encoded(tokenizer, expected)
+    data = DataSettings(train=["unused"], document=document, cache_dir=str(folder / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "BATCH_CHARACTERS", batch_characters)
+        patch.setattr(corpus_module, "BATCHES_PER_SYNC", batches_per_sync)
+        if not ids:
+            with pytest.raises(UserError, match=r"data\.train: .*0\.txt.*no text"):
+                prepare_corpus(paths, tokenizer, data, "data.train")
+            return
+        corpus = prepare_corpus(paths, tokenizer, data, "data.train")
+    assert read_back(corpus) == ids
+    assert corpus.starts[0] == 0 and corpus.starts[-1] == len(corpus.tokens)
+    summary = corpus.summary
+    assert summary.documents == len(corpus) == len(ids)
+    assert summary.empty_documents == len(expected) - len(ids)
+    assert summary.tokens == sum(map(len, ids))
+    assert summary.characters == sum(map(len, expected))
+    assert summary.unknown_tokens == sum(document.count(tokenizer.unk_token_id) for document in ids)
+
+
+@pytest.mark.parametrize("document", MODES)
+@pytest.mark.parametrize("name", ["sample", "pubmed_valid.txt"])
+def test_a_whole_real_file_is_read_back(name, document, tokenizer, prepare):
+    if name != "sample" and not SHARED.exists():
+        pytest.skip("needs ../shared/data")
+    path = find_files([name if name == "sample" else str(SHARED / name)], "data.train")[0]
+    documents = reference_documents(path.read_bytes(), document)
+    assert len(documents) > 100
+    corpus = prepare(path, document=document)
+    # The reference encodes in one call; that a call's grouping does not matter is tested above.
+    encodings = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
+    assert len(corpus) == len(documents) and corpus.summary.empty_documents == 0
+    assert np.array_equal(corpus.tokens, np.concatenate([encoding.ids for encoding in encodings]))
+    assert np.diff(corpus.starts).tolist() == [len(encoding.ids) for encoding in encodings]
+
+
+@pytest.mark.parametrize("extension", COMPRESS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_compressed_text_equals_plain_text(extension, parts, tmp_path, prepare):
+    """Also where compressed files were joined by `cat`."""
+    text = "".join(f"\ufeffDocument {number}: Ünïcode 日本\r\n\n" for number in range(3000)).encode()
+    plain, packed = tmp_path / "text.txt", tmp_path / f"text.txt{extension}"
+    plain.write_bytes(text)
+    size = -(-len(text) // parts)
+    packed.write_bytes(b"".join(COMPRESS[extension](text[at : at + size]) for at in range(0, len(text), size)))
+    for document in MODES:
+        assert list(read_documents([packed], document)) == list(read_documents([plain], document))
+    assert contents(prepare(packed).folder) == contents(prepare(plain).folder)
+
+
+def test_a_document_ends_with_its_file(tmp_path):
+    for name, text in {"a.txt": "one\ntwo", "b.txt": "three\n\nfour"}.items():
+        (tmp_path / name).write_text(text)
+    paths = find_files([str(tmp_path / "*.txt")], "data.train")
+    assert list(read_documents(paths, "blank-line")) == ["one\ntwo", "three", "four"]
+    assert list(read_documents(paths, "line")) == ["one", "two", "three", "four"]
+
+
+# Finding
+
+
+def test_globs_are_sorted_and_names_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ["b.txt", "a.txt", "c10.txt", "c9.txt", "deep/er/d.txt", "other.log"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    found = find_files(["*.txt"], "data.train")
+    assert [str(path) for path in found] == ["a.txt", "b.txt", "c10.txt", "c9.txt"]
+    assert [str(path) for path in find_files(["other.log", "c?.txt", "a.txt"], "x")] == ["other.log", "c9.txt", "a.txt"]
+    assert [str(path) for path in find_files(["**/*.txt"], "x")][-1] == "deep/er/d.txt"
+    assert find_files(["~/a.txt"], "x") == [tmp_path / "a.txt"]
+
+
+def test_the_sample_ships_with_the_package():
+    (path,) = find_files(["sample"], "data.train")
+    assert path.stat().st_size > 1_000_000
+    assert sum(1 for _ in read_documents([path], "blank-line")) > 100
+
+
+def test_no_name_means_no_file():
+    assert find_files([], "data.validation") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("nowhere.txt", "there is no such file"),
+        ("folder/nowhere.txt", "there is no such file"),
+        ("nowhere/*.txt", "no file matches"),
+        ("*.nothing", "no file matches"),
+        ("folder", "is a folder"),
+        ("fol*", "is a folder"),
+        ("empty.txt", "is empty"),
+        ("e*.txt", "is empty"),
+        ("dangling.txt", ""),
+        ("circle.txt", ""),
+        ("d*.txt", ""),
+    ],
+)
+def test_files_that_are_not_there_are_named(pattern, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "dangling.txt").symlink_to("gone.txt")
+    (tmp_path / "circle.txt").symlink_to("circle.txt")
+    with pytest.raises(UserError) as caught:
+        find_files(["text.txt", pattern], "data.validation")
+    message = str(caught.value)
+    named = {"fol*": "folder", "e*.txt": "empty.txt", "d*.txt": "dangling.txt"}.get(pattern, pattern)
+    assert message.startswith("data.validation: ") and named in message and reason in message
+    assert len(message.splitlines()) == 1
+
+
+# Bad text
+
+
+@pytest.mark.parametrize("extension", ["", *COMPRESS])
+@pytest.mark.parametrize(
+    ("content", "line", "byte"),
+    [
+        ("caf\xe9\n".encode("latin-1"), 1, "0xe9"),
+        (b"one\n\ntwo\nthree \xff\n", 4, "0xff"),
+        (b"\n" * 99 + b"\xc3", 100, "0xc3"),
+        ("wide\n".encode("utf-16"), 1, "0xff"),
+        (b"ok\n\xed\xa0\x80\n", 2, "0xed"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_named_with_its_line(content, line, byte, extension, tmp_path):
+    path = tmp_path / f"latin.txt{extension}"
+    path.write_bytes(COMPRESS.get(extension, bytes)(content))
+    with pytest.raises(UserError) as caught:
+        list(read_documents([path], "blank-line"))
+    assert str(caught.value).startswith(f"{path}:{line}: not UTF-8") and byte in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("extension", COMPRESS)
+def test_cut_off_files_are_named(extension, share, tmp_path, prepare):
+    """As a download leaves them; even where only the last byte is missing."""
+    random = np.random.default_rng(0)
+    text = "\n\n".join(" ".join(map(str, random.integers(0, 10**6, 20))) for _ in range(5000)).encode()
+    packed = COMPRESS[extension](text)
+    path = tmp_path / f"text.txt{extension}"
+    path.write_bytes(packed[: max(1, int(len(packed) * share) - 1)])
+    with pytest.raises(UserError) as caught:
+        list(read_documents([path], "line"))
+    assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match=extension):
+        prepare(path)
+    assert not list(tmp_path.rglob("corpus.json"))
+
+
+@pytest.mark.parametrize("extension", COMPRESS)
+def test_files_that_are_not_what_their_name_says_are_named(extension, tmp_path):
+    path = tmp_path / f"text.txt{extension}"
+    path.write_bytes(b"this is plain text\n" * 100)
+    with pytest.raises(UserError) as caught:
+        list(read_documents([path], "line"))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@contextmanager
+def without_privileges():
+    """The superuser may read everything, so become nobody for a while."""
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if superuser:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda path, cache: list(read_documents([path], "line")), lambda path, cache: file_digests([path], cache)],
+    ids=["reading", "digest"],
+)
+def test_files_that_may_not_be_read_are_named(step):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)  # pytest's own folders are closed to others
+        (folder / "secret.txt").write_text("text")
+        (folder / "secret.txt").chmod(0)
+        with without_privileges(), pytest.raises(UserError, match=r"secret\.txt.*[Pp]ermission"):
+            step(folder / "secret.txt", folder / "cache")
+
+
+@pytest.mark.parametrize("text", ["\n", "\n \r\n\t\n\u3000\n", "\ufeff", "\x00\n\x00\x00\n", "\u200b"])
+def test_files_without_text_are_named(text, tmp_path, prepare):
+    path = tmp_path / "blank.txt"
+    path.write_text(text, encoding="utf-8")
+    for _ in range(2):  # what the first attempt left does not count as a corpus
+        with pytest.raises(UserError, match=r"data\.train: .*blank\.txt: .*no text"):
+            prepare(path)
+
+
+def test_a_damaged_file_can_be_mended(tmp_path, prepare, monkeypatch):
+    """Work that ended in an error is no hindrance to the mended text."""
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(corpus_module, "BATCHES_PER_SYNC", 1)
+    path = tmp_path / "text.txt"
+    good = b"one document\n\n" * 20
+    path.write_bytes(good + b"\xff\n" + good)
+    with pytest.raises(UserError, match=r"text\.txt:41: "):
+        prepare(path)
+    path.write_bytes(good + b"mended\n" + good)
+    corpus = prepare(path)
+    assert len(corpus) == 40
+    assert contents(corpus.folder) == contents(prepare(path, cache=tmp_path / "other").folder)
+
+
+# The cache
+
+
+def test_cache_folder_is_the_setting_or_the_environment_or_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BERTLITE_CACHE", str(tmp_path / "environment"))
+    assert cache_folder(str(tmp_path / "setting")) == tmp_path / "setting"
+    assert cache_folder("~/setting") == tmp_path / "setting"
+    assert cache_folder(None) == tmp_path / "environment"
+    monkeypatch.delenv("BERTLITE_CACHE")
+    assert cache_folder(None) == tmp_path / ".cache" / "bertlite"
+
+
+def test_unchanged_text_is_tokenised_once(tmp_path, prepare):
+    path = tmp_path / "text.txt"
+    path.write_text("one document\n\nanother document\n")
+    first = prepare(path)
+    before = states(tmp_path)
+    again = prepare(path)
+    assert states(tmp_path) == before
+    assert again.folder == first.folder and read_back(again) == read_back(first)
+
+
+def test_a_new_time_alone_changes_nothing(tmp_path, prepare):
+    path = tmp_path / "text.txt"
+    path.write_text("one document\n\nanother document\n")
+    first = prepare(path)
+    before = states(first.folder)
+    os.utime(path, (1, 1))
+    assert prepare(path).folder == first.folder
+    assert states(first.folder) == before
+
+
+def test_a_moved_file_is_the_same_text(tmp_path, prepare):
+    (tmp_path / "a.txt").write_text("one document\n\nanother document\n")
+    shutil.copy(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert prepare(tmp_path / "a.txt").folder == prepare(tmp_path / "b.txt").folder
+
+
+def test_changed_text_is_tokenised_anew_and_said(tmp_path, prepare, capfd):
+    path = tmp_path / "text.txt"
+    path.write_text("one document\n\nanother document\n")
+    first = prepare(path)
+    capfd.readouterr()
+    path.write_text("one document\n\nanother documents\n")
+    second = prepare(path)
+    assert second.folder != first.folder
+    assert str(path) in capfd.readouterr().err
+    path.write_text("two document\n\nanother documents\n")  # the size is the same
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    third = prepare(path)
+    assert read_back(first) != read_back(second) != read_back(third) != read_back(first)
+
+
+def test_every_setting_that_matters_gives_a_corpus_of_its_own(tmp_path, prepare, tokenizer):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("One document\nof two lines\n\nAnother")
+    second.write_text("More text")
+    other = wrap(word_piece({token: n for n, token in enumerate([*SPECIAL_TOKENS, "one", "document"])}, True))
+    cased = wrap(word_piece(tokenizer.get_vocab(), False))
+    corpora = [
+        prepare(first),
+        prepare(first, document="line"),
+        prepare(first, tokenizer=other),
+        prepare(first, tokenizer=cased),
+        prepare(first, second),
+        prepare(second, first),
+    ]
+    assert len({corpus.folder for corpus in corpora}) == len(corpora)
+    assert [len(corpus) for corpus in corpora] == [2, 3, 2, 2, 3, 3]
+    assert read_back(corpora[4]) == read_back(corpora[0]) + read_back(corpora[5])[:1]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_535, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (70_000, "<u4")])
+def test_large_vocabularies_keep_their_ids(size, dtype, tmp_path, prepare):
+    pieces = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(5, size))]
+    large = wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
+    path = tmp_path / "text.txt"
+    path.write_text(f"w5 w{size - 1}\n\nw{size - 2} w32768\n")
+    corpus = prepare(path, tokenizer=large)
+    assert corpus.tokens.dtype == np.dtype(dtype)
+    assert read_back(corpus) == [[5, size - 1], [size - 2, 32768]]
+
+
+# Interruptions
+
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+from bertlite import corpus
+from bertlite.config import DataSettings
+from bertlite.tokenizer import load_tokenizer
+
+text, vocabulary, cache, attempts = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+corpus.BATCH_CHARACTERS, corpus.BATCHES_PER_SYNC = 4000, 4
+data = DataSettings(train=["unused"], document="line", cache_dir=cache)
+tokenizer = load_tokenizer(vocabulary)
+
+def start():
+    child = os.fork()
+    if child == 0:
+        corpus.prepare_corpus([text], tokenizer, data, "data.train")
+        os._exit(0)
+    return child
+
+def progress():
+    found = list(Path(cache).glob("corpora/*/progress.json"))
+    return found[0].read_text() if found else ""
+
+seconds = random.Random(0)
+for attempt in range(attempts):
+    before = progress()
+    child = start()
+    while progress() == before:  # every attempt gets a little further
+        time.sleep(0.002)
+    time.sleep(seconds.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "".join(progress().split()), flush=True)
+"""
+
+
+@pytest.fixture
+def interrupted(tmp_path, tokenizer):
+    """Kill tokenising at several moments; return the text, the cache, and what was certain after each kill."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "text.txt"
+    path.write_bytes(find_files(["sample"], "data.train")[0].read_bytes() + b"\x00\nlast")
+    output = subprocess.check_output(
+        [sys.executable, "-c", DRIVER, path, tmp_path / "tokenizer", tmp_path / "cut", "6"],
+        env={**os.environ, "RAYON_NUM_THREADS": "1"},
+        text=True,
+        timeout=120,
+        stderr=subprocess.DEVNULL,
+    )
+    kills = [line.split(" ", 1) for line in output.splitlines()]
+    assert [code for code, _ in kills] == ["-9"] * 6, "killed while it worked"
+    return path, tmp_path / "cut", [json.loads(progress) for _, progress in kills]
+
+
+def test_a_killed_process_costs_nothing_but_its_last_batches(interrupted, prepare, tokenizer, tmp_path):
+    """The bytes are those of work that nobody disturbed, and what was certain is not done again."""
+    path, cache, certain = interrupted
+    assert all(before["documents"] < after["documents"] for before, after in pairwise(certain))
+    (folder,) = (entry for entry in (cache / "corpora").iterdir() if entry.is_dir())
+    for name in ("tokens.bin", "document_starts.bin"):  # as a crash of the machine may leave them
+        with (folder / name).open("ab") as file:
+            file.write(b"\xff" * 4097)
+    shutil.copytree(cache, tmp_path / "marked")
+    with (tmp_path / "marked" / "corpora" / folder.name / "tokens.bin").open("r+b") as file:
+        file.write(b"mark")
+
+    undisturbed = prepare(path, document="line", cache=tmp_path / "whole")
+    assert certain[-1]["documents"] < len(undisturbed)
+    finished = prepare(path, document="line", cache=cache)
+    assert finished.folder == folder
+    assert contents(finished.folder) == contents(undisturbed.folder)
+    assert set(contents(finished.folder)) == {"corpus.json", "tokens.bin", "document_starts.bin"}
+    assert read_back(finished)[-1] == tokenizer("last", add_special_tokens=False)["input_ids"]
+    marked = contents(prepare(path, document="line", cache=tmp_path / "marked").folder)
+    assert marked["tokens.bin"] == b"mark" + contents(finished.folder)["tokens.bin"][4:]
+
+
+def test_what_a_killed_process_was_just_writing_is_removed(prepare, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one document\n\nanother document\n")
+    folder = prepare(path).folder
+    whole = contents(folder)
+    (folder / "corpus.json").unlink()
+    (folder / ".progress.json.4242").write_text('{"documents"')
+    prepare(path)
+    assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == whole
+
+
+def test_only_one_process_at_a_time_is_inside_a_lock(tmp_path):
+    inside = threading.Event()
+
+    def enter():
+        with locked(tmp_path / "new", "name"):
+            inside.set()
+
+    with locked(tmp_path / "new", "name"):
+        with locked(tmp_path / "new", "other"):
+            pass
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not inside.wait(0.2)
+    assert inside.wait(10)
+    other.join()
