@@ -213,7 +213,8 @@ class Batches:
         """Samples `first` to `first + count` of the endless stream, masked at the rate of their step."""
         samples = np.arange(first, first + count)
         steps = samples // self.train.global_batch_size
-        rates = self.masking.rate.at(np.minimum(1.0, steps / max(1, self.train.max_steps - 1)))
+        line = self.masking.line()
+        rates = line.start + (line.end - line.start) * np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
         return self._batch(self.rows(samples), samples, self.masking, rates, (self.train.seed, TRAINING_MASKS))
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -240,7 +241,7 @@ class Batches:
         """Rows `first` to `first + count` of the plan with masks that never change; past its end rows are empty."""
         samples = np.arange(first, first + count)
         rows = np.where(samples < len(self.plan), samples, -1)
-        rates = EVALUATION_MASKING.rate.at(np.zeros(count))
+        rates = np.full(count, EVALUATION_MASKING.rate)
         return self._batch(rows, samples, EVALUATION_MASKING, rates, (0, EVALUATION_MASKS))
 
     def _batch(

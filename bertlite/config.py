@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from bertlite.errors import UserError
 
@@ -15,7 +25,7 @@ from bertlite.errors import UserError
 class Section(BaseModel):
     """One section of the YAML: unknown keys and wrong types are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -58,6 +68,12 @@ class Architecture(Shape):
 
     vocab_size: Positive
     pad_token_id: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def padding_is_in_the_vocabulary(self) -> "Architecture":
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id is {self.pad_token_id}, outside of the vocabulary of {self.vocab_size}")
+        return self
 
 
 class TokenizerSettings(Section):
@@ -121,25 +137,26 @@ class DataSettings(Section):
     cache_dir: str | None = None
 
 
-class Rate(Section):
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Line(Section):
     """A share that goes in a straight line from `start` to `end` over the run."""
 
-    start: Annotated[float, Field(gt=0, lt=1)]
-    end: Annotated[float, Field(gt=0, lt=1)]
-
-    def at(self, progress: Any) -> Any:
-        """The rate where `progress` (a number or an array) of the run is done."""
-        return self.start + (self.end - self.start) * progress
-
-    @model_serializer(mode="wrap")
-    def a_constant_is_a_number(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
-        return self.start if self.start == self.end else serialize(self)
+    start: Share
+    end: Share
 
 
 class MaskingSettings(Section):
     strategy: str = "token"
-    rate: Annotated[Rate, BeforeValidator(lambda rate: rate if isinstance(rate, dict | Rate) else
-                                          {"start": rate, "end": rate})] = Rate(start=0.15, end=0.15)  # fmt: skip
+    rate: Annotated[
+        Annotated[Share, Tag("number")] | Annotated[Line, Tag("line")],
+        Discriminator(lambda value: "line" if isinstance(value, dict | Line) else "number"),
+    ] = 0.15
+
+    def line(self) -> Line:
+        """The rate over the run."""
+        return self.rate if isinstance(self.rate, Line) else Line(start=self.rate, end=self.rate)
 
 
 class TrainSettings(Section):
@@ -202,19 +219,26 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key.value, str)):
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads: a text that looks like `1e-4` gets quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+# What PyYAML raises for text that is no YAML, or whose tags do not fit their values.
+_BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Config = TypeVar("Config", bound=Section)
 
@@ -228,11 +252,11 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     changed: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or not name.strip():
+        if not equals or not all(name.strip().split(".")):
             raise UserError(f"--set {override}: write it as section.key=value, such as train.max_steps=100")
         try:
             _assign(values, name.strip().split("."), yaml.load(text, _Loader))
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except _BAD_YAML:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         changed[name.strip()] = f"--set {override}"
     try:
@@ -244,7 +268,7 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
 
 def dump_config(config: Section) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Section, new: Section) -> list[str]:
@@ -273,8 +297,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}:{where} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except _BAD_YAML as error:
+        raise UserError(f"{path}: not valid YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -317,15 +341,33 @@ def _did_you_mean(name: str, choices: Any) -> str:
     return f". Did you mean {close[0]}?" if close else ""
 
 
+# Names that pydantic gives to the branches of a choice between types; no keys of the YAML.
+_BRANCHES = ("bool", "literal['auto']", "number", "line")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _explain(kind: type[BaseModel], item: Any, path: Path, changed: dict[str, str]) -> str:
     """One pydantic error as a line: where it was written, the key, the value and the fix."""
-    keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in ("bool", "literal['auto']"))]
+    keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in _BRANCHES)]
     while len(keys) > 1 and keys[-1].isdigit():
         keys.pop()
     name = ".".join(keys)
-    source = next((given for key, given in changed.items() if (name + ".").startswith(key + ".")), None)
-    value = repr(item["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
+    source = next(
+        (
+            given
+            for key, given in changed.items()
+            if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
+        ),
+        None,
+    )
+    value = _shown(item["input"])
     if item["type"] == "extra_forbidden":
         text = f"{name} is not a setting{_did_you_mean(name, list(_setting_names(kind)))}"
     elif item["type"] == "missing":

@@ -182,7 +182,7 @@ def read_architecture(folder: Path) -> Architecture:
         if about.get(key) not in allowed:
             raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite's encoder does not have")
     values = {name: about.get(name, assumed) for name, assumed in ASSUMED.items()}
-    if values["hidden_act"] not in ACTIVATIONS:
+    if str(values["hidden_act"]) not in ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
     if values["pad_token_id"] is None:
         values["pad_token_id"] = 0

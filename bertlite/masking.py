@@ -64,7 +64,7 @@ STRATEGIES = {"token": choose_tokens, "whole-word": choose_whole_words}
 
 def prediction_slots(length: int, masking: MaskingSettings) -> int:
     """The predictions that a row of `length` positions may need, at the highest rate, if it is one document."""
-    return max(1, round(max(masking.rate.start, masking.rate.end) * (length - 2)))
+    return max(1, round(max(masking.line().start, masking.line().end) * (length - 2)))
 
 
 def mask_rows(

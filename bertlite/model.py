@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: Architecture) -> None:
         super().__init__()
         D = config.hidden_size
-        self.word = nn.Embedding(config.vocab_size, D)
+        self.word = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, D)
         self.segment = nn.Embedding(config.type_vocab_size, D)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
@@ -196,6 +196,8 @@ def initialize(model: nn.Module, std: float, seed: int) -> None:
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
 
 
 def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]]) -> None:

@@ -56,7 +56,7 @@ def adamw(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[tor
 
 def muon(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all the rest."""
-    hidden = {name for name, tensor in tensors.items() if ".layers." in name and tensor.ndim == 2}
+    hidden = {name for name, tensor in tensors.items() if "layers." in name and tensor.ndim == 2}
     part = torch.optim.Muon(
         [tensors[name] for name in tensors if name in hidden],
         lr=settings.muon_learning_rate,

@@ -98,7 +98,7 @@ def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
             characters += len(text)
         while characters > limit and len(kept) > 1:
             share //= 2
-            kept = [(random, text) for random, text in kept if random < share]
+            kept = [one for one in kept if one[0] < share] or [min(kept)]
             characters = sum(len(text) for _, text in kept)
     return [text[:limit] for _, text in kept]
 

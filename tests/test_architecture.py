@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "bertlite"
 ORDER = """
 errors signals philox
 config files runtime
-attention masking optim
+attention masking optim words sources
 tokenizer model corpus
 batches hf
 parity checkpoint

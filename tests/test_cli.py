@@ -112,7 +112,7 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     """By hand: the rows and masks of the evaluation, the model of transformers."""
     from bertlite.batches import Batches, make_plan
     from bertlite.config import DataSettings
-    from bertlite.corpus import find_files, prepare_corpus
+    from bertlite.corpus import prepare_corpus
     from bertlite.evaluate import evaluate_text
     from bertlite.hf import load_masked_lm
     from bertlite.runtime import start
@@ -121,7 +121,8 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     files = [text_files["validation"]]
     for length in (64, 33):
         result = evaluate_text(model, tokenizer, files, start(), sequence_length=length)
-        corpus = prepare_corpus(find_files(files, ""), tokenizer, DataSettings(train=files), "text")
+        data = DataSettings.model_validate({"train": files})
+        corpus = prepare_corpus(data.train, tokenizer, data, "text")
         plan = make_plan(corpus, length)
         batch = Batches(corpus, plan, tokenizer, length).evaluation(0, len(plan))
         reference = AutoModelForMaskedLM.from_pretrained(trained / "model")
@@ -210,7 +211,7 @@ def test_a_mistake_in_the_configuration_is_named(bertlite, write_config, tmp_pat
 
 @pytest.mark.parametrize(
     "content, expected",
-    [(b"", "is empty"), (b"\n \n\n", "only blank lines"), (b"good\n\nb\xe9d\n", ":3: not UTF-8 (byte 0xe9)")],
+    [(b"", "is empty"), (b"\n \n\n", "there is no text in it"), (b"good\n\nb\xe9d\n", ":3: not UTF-8 (byte 0xe9)")],
 )
 def test_a_bad_text_file_is_named(bertlite, write_config, tmp_path, content, expected):
     (tmp_path / "bad.txt").write_bytes(content)

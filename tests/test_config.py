@@ -13,6 +13,7 @@ from bertlite.config import (
     MaskingSettings,
     ModelSettings,
     PretrainConfig,
+    Source,
     TokenizerSettings,
     TrainSettings,
     choose,
@@ -108,12 +109,12 @@ def test_numbers_are_read_as_people_write_them(load, text):
 )
 def test_quoted_words_stay_words(load, name):
     config = load(f"data: {{train: ['{name}']}}\noutput_dir: '{name}'")
-    assert config.data.train == [name] and config.output_dir == name
+    assert config.data.train == [Source(path=name)] and config.output_dir == name
 
 
 def test_one_file_needs_no_list(load):
     config = load("data: {train: sample, validation: valid.txt}")
-    assert config.data.train == ["sample"] and config.data.validation == ["valid.txt"]
+    assert config.data.train == [Source(path="sample")] and config.data.validation == [Source(path="valid.txt")]
 
 
 def test_a_byte_order_mark_is_dropped(load):
@@ -128,8 +129,8 @@ def test_a_byte_order_mark_is_dropped(load):
         ("train.compile=false", {"train": {"compile": False}}),
         ("train.compile=auto", {"train": {"compile": "auto"}}),
         ("train.per_device_train_batch_size=null", {"train": {"per_device_train_batch_size": None}}),
-        ("data.train=[b.txt, c d.txt]", {"data": {"train": ["b.txt", "c d.txt"]}}),
-        ("data.train=b.txt", {"data": {"train": ["b.txt"]}}),
+        ("data.train=[b.txt, c d.txt]", {"data": {"train": [Source(path="b.txt"), Source(path="c d.txt")]}}),
+        ("data.train=b.txt", {"data": {"train": [Source(path="b.txt")]}}),
         ("data.validation=[]", {"data": {"validation": []}}),
         ("tokenizer.path=a=b", {"tokenizer": {"path": "a=b"}}),
         ("output_dir=runs/other", {"output_dir": "runs/other"}),
@@ -264,8 +265,8 @@ def test_dump_is_complete(load):
         ("data: {train: [a]}\ntrain: {precision: fp16}", ["train.precision is 'fp16'", "bf16"]),
         ("data: {train: [a]}\ntokenizer: {lowercase: 1}", ["tokenizer.lowercase is 1", "boolean"]),
         ("data: {train: [a]}\noutput_dir: 3", ["output_dir is 3", "string"]),
-        ("data: {train: [a, 3]}", ["data.train", "3", "string"]),
-        ("data: {train: 3}", ["data.train is 3", "list"]),
+        ("data: {train: [a, 3]}", ["data.train is 3", "section"]),
+        ("data: {train: 3}", ["data.train is 3", "section"]),
         ("data: {train: [a], document: lines}", ["data.document is 'lines'", "'blank-line'", "'line'"]),
         # sections
         ("data: {train: [a]}\ntrain: 5", ["train is 5", "section"]),
@@ -406,10 +407,10 @@ def test_differences_are_dotted_names(load):
 
 
 def test_what_may_differ_on_resume_is_the_contracts_list_and_exists(load):
-    assert MAY_DIFFER_ON_RESUME == {
+    assert {
         f"train.{name}"
         for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_train_batch_size")
-    } | {"output_dir"}
+    } | {"output_dir"} == MAY_DIFFER_ON_RESUME
     changes = [f"{name}={'other' if name == 'output_dir' else 17}" for name in MAY_DIFFER_ON_RESUME]
     assert set(differences(load(SHORTEST), load(SHORTEST, *changes))) == MAY_DIFFER_ON_RESUME
 

@@ -48,7 +48,7 @@ def test_losses_equal_those_of_transformers_trained_on_the_same_batches(write_co
 
     config = load_config(PretrainConfig, path)
     prepared = prepare(config)
-    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, seed=0)
+    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, config.train)
     reference = BertForMaskedLM.from_pretrained(untrained / "model", attn_implementation="sdpa").train()
     decayed = [weight for weight in reference.parameters() if weight.ndim > 1]
     others = [weight for weight in reference.parameters() if weight.ndim <= 1]
@@ -104,7 +104,7 @@ def test_a_line_means_all_scored_tokens_since_the_line_before(write_config):
     fourth = pretrain(write_config("fourth", train__logging_steps=4))
     config = load_config(PretrainConfig, write_config())
     prepared = prepare(config)
-    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, seed=0)
+    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, config.train)
     counts = [int((batches.training(8 * step, 8).labels != -100).sum()) for step in range(4)]
     mean = sum(count * loss for count, loss in zip(counts, losses(each)[:4], strict=True)) / sum(counts)
     assert losses(fourth)[0] == pytest.approx(mean, abs=1e-6)
@@ -165,16 +165,24 @@ CHANGED = {
     "model.type_vocab_size": 1,
     "model.initializer_range": 0.05,
     "model.layer_norm_eps": 1e-5,
+    "model.init_from": None,  # test_continue.py
     "tokenizer.path": None,  # test_tokenizer.py, test_cli.py
     "tokenizer.vocab_size": 900,
     "tokenizer.lowercase": False,
+    "tokenizer.train_characters": 20000,
+    "tokenizer.pad_to_multiple_of": 64,
+    "tokenizer.extend": None,  # test_continue.py
     "data.train": ["sample"],
     "data.validation": [],
     "data.validation_split": None,  # test_batches.py
     "data.sequence_length": 32,
     "data.document": "line",
+    "data.min_characters": 4000,
+    "data.max_characters": 20000,
+    "data.remove_duplicates": None,  # test_sources.py
+    "data.segmenter": None,  # test_batches.py
     "data.cache_dir": None,  # test_corpus.py
-    "masking.strategy": None,  # only one so far
+    "masking.strategy": "whole-word",
     "masking.rate": 0.3,
     "train.max_steps": 5,
     "train.global_batch_size": 4,
