@@ -12,6 +12,7 @@ from transformers import BertForMaskedLM, BertModel
 from transformers.utils import logging
 
 from bertlite.attention import best_kernel
+from bertlite.config import Architecture
 from bertlite.hf import UNUSED, load_model, to_hf
 from bertlite.masking import IGNORED
 from bertlite.model import Encoder, MaskedLanguageModel
@@ -55,12 +56,18 @@ def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
     theirs, surprises = load_reference(folder, ours)
     tolerances = TOLERANCES[precision]
     checks = [Check("weights", "names only one side has", float(len(surprises)), 0.0), compare_weights(ours, theirs)]
-    for name, inputs in make_inputs(ours.config.vocab_size, ours.config.max_position_embeddings,
-                                    ours.config.type_vocab_size, ours.config.pad_token_id).items():  # fmt: skip
+    for name, inputs in make_inputs(ours.config).items():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             differences = compare(ours, theirs, inputs)
+        if precision == "fp32" and differences["gradients"] > tolerances["gradients"]:
+            # Where attention is saturated, gradients of q and k are small differences of large numbers, and fp32's
+            # rounding alone exceeds what is allowed, on both sides. fp64 tells it from a real difference.
+            del differences["gradients"]
+            exact = compare(ours.double(), theirs.double(), inputs)
+            differences["gradients in fp64"] = exact["gradients"]
+            ours.float(), theirs.float()
         for quantity, difference in differences.items():
-            kind = quantity if quantity in tolerances else "outputs"
+            kind = "gradients" if quantity.startswith("gradients") else "loss" if quantity == "loss" else "outputs"
             checks.append(Check(name, quantity, difference, tolerances[kind]))
     return checks
 
@@ -87,10 +94,10 @@ def compare_weights(ours: nn.Module, theirs: nn.Module) -> Check:
     return Check("weights", "tensors not equal bit for bit", float(differing), 0.0)
 
 
-def make_inputs(vocab_size: int, max_positions: int, segments: int, pad_id: int) -> dict[str, Inputs]:
-    """Random tokens, padded, packed (several documents a row) and, where the model has segments, in pairs."""
+def make_inputs(config: Architecture) -> dict[str, Inputs]:
+    """Random tokens, padded, packed (several documents a row) and in pairs; with both segments, if there are two."""
     generator = torch.Generator().manual_seed(0)
-    T = min(48, max_positions)
+    T = min(48, config.max_position_embeddings)
     documents = {
         "padded": [[T], [T * 2 // 3], [T // 3]],
         "packed": [[T // 2, T // 4, T // 8], [T // 3, T // 3, T // 3]],
@@ -105,13 +112,15 @@ def make_inputs(vocab_size: int, max_positions: int, segments: int, pad_id: int)
                 document_ids[row, end - length : end] = number
                 position_ids[row, end - length : end] = torch.arange(length)
         real = document_ids > 0
-        input_ids = torch.where(real, torch.randint(vocab_size, real.shape, generator=generator), pad_id)
-        labels = torch.randint(vocab_size, real.shape, generator=generator)
+        input_ids = torch.where(
+            real, torch.randint(config.vocab_size, real.shape, generator=generator), config.pad_token_id
+        )
+        labels = torch.randint(config.vocab_size, real.shape, generator=generator)
         labels = torch.where(real & (torch.rand(real.shape, generator=generator) < 0.15), labels, IGNORED)
         labels[:, 0] = input_ids[:, 0]  # at least one prediction a row
         # Segments give tokens something in common, without which the gradients of q and k in a model that has
         # learnt little are nearly 0, and the comparison one of roundings.
-        second = real & (position_ids >= T // 6) & (segments > 1)
+        second = real & (position_ids >= T // 6) & (config.type_vocab_size > 1)
         result[name] = Inputs(input_ids, position_ids, document_ids, second.long(), labels)
     return result
 
@@ -161,14 +170,19 @@ def _our_side(ours: nn.Module, inputs: Inputs) -> tuple[list[Tensor], Tensor | N
 
 
 def _loss(logits: Tensor, inputs: Inputs) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), inputs.labels.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(_at_least_fp32(logits.flatten(0, 1)), inputs.labels.flatten(), ignore_index=IGNORED)
 
 
 def _encoder_loss(hidden: Tensor, pooled: Tensor | None, real: Tensor) -> Tensor:
     """A number that every output weighs in, each in its own way; an encoder by itself has no loss."""
-    weights = torch.linspace(-1, 1, hidden.shape[-1])
-    loss = (hidden[real].float() @ weights).square().mean()
-    return loss if pooled is None else loss + (pooled.float() @ weights).square().mean()
+    hidden = _at_least_fp32(hidden)
+    weights = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
+    loss = (hidden[real] @ weights).square().mean()
+    return loss if pooled is None else loss + (pooled.to(hidden.dtype) @ weights).square().mean()
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _relative(mine: Tensor, reference: Tensor) -> float:

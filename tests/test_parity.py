@@ -146,7 +146,7 @@ def test_the_table_compares_every_quantity_for_every_kind_of_input(folders):
 def test_every_kernel_computes_the_same_as_transformers(folders, kernel):
     ours = load_model(folders["masked language model"], kernel)
     theirs, _ = load_reference(folders["masked language model"], ours)
-    for inputs in make_inputs(SHAPE["vocab_size"], SHAPE["max_position_embeddings"], 2, 0).values():
+    for inputs in make_inputs(ours.config).values():
         for quantity, difference in compare(ours, theirs, inputs).items():
             assert difference <= parity.TOLERANCES["fp32"].get(quantity, 1e-5), quantity
 
@@ -163,7 +163,7 @@ EVERY_WEIGHT = [
 def change_reference(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let transformers' model have one element of a weight, one that the inputs use, differ by 1e-3."""
     load = load_reference
-    inputs = make_inputs(SHAPE["vocab_size"], SHAPE["max_position_embeddings"], SHAPE["type_vocab_size"], 0)
+    inputs = make_inputs(Architecture(**SHAPE))
     row = inputs["padded"].input_ids[0, 0] if "word_embeddings" in name else 0
 
     def load_and_change(folder: Path, ours: MaskedLanguageModel | Encoder) -> tuple[nn.Module, list[str]]:
@@ -200,7 +200,7 @@ def test_the_gradient_of_every_weight_is_compared(folders, kind, name):
         return torch.cat(parts)
 
     ours.get_parameter(our_name).register_hook(spoil)
-    inputs = make_inputs(SHAPE["vocab_size"], SHAPE["max_position_embeddings"], 2, 0)["packed"]
+    inputs = make_inputs(Architecture(**SHAPE))["packed"]
     assert compare(ours, theirs, inputs)["gradients"] > parity.TOLERANCES["fp32"]["gradients"]
 
 
@@ -234,7 +234,7 @@ def test_the_worst_of_all_outputs_counts(folders, kind, module, quantity):
         return output + change.view_as(output)
 
     theirs.get_submodule(module).register_forward_hook(change_one_number)
-    inputs = make_inputs(SHAPE["vocab_size"], SHAPE["max_position_embeddings"], 2, 0)["packed"]
+    inputs = make_inputs(Architecture(**SHAPE))["packed"]
     assert 0.2e-3 < compare(ours, theirs, inputs)[quantity] < 2e-3
 
 
@@ -243,7 +243,7 @@ def test_a_gradient_that_is_not_a_number_is_noticed(folders, name):
     ours = load_model(folders["masked language model"], "matmul")
     theirs, _ = load_reference(folders["masked language model"], ours)
     ours.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)
-    inputs = make_inputs(SHAPE["vocab_size"], SHAPE["max_position_embeddings"], 2, 0)["packed"]
+    inputs = make_inputs(Architecture(**SHAPE))["packed"]
     difference = compare(ours, theirs, inputs)["gradients"]
     assert not parity.Check("packed", "gradients", difference, 1e-5).ok
 
@@ -534,3 +534,23 @@ def test_a_file_is_no_model_folder(folder):
     with pytest.raises(UserError, match=r"config\.json: no such model folder"):
         local_folder(str(folder / "config.json"))
     assert local_folder(str(folder)) == folder
+
+
+def test_saturated_attention_is_no_false_alarm_and_hides_no_difference(tmp_path):
+    """Large queries and keys leave gradients that fp32 cannot resolve; a real difference is still seen."""
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SHAPE))
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query.weight *= 60
+            layer.attention.self.key.weight *= 60
+    model.save_pretrained(tmp_path)
+    checks = check_parity(tmp_path)
+    assert any(check.quantity == "gradients in fp64" for check in checks)
+    assert all(check.ok for check in checks)
+
+    ours = load_model(tmp_path).double()
+    theirs, _ = load_reference(tmp_path, ours)
+    with torch.no_grad():
+        theirs.double().bert.encoder.layer[1].attention.self.query.weight[0, 0] += 1e-3
+    assert compare(ours, theirs, make_inputs(ours.config)["packed"])["gradients"] > 1e-5
