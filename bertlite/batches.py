@@ -6,6 +6,7 @@ ends. The plan of all rows is made once, kept beside the corpus, and memory-mapp
 
 # Shapes: R rows, T positions of a row, P prediction slots of a row.
 import json
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import MaskingSettings, TrainSettings
-from bertlite.corpus import Corpus, locked
+from bertlite.corpus import Corpus
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, new_folder, write_json
+from bertlite.files import fingerprint, locked, new_folder, write_json
 from bertlite.masking import Vocabulary, mask_rows, prediction_slots
 from bertlite.philox import (
     EVALUATION_MASKS,
@@ -37,7 +38,8 @@ from bertlite.philox import (
 from bertlite.tokenizer import vocabulary_of
 from bertlite.words import word_start_table
 
-PLAN_VERSION = 2  # raise it when the same corpus would give other rows
+PLAN_VERSION = 3  # raise it when the same corpus would give other rows
+LEAST_PIECE = 8  # tokens of a long document that are worth a piece of their own
 DEFAULTS = TrainSettings()
 EVALUATION_MASKING = MaskingSettings()  # held-out text is masked alike whatever the training does: losses compare
 
@@ -116,7 +118,7 @@ def make_plan(
     weights = list(weights or [1.0] * len(sources))[: len(sources)]
     key = fingerprint([PLAN_VERSION, sequence_length, weights, share, part])
     folder = corpus.folder / f"plan-{key}"
-    with locked(corpus.folder, f"plan-{key}"):
+    with locked(folder):
         if not folder.exists():
             wanted = np.ones(len(corpus), dtype=bool)
             if share is not None:
@@ -133,10 +135,12 @@ def _write_plan(
     starts, lengths, rows = [], [], [np.zeros(1, np.int64)]
     groups: list[tuple[float, int]] = []
     for weight in np.unique(weight_of[wanted]):
-        piece_starts, piece_lengths = cut(corpus.starts, wanted & (weight_of == weight), T - 2)
-        pieces, row_starts = pack(piece_lengths + 2, T)
-        starts.append(piece_starts[pieces])
-        lengths.append(piece_lengths[pieces].astype(np.int32))
+        documents = wanted & (weight_of == weight)
+        piece_starts, piece_lengths, row_starts = fill_rows(
+            corpus.starts[:-1][documents], np.diff(corpus.starts)[documents], T
+        )
+        starts.append(piece_starts)
+        lengths.append(piece_lengths.astype(np.int32))
         rows.append(row_starts[1:] + rows[-1][-1])
         groups.append((float(weight), len(row_starts) - 1))
     np.save(folder / "piece_starts.npy", np.concatenate(starts))
@@ -145,13 +149,54 @@ def _write_plan(
     write_json(folder / "groups.json", groups)
 
 
-def cut(starts: NDArray[np.int64], wanted: NDArray[np.bool_], limit: int) -> tuple[NDArray[np.int64], ...]:
-    """Cut the wanted documents into pieces of at most `limit` tokens: where each starts, and its length."""
-    first, lengths = starts[:-1][wanted], np.diff(starts)[wanted]
-    pieces = -(-lengths // limit)
-    owner = np.repeat(np.arange(len(lengths)), pieces)
-    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
-    return first[owner] + offset, np.minimum(limit, lengths[owner] - offset)
+def fill_rows(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> tuple[NDArray[np.int64], ...]:
+    """Lay documents, given by where they start and how long they are, into rows of T positions.
+
+    Those that fit a row are packed whole. Longer ones are then poured, one after the other, into the room that is left
+    and into new rows, and cut where a row ends. Returns where each piece starts, its length, and where each row starts
+    among the pieces.
+    """
+    whole = lengths <= T - 2
+    order, row_starts = pack(lengths[whole] + 2, T)
+    piece_starts, piece_lengths = starts[whole][order], lengths[whole][order]
+    piece_rows = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
+    used = np.bincount(piece_rows, piece_lengths + 2, minlength=len(row_starts) - 1).astype(np.int64)
+    poured = _pour(starts[~whole], lengths[~whole], T, T - 2 - used)
+    piece_rows = np.concatenate([piece_rows, poured[2]])
+    by_row = np.argsort(piece_rows, kind="stable")
+    counts = np.bincount(piece_rows)
+    return (
+        np.concatenate([piece_starts, poured[0]])[by_row],
+        np.concatenate([piece_lengths, poured[1]])[by_row],
+        np.concatenate([[0], np.cumsum(counts)]),
+    )
+
+
+def _pour(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int, rooms: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], ...]:
+    """Cut long documents so that they fill the rooms of the first rows, and then rows of their own.
+
+    Returns start, length and row of each piece. Rooms for fewer than LEAST_PIECE tokens stay empty.
+    """
+    piece_starts, piece_lengths, piece_rows = array("q"), array("q"), array("q")
+    open_rows = [(row, room) for row, room in enumerate(rooms.tolist()) if room >= LEAST_PIECE]
+    next_row = len(rooms)
+    for start, left in zip(starts.tolist(), lengths.tolist(), strict=True):
+        while left:
+            if open_rows:
+                row, room = open_rows.pop()
+            else:
+                row, room = next_row, T - 2
+                next_row += 1
+            taken = min(left, room)
+            piece_starts.append(start)
+            piece_lengths.append(taken)
+            piece_rows.append(row)
+            start, left, room = start + taken, left - taken, room - taken - 2
+            if room >= LEAST_PIECE:
+                open_rows.append((row, room))
+    return tuple(np.array(column, dtype=np.int64) for column in (piece_starts, piece_lengths, piece_rows))
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -214,7 +259,8 @@ class Batches:
         samples = np.arange(first, first + count)
         steps = samples // self.train.global_batch_size
         line = self.masking.line()
-        rates = line.start + (line.end - line.start) * np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
+        done = np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
+        rates = line.start * (1 - done) + line.end * done
         return self._batch(self.rows(samples), samples, self.masking, rates, (self.train.seed, TRAINING_MASKS))
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -61,6 +61,7 @@ class ModelSettings(Shape):
     """What to train: a new encoder of a shape, or one that exists (`init_from`), which brings its own."""
 
     init_from: str | None = None
+    position_init: Literal["normal", "sinusoidal"] = "normal"
 
 
 class Architecture(Shape):

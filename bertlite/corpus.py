@@ -1,11 +1,10 @@
 """Documents to token ids on disk: made once, memory-mapped, and used again while nothing has changed."""
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import DataSettings, Source, choose
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, full_disk_named, write_json
+from bertlite.files import fingerprint, full_disk_named, locked, remove_leftovers, write_json
 from bertlite.runtime import say
 from bertlite.sources import read_documents, source_digest, source_files
 from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
@@ -102,22 +101,13 @@ def prepare_corpus(
     }  # fmt: skip
     key = fingerprint(parts)
     folder = cache / "corpora" / key
-    with locked(cache / "corpora", key):
+    with locked(folder):
         if not (folder / "corpus.json").exists():
             _say_what_changed(sources, parts, cache, setting)
             _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
     corpus = Corpus(folder)
     say(f"{setting}: {corpus.summary.text()} ({folder})")
     return corpus
-
-
-@contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Only one process at a time is inside; the operating system frees the lock when that process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path, setting: str) -> None:
@@ -141,6 +131,7 @@ def _tokenize(
     After an interruption, what lies beyond is cut off and work goes on from there: the same bytes in the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, "*.json")
     progress = folder / "progress.json"
     summary = Summary(**json.loads(progress.read_text())) if progress.exists() else Summary()
     with ExitStack() as stack:

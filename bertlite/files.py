@@ -1,6 +1,7 @@
 """Files and folders that are either whole or not there."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -38,14 +39,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `new_folder` and `write_whole` left in `folder` when their process was killed.
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what `new_folder` and `write_whole` of `name` (a glob) left in `folder` when their process was killed.
 
-    Only for a folder that no other process writes to.
+    Only for names that no other process is writing.
     """
-    for path in folder.glob(".*"):
-        if re.fullmatch(r"\.(step-\d+|model|config\.yaml|metrics\.jsonl)\.\w+", path.name):
+    for path in folder.glob(f".{name}.*"):
+        if re.search(r"\.(\d+|\w{8})$", path.name):  # a process's number, or mkdtemp's letters
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time makes `path`; the operating system frees the lock when that process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_leftovers(path.parent, path.name)
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
 # Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row.
+import math
 from collections.abc import Callable
 
 import torch
@@ -188,8 +189,11 @@ class MaskedLanguageModel(nn.Module):
         return self.head(hidden.gather(1, wanted), self.encoder.embeddings.word.weight)
 
 
-def initialize(model: nn.Module, std: float, seed: int) -> None:
-    """BERT's own start: weights normal with `std`, cut at two deviations; biases 0; layer norms 1 and 0."""
+def initialize(model: nn.Module, std: float, seed: int, position_init: str = "normal") -> None:
+    """BERT's own start: weights normal with `std`, cut at two deviations; biases 0; layer norms 1 and 0.
+
+    With `position_init` "sinusoidal", the position embeddings, which are trained like all else, start as sinusoids.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -198,6 +202,16 @@ def initialize(model: nn.Module, std: float, seed: int) -> None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
+    for module in model.modules():
+        if isinstance(module, Embeddings) and position_init == "sinusoidal":
+            module.position.weight.data.copy_(sinusoids(*module.position.weight.shape) * std * math.sqrt(2))
+
+
+def sinusoids(positions: int, size: int) -> Tensor:
+    """A table (positions, size) of sines and cosines of many wave lengths (Vaswani et al. 2017, section 3.5)."""
+    frequencies = 10000 ** -(torch.arange(0, size, 2) / size)
+    angles = torch.arange(positions)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :size]
 
 
 def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]]) -> None:

@@ -108,15 +108,15 @@ def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kern
     """
     settings = config.model
     if settings.init_from is None:
-        shape = settings.model_dump(exclude={"init_from"})
+        shape = settings.model_dump(exclude={"init_from", "position_init"})
         architecture = Architecture(**shape, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         model = MaskedLanguageModel(architecture, kernel)
-        initialize(model, settings.initializer_range, config.train.seed)
+        initialize(model, settings.initializer_range, config.train.seed, settings.position_init)
         return model
     source = model_folder(settings.init_from)
     begin = load_model(source, kernel)
     dropout = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
-    for name in settings.model_fields_set - dropout - {"init_from"}:
+    for name in settings.model_fields_set - dropout - {"init_from", "position_init"}:
         ours, theirs = getattr(settings, name), getattr(begin.config, name)
         if ours != theirs:
             raise UserError(f"model.{name} is {ours}, but {settings.init_from} has {theirs}; leave it out")

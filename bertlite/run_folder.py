@@ -42,8 +42,9 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
         except BlockingIOError:
             raise UserError(f"{folder}: another process is using this run folder") from None
         _check_config(folder, config, resume)
-        remove_leftovers(folder)
-        remove_leftovers(folder / "checkpoints")
+        for name in ("config.yaml", "metrics.jsonl", "model"):
+            remove_leftovers(folder, name)
+        remove_leftovers(folder / "checkpoints", "step-*")
         yield
     finally:
         if created:

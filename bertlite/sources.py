@@ -21,11 +21,39 @@ from bertlite.errors import UserError
 from bertlite.files import fingerprint, sha256, write_json
 from bertlite.runtime import say
 
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses a .zst file; zstandard's own reader takes a file that is cut off for one that ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.frame: Any = None
+        self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            ended = self.frame is None or self.frame.eof
+            packed = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 17)
+            if not packed and ended:
+                return 0
+            if not packed:
+                raise EOFError("compressed file ended before the end of its frame")
+            if ended:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.ready = self.frame.decompress(packed)
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
-    ".zst": lambda file: io.BufferedReader(zstandard.open(file, "rb"), 1 << 20),
+    ".zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 20),
 }
 DAMAGED = (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error)
 # Tables, by the datasets library's name of their reader, and its options.
@@ -50,20 +78,28 @@ def source_files(source: Source, setting: str) -> list[Path]:
         return [Path(str(files("bertlite") / "sample" / "pretrain.txt"))]
     found: list[Path] = []
     for match in sorted(Path(name) for name in glob.glob(os.path.expanduser(source.path), recursive=True)):
-        inside = (path for path in sorted(match.rglob("*")) if not any(p.startswith(".") for p in path.parts))
-        found += [path for path in inside if path.is_file()] if match.is_dir() else [match]
+        if match.is_dir():
+            inside = (path for path in sorted(match.rglob("*")) if path.is_file())
+            found += [
+                path for path in inside if not any(part.startswith(".") for part in path.relative_to(match).parts)
+            ]
+        else:
+            found.append(match)
     if not found:
         what = "no file matches" if glob.has_magic(source.path) else "there is no such file"
         raise UserError(f"{setting}: {source.path}: {what} (paths are relative to the current directory)")
     for path in found:
+        if not path.exists():
+            raise UserError(f"{setting}: {path}: a link to nowhere")
         if path.stat().st_size == 0:
             raise UserError(f"{setting}: {path} is empty")
-    return found
+    return list(dict.fromkeys(found))  # ** matches a folder and its files
 
 
 def source_digest(source: Source, setting: str, cache: Path) -> list[Any]:
     """What stands for a source's text: the same digest, the same text."""
-    about = [source.column, *(file_digest(path, cache) for path in source_files(source, setting))]
+    paths = source_files(source, setting)
+    about = [source.column, *([_kind(path), file_digest(path, cache)] for path in paths)]
     if source.dataset is None:
         return about
     folder = Path(source.dataset)
@@ -79,7 +115,10 @@ def file_digest(path: Path, cache: Path) -> str:
     now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     known = json.loads(record.read_text()) if record.exists() else None
     if known is None or {**known, **now} != known:
-        now["sha256"] = sha256(path)
+        try:
+            now["sha256"] = sha256(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         if known is not None and known["sha256"] != now["sha256"]:
             say(f"{path} has changed since it was last prepared")
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +137,7 @@ def read_documents(
     read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
     """
     for path in source_files(source, setting):
-        kind = path.suffixes[-2] if path.suffix in DECOMPRESSORS and len(path.suffixes) > 1 else path.suffix
+        kind = _kind(path)
         if kind in TABLES:
             yield from _read_table(path, kind, source.column)
             report(path.stat().st_size)
@@ -106,6 +145,11 @@ def read_documents(
             yield from _read_text(path, document, report)
     if source.dataset is not None:
         yield from _read_dataset(source, setting)
+
+
+def _kind(path: Path) -> str:
+    """The ending that says what a file holds: without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
 
 
 def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iterator[str]:

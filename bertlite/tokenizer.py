@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bertlite.config import TokenizerSettings
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, new_folder
+from bertlite.files import fingerprint, locked, new_folder
 from bertlite.masking import Vocabulary
 from bertlite.philox import TOKENIZER_SAMPLE, philox, split64
 from bertlite.runtime import say
@@ -40,7 +40,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))
         elif path.is_file():
-            tokenizer = wrap(_with_special_tokens(Tokenizer.from_file(str(path)), path))
+            tokenizer = _from_file(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except UserError:
@@ -73,16 +73,10 @@ def configured_tokenizer(
     given = None if old is None else [old.backend_tokenizer.to_str(), settings.extend]
     size = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
     folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, given, size])
-    if not folder.exists():
-        with new_folder(folder) as aside:
-            if old is None:
-                _train(documents(), settings).save_pretrained(aside)
-            else:
-                old.save_pretrained(aside)
-                if settings.extend:
-                    _change_vocabulary(aside, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
-            if settings.pad_to_multiple_of:
-                _change_vocabulary(aside, lambda vocabulary: padded(vocabulary, settings.pad_to_multiple_of))
+    with locked(folder):
+        if not folder.exists():
+            with new_folder(folder) as aside:
+                _make(aside, old, documents(), settings)
     tokenizer = load_tokenizer(str(folder))
     say(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
     return tokenizer
@@ -163,20 +157,12 @@ def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    if "[SEP]" in vocabulary:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-        )
-        tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
-    lowercase = getattr(tokenizer.normalizer, "lowercase", False)
-    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=lowercase)
+    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -186,6 +172,19 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if not len(ordinary):
         raise UserError("tokenizer: the vocabulary holds nothing but special tokens")
     return Vocabulary(len(tokenizer), tokenizer.mask_token_id, special, ordinary)
+
+
+def _make(
+    folder: Path, old: PreTrainedTokenizerBase | None, documents: Iterable[str], settings: TokenizerSettings
+) -> None:
+    if old is None:
+        _train(documents, settings).save_pretrained(folder)
+    else:
+        old.save_pretrained(folder)
+    if old is not None and settings.extend:
+        _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents, settings))
+    if multiple := settings.pad_to_multiple_of:
+        _change_vocabulary(folder, lambda vocabulary: padded(vocabulary, multiple))
 
 
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
@@ -200,7 +199,7 @@ def _extended(
     """The vocabulary with the new pieces that a tokenizer trained on the documents would use most often."""
     say(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
     sample = sample_documents(documents, settings.train_characters)
-    lowercase = bool(old.backend_tokenizer.normalizer.lowercase)
+    lowercase = getattr(old.backend_tokenizer.normalizer, "lowercase", False)
     domain = train_word_piece(sample, len(vocabulary), lowercase)
     uses: Counter[str] = Counter()
     for text in sample:
@@ -255,16 +254,25 @@ def _continues_words(character: str, lowercase: bool) -> bool:
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
 
 
-def _with_special_tokens(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+def _from_file(path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer.json of any kind, with BERT's special tokens."""
+    tokenizer = Tokenizer.from_file(str(path))
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}, which masked language modelling needs")
-    return tokenizer
+    if tokenizer.post_processor is None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        )
+    names = [f"{token.strip('[]').lower()}_token" for token in SPECIAL_TOKENS]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS, strict=True)))
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        pieces = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}: the vocabulary is not UTF-8") from None
     missing = [token for token in SPECIAL_TOKENS if token not in pieces]

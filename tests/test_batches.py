@@ -1,7 +1,9 @@
 """Which documents share a row, and batches as a pure function: complete, full, the same however they are asked for."""
 
-from itertools import pairwise
+import re
+from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertlite.batches import Batch, Batches, cut, make_plan, pack, split_documents
-from bertlite.config import DataSettings, MaskingSettings
+from bertlite.config import DataSettings, MaskingSettings, Source, TrainSettings
 from bertlite.corpus import prepare_corpus
 from bertlite.errors import UserError
 from bertlite.masking import IGNORED, prediction_slots
 from bertlite.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
+from bertlite.words import jieba_words
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 WORDS = 6000
@@ -44,7 +47,7 @@ def make_corpus(tokenizer, tmp_path_factory):
         documents = [" ".join(word(next(words)) for _ in range(length)) for length in lengths]
         (folder / "text.txt").write_text("\n".join(documents))
         data = DataSettings(train=["unused"], document="line", cache_dir=str(folder / "cache"))
-        corpus = prepare_corpus([folder / "text.txt"], tokenizer, data, "data.train")
+        corpus = prepare_corpus([Source(path=str(folder / "text.txt"))], tokenizer, data, "data.train")
         assert np.diff(corpus.starts).tolist() == list(lengths)
         assert len(np.unique(corpus.tokens)) == len(corpus.tokens)
         return corpus
@@ -141,14 +144,15 @@ def test_pieces_of_one_length_meet_mates_from_anywhere():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
-@pytest.mark.parametrize("length", [128, 512])
-def test_wikipedia_fills_the_rows(length, tmp_path):
+@pytest.mark.parametrize(("length", "share"), [(128, 0.99), (512, 0.98)])
+def test_wikipedia_fills_the_rows(length, share, tmp_path):
+    """Of 512 positions two thirds of the pieces fill more than half: so few documents leave little to choose from."""
     tokenizer = load_tokenizer(str(SHARED / "vocab" / "bert-base-uncased" / "vocab.txt"))
-    path = SHARED / "pretrain" / "enwiki_valid.txt"
-    corpus = prepare_corpus([path], tokenizer, DataSettings(train=["unused"], cache_dir=str(tmp_path)), "data.train")
+    data = DataSettings(train=[str(SHARED / "pretrain" / "enwiki_valid.txt")], cache_dir=str(tmp_path))
+    corpus = prepare_corpus(data.train, tokenizer, data, "data.train")
     plan = make_plan(corpus, length)
     assert plan.piece_lengths.sum() == len(corpus.tokens)
-    assert plan.tokens() / (len(plan) * length) >= 0.99
+    assert plan.tokens() / (len(plan) * length) >= share
 
 
 # Cutting
@@ -178,7 +182,7 @@ def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_c
     plan = make_plan(corpus, length)
     starts, sizes = cut(corpus.starts, np.ones(len(corpus), bool), length - 2)
     expected = sorted(corpus.tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True))
-    batches = Batches(corpus, plan, tokenizer, length, MaskingSettings(), seed)
+    batches = Batches(corpus, plan, tokenizer, length, MaskingSettings(), TrainSettings(seed=seed))
     for epoch in (0, 3):
         batch = batches.training(epoch * len(plan), len(plan))
         assert batch.input_ids.shape == (len(plan), length)
@@ -192,7 +196,7 @@ def test_a_plan_is_made_once(corpus):
     before = {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")}
     make_plan(corpus, 32)
     assert before and {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")} == before
-    assert len(make_plan(corpus, 16)) > len(make_plan(corpus, 32)) > len(make_plan(corpus, 32, 0.5, "train"))
+    assert len(make_plan(corpus, 16)) > len(make_plan(corpus, 32)) > len(make_plan(corpus, 32, None, 0.5, "train"))
 
 
 # Holding out
@@ -207,7 +211,7 @@ def test_held_out_documents_are_whole_and_no_others_are_left_out(lengths, share,
     corpus = make_corpus(lengths)
     tokens = {}
     for part in ("train", "held-out"):
-        plan = make_plan(corpus, 16, share, part)
+        plan = make_plan(corpus, 16, None, share, part)
         batch = Batches(corpus, plan, tokenizer, 16).evaluation(0, len(plan))
         tokens[part] = [token for piece in pieces_of(batch) for token in piece]
     assert tokens["train"] and tokens["held-out"]
@@ -230,7 +234,7 @@ def test_one_document_cannot_be_held_out(make_corpus):
     corpus = make_corpus([50])
     for part in ("train", "held-out"):
         with pytest.raises(UserError, match=r"data\.train.*one document.*data\.validation"):
-            make_plan(corpus, 16, 0.1, part)
+            make_plan(corpus, 16, None, 0.1, part)
     assert len(make_plan(corpus, 16)) == 4
 
 
@@ -239,7 +243,7 @@ def test_one_document_cannot_be_held_out(make_corpus):
 
 @pytest.fixture(scope="module")
 def batches(corpus, tokenizer):
-    return Batches(corpus, make_plan(corpus, 32), tokenizer, 32, MaskingSettings(rate=0.3), seed=7)
+    return Batches(corpus, make_plan(corpus, 32), tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
 
 
 @settings(deadline=None, max_examples=30)
@@ -255,7 +259,8 @@ def test_a_batch_does_not_depend_on_how_it_is_asked_for(batches, first, count, d
 
 
 def test_equal_arguments_make_equal_batches(batches, tokenizer):
-    twin = Batches(batches.corpus, make_plan(batches.corpus, 32), tokenizer, 32, MaskingSettings(rate=0.3), seed=7)
+    plan = make_plan(batches.corpus, 32)
+    twin = Batches(batches.corpus, plan, tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
     twin.training(100, 8)
     assert equal(twin.training(5, 8), batches.training(5, 8))
 
@@ -285,7 +290,8 @@ def test_a_row_has_other_masks_in_every_epoch(batches):
 def test_seeds_give_other_orders_and_masks(batches, tokenizer):
     rows = len(batches.plan)
     one = batches.training(0, rows)
-    other = Batches(batches.corpus, batches.plan, tokenizer, 32, MaskingSettings(rate=0.3), seed=8).training(0, rows)
+    settings = MaskingSettings(rate=0.3), TrainSettings(seed=8)
+    other = Batches(batches.corpus, batches.plan, tokenizer, 32, *settings).training(0, rows)
     assert (original_ids(one) == original_ids(other)).all(1).float().mean() < 0.2
     masked = [dict(zip(map(str, original_ids(b).tolist()), b.input_ids.tolist(), strict=True)) for b in (one, other)]
     assert sum(masked[0][row] != masked[1][row] for row in masked[0]) > 0.8 * rows
@@ -294,10 +300,11 @@ def test_seeds_give_other_orders_and_masks(batches, tokenizer):
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.5, 0.9])
 def test_training_masks_at_the_configured_rate(batches, tokenizer, rate):
     masking = MaskingSettings(rate=rate)
-    batch = Batches(batches.corpus, batches.plan, tokenizer, 32, masking, seed=1).training(0, len(batches.plan))
+    settings = masking, TrainSettings(seed=1)
+    batch = Batches(batches.corpus, batches.plan, tokenizer, 32, *settings).training(0, len(batches.plan))
     ordinary = (original_ids(batch) > MASK).sum(1).tolist()
     assert (batch.labels != IGNORED).sum(1).tolist() == [round(rate * count) for count in ordinary]
-    assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), prediction_slots(32, rate))
+    assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), prediction_slots(32, masking))
 
 
 def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
@@ -305,8 +312,10 @@ def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
     rows = len(batches.plan)
     whole = batches.evaluation(0, rows)
     assert equal(whole, batches.evaluation(0, rows))
-    for seed, rate in [(0, 0.15), (8, 0.3), (7, 0.9)]:
-        other = Batches(batches.corpus, batches.plan, tokenizer, 32, MaskingSettings(rate=rate), seed)
+    for seed, rate, strategy in [(0, 0.15, "token"), (8, 0.3, "whole-word"), (7, {"start": 0.9, "end": 0.2}, "token")]:
+        masking = MaskingSettings(strategy=strategy, rate=rate)
+        train = TrainSettings(seed=seed, max_steps=2, global_batch_size=1)
+        other = Batches(batches.corpus, batches.plan, tokenizer, 32, masking, train)
         other.training(3, 4)
         assert equal(other.evaluation(0, rows), whole)
     assert equal(joined([batches.evaluation(row, 1) for row in range(rows)]), whole)
@@ -317,7 +326,7 @@ def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
 
 def test_evaluation_masks_share_nothing_with_training_masks(corpus, tokenizer):
     plan = make_plan(corpus, 32)
-    batches = Batches(corpus, plan, tokenizer, 32, MaskingSettings(), seed=0)
+    batches = Batches(corpus, plan, tokenizer, 32, MaskingSettings(), TrainSettings(seed=0))
     masks = []
     for batch in (batches.training(0, len(plan)), batches.evaluation(0, len(plan))):
         masks.append(batch.prediction_positions[(batch.labels != IGNORED).all(1)].tolist())
@@ -359,8 +368,215 @@ def test_other_special_ids_are_used_as_the_tokenizer_says(tmp_path):
     other = wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
     (tmp_path / "text.txt").write_text("one two one\ntwo")
     data = DataSettings(train=["unused"], document="line", cache_dir=str(tmp_path / "cache"))
-    corpus = prepare_corpus([tmp_path / "text.txt"], other, data, "data.train")
+    corpus = prepare_corpus([Source(path=str(tmp_path / "text.txt"))], other, data, "data.train")
     batch = Batches(corpus, make_plan(corpus, 10), other, 10).evaluation(0, 1)
     assert original_ids(batch).tolist() == [[6, 0, 1, 0, 3, 6, 1, 3, 5, 5]]
     assert batch.document_ids.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 0]]
+
+
+# Rates that change over the run
+
+
+def scheduled(corpus, tokenizer, start, end, steps, length=32, size=8) -> Batches:
+    train = TrainSettings(seed=7, max_steps=steps, global_batch_size=size)
+    return Batches(
+        corpus, make_plan(corpus, length), tokenizer, length, MaskingSettings(rate={"start": start, "end": end}), train
+    )
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.9, 0.1), (0.1, 0.5)])
+def test_the_rate_goes_in_a_straight_line_from_the_first_step_to_the_last(corpus, tokenizer, start, end):
+    steps = 9
+    batches = scheduled(corpus, tokenizer, start, end, steps)
+    counts = []
+    for step in range(steps + 3):  # past the end the rate stays
+        batch = batches.training(8 * step, 8)
+        rate = start + (end - start) * min(step, steps - 1) / (steps - 1)
+        ordinary = (original_ids(batch) > MASK).sum(1).tolist()
+        counts.append((batch.labels != IGNORED).sum(1).tolist())
+        assert counts[-1] == [round(rate * count) for count in ordinary]
+        assert batch.labels.shape == (8, prediction_slots(32, batches.masking)), "as many slots at every step"
+        assert (original_ids(batch)[batch.input_ids == MASK] > MASK).all(), "what is hidden is to be predicted"
+    sums = [sum(count) for count in counts[:steps]]
+    assert sums == sorted(sums, reverse=start > end) and len(set(sums)) > 5
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_without_a_second_step_masks_at_the_first_rate(corpus, tokenizer, steps):
+    batch = scheduled(corpus, tokenizer, 0.5, 0.1, steps).training(0, 8)
+    ordinary = (original_ids(batch) > MASK).sum(1).tolist()
+    assert (batch.labels != IGNORED).sum(1).tolist() == [round(0.5 * count) for count in ordinary]
+
+
+@settings(deadline=None, max_examples=20)
+@given(step=st.integers(0, 30), first=st.integers(0, 8), count=st.integers(1, 16))
+def test_a_row_is_masked_at_the_rate_of_its_step_in_whatever_share(step, first, count, corpus, tokenizer):
+    """A share of a rank or a micro-batch may begin within a step, or reach into the next."""
+    batches = scheduled(corpus, tokenizer, 0.9, 0.1, 20)
+    first += 8 * step
+    whole = joined(
+        [batches.training(8 * step, 8), batches.training(8 * step + 8, 8), batches.training(8 * step + 16, 8)]
+    )
+    assert equal(batches.training(first, count), whole.slice(first - 8 * step, first - 8 * step + count))
+
+
+@pytest.mark.parametrize(("start", "end", "length"), [(0.1, 0.5, 15), (0.03, 0.3, 17), (0.03, 0.29, 252)])
+def test_slots_are_enough_where_the_rate_arrives_at_its_end(start, end, length, make_corpus, tokenizer):
+    """Rate times tokens lies halfway between two counts: a rate that is rounded up would need one slot more."""
+    assert end * (length - 2) % 1 == 0.5
+    batch = scheduled(make_corpus([length - 2] * 20), tokenizer, start, end, 2, length, 20).training(20, 20)
+    assert not (original_ids(batch) == MASK).any(), "a token is hidden that is not to be predicted"
+
+
+# Whole words
+
+CHINESE = "北京是中华人民共和国的首都，人口众多。我们喜欢自然语言处理，今天天气很好！他在清华大学学习计算机科学。"
+ENGLISH = ["hopelessness", "is", "unbelievable", "and", "so", "are", "we", "thunderstorms", "a"]
+
+
+@pytest.fixture(scope="module")
+def character_tokenizer():
+    """Every letter and every Chinese character is a token of its own."""
+    letters = sorted({letter for text in ENGLISH for letter in text})
+    pieces = [*SPECIAL_TOKENS, *sorted(set(CHINESE)), *letters, *(f"##{letter}" for letter in letters)]
+    return wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
+
+
+def sentences(language: str) -> list[list[str]]:
+    """Documents as lists of words, the Chinese ones as jieba cuts them."""
+    random = np.random.default_rng(0)
+    if language == "English":
+        return [random.choice(ENGLISH, random.integers(1, 12)).tolist() for _ in range(300)]
+    clauses = re.findall(r"\w+\W", CHINESE)
+    return [jieba_words("".join(random.choice(clauses, random.integers(1, 3)))) for _ in range(300)]
+
+
+def masked_words(batch: Batch, words_of: dict[tuple[int, ...], list[int]]) -> tuple[int, int]:
+    """How many words are masked, and how many of them only in part."""
+    masked = partly = 0
+    ids, documents = original_ids(batch), batch.document_ids
+    predicted = torch.zeros_like(ids, dtype=torch.bool)
+    row, slot = torch.nonzero(batch.labels != IGNORED, as_tuple=True)
+    predicted[row, batch.prediction_positions[row, slot]] = True
+    for row in range(len(ids)):
+        for number in range(1, int(documents[row].max()) + 1):
+            inside = documents[row] == number
+            lengths = words_of[tuple(ids[row][inside][1:-1].tolist())]
+            for word in predicted[row][inside][1:-1].split(lengths):
+                masked += bool(word.any())
+                partly += bool(word.any() and not word.all())
+    return masked, partly
+
+
+@pytest.mark.parametrize(
+    ("language", "segmenter", "strategy", "whole"),
+    [
+        ("English", None, "whole-word", True),
+        ("Chinese", "jieba", "whole-word", True),
+        ("Chinese", None, "whole-word", False),  # each character is a word
+        ("English", None, "token", False),
+        ("Chinese", "jieba", "token", False),
+    ],
+)
+def test_words_are_masked_whole(language, segmenter, strategy, whole, tmp_path, character_tokenizer):
+    documents = sentences(language)
+    (tmp_path / "text.txt").write_text("\n".join((" " if language == "English" else "").join(d) for d in documents))
+    settings = {"train": str(tmp_path / "text.txt"), "document": "line", "segmenter": segmenter}
+    data = DataSettings.model_validate({**settings, "cache_dir": str(tmp_path / "cache")})
+    corpus = prepare_corpus(data.train, character_tokenizer, data, "data.train")
+    assert len(corpus) == 300 and corpus.summary.unknown_tokens == 0
+    if segmenter or language == "English":
+        assert corpus.summary.words == sum(map(len, documents))
+    words_of = {tuple(corpus.document(number).tolist()): [*map(len, words)] for number, words in enumerate(documents)}
+
+    plan = make_plan(corpus, 128)
+    assert len(plan.piece_lengths) == 300, "no document is cut"
+    masking = MaskingSettings(strategy=strategy, rate=0.3)
+    batch = Batches(corpus, plan, character_tokenizer, 128, masking, TrainSettings()).training(0, 3 * len(plan))
+    masked, partly = masked_words(batch, words_of)
+    assert masked > 200
+    assert partly == 0 if whole else partly > masked / 10
+    ordinary = (original_ids(batch) > MASK).sum(1)
+    missed = (0.3 * ordinary).round() - (batch.labels != IGNORED).sum(1)
+    assert missed.min() >= 0 and missed.max() < max(map(len, chain(*documents)))
+
+
+def test_words_of_a_cut_document_stay_words(tmp_path, character_tokenizer):
+    """Also where the cut goes through a word: its two ends are masked each for itself."""
+    (tmp_path / "text.txt").write_text("hopelessness " * 50)
+    data = DataSettings(train=[{"path": str(tmp_path / "text.txt")}], cache_dir=str(tmp_path / "cache"))
+    corpus = prepare_corpus(data.train, character_tokenizer, data, "data.train")
+    masking = MaskingSettings(strategy="whole-word", rate=0.5)
+    batches = Batches(corpus, make_plan(corpus, 32), character_tokenizer, 32, masking, TrainSettings())
+    words_of = {}
+    for start in range(0, 600, 30):
+        at = [0, *range(-start % 12 or 12, 30, 12), 30]
+        words_of[tuple(corpus.tokens[start : start + 30].tolist())] = np.diff(at).tolist()
+    masked, partly = masked_words(batches.training(0, 200), words_of)
+    assert masked > 100 and partly == 0
+
+
+# Weights
+
+
+def weighted_corpus(tmp_path, tokenizer, documents: list[int]):
+    """Sources of so many documents of 30 tokens, no token twice."""
+    words = iter(range(WORDS))
+    for number, count in enumerate(documents):
+        text = "\n".join(" ".join(word(next(words)) for _ in range(30)) for _ in range(count))
+        (tmp_path / f"{number}.txt").write_text(text)
+    data = DataSettings(
+        train=[str(tmp_path / f"{number}.txt") for number in range(len(documents))],
+        document="line",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    return prepare_corpus(data.train, tokenizer, data, "data.train")
+
+
+def test_sources_of_one_weight_share_a_plan_as_if_there_were_no_weights(tmp_path, tokenizer):
+    corpus = weighted_corpus(tmp_path, tokenizer, [20, 30])
+    plain, equal_weights = make_plan(corpus, 66), make_plan(corpus, 66, [3.0, 3.0])
+    assert plain.groups == [[1.0, 25]] and equal_weights.groups == [[3.0, 25]]
+    assert np.array_equal(plain.piece_starts, equal_weights.piece_starts)
+    one, three = (Batches(corpus, plan, tokenizer, 66) for plan in (plain, equal_weights))
+    assert (np.bincount(one.rows(np.arange(75))) == 3).all() and (np.bincount(three.rows(np.arange(75))) == 3).all()
+
+
+def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_path, tokenizer):
+    corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
+    held_out = split_documents(corpus, 0.3)
+    plan = make_plan(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
+    assert plan.piece_lengths.sum() == 30 * (~held_out).sum()
+    owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, plan.piece_starts, "right") - 1]
+    rows = np.repeat(np.arange(len(plan)), np.diff(plan.row_starts))
+    first_row = 0
+    for weight, count in plan.groups:
+        inside = (rows >= first_row) & (rows < first_row + count)
+        assert (owner[inside] == weight).all(), "rows hold documents of their own weight"
+        first_row += count
+    assert first_row == len(plan)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    groups=st.lists(st.tuples(st.floats(0.01, 20), st.integers(1, 200)), min_size=1, max_size=4),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
+)
+def test_rows_are_seen_as_often_as_their_weight_says(groups, epochs, seed, data, batches, tokenizer):
+    """A group has its turns in every epoch, and sees all of its rows before one comes again."""
+    twin = Batches(batches.corpus, SimpleNamespace(groups=groups), tokenizer, 32, train=TrainSettings(seed=seed))
+    turns = [max(1, round(weight * rows)) for weight, rows in groups]
+    samples = np.arange(epochs * sum(turns))
+    seen = twin.rows(samples)
+    first_row = 0
+    for count, (_, rows) in zip(turns, groups, strict=True):
+        mine = (seen >= first_row) & (seen < first_row + rows)
+        assert (mine.reshape(epochs, -1).sum(1) == count).all()
+        times = np.bincount(seen[mine] - first_row, minlength=rows)
+        assert times.max() - times.min() <= 1
+        first_row += rows
+    chosen = np.array(data.draw(st.lists(st.sampled_from(range(len(samples))), min_size=1, max_size=20)))
+    assert np.array_equal(twin.rows(samples[chosen]), seen[chosen])

@@ -1,13 +1,17 @@
 """Philox against its authors' vectors; permutations and draws against what chance allows."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertlite.philox import ROW_ORDER, TRAINING_MASKS, below, permute, philox, split64
+from bertlite import philox as philox_module
+from bertlite.philox import ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, below, permute, philox, split64
 
 WORD = st.integers(0, 2**32 - 1)
+PURPOSES = {name: value for name, value in vars(philox_module).items() if name.isupper() and not name.startswith("_")}
 
 
 def assert_uniform(counts):
@@ -81,7 +85,7 @@ def test_below_is_uniform(limit, word):
 @given(size=st.integers(1, 5000), seed=WORD, epoch=st.integers(0, 2**40))
 def test_every_permutation_is_a_bijection(size, seed, epoch):
     index = np.arange(size)
-    order = permute(index, size, seed, np.full(size, epoch))
+    order = permute(index, size, (seed, ROW_ORDER), np.full(size, epoch))
     assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), index)
     assert np.array_equal(index, np.arange(size)), "the argument was changed"
@@ -89,24 +93,25 @@ def test_every_permutation_is_a_bijection(size, seed, epoch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 255, 256, 257, 4096, 4097, 100_000])
 def test_sizes_about_powers_of_two_are_bijections(size):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, 5, 9)), np.arange(size))
+    assert np.array_equal(np.sort(permute(np.arange(size), size, (5, ROW_ORDER), 9)), np.arange(size))
 
 
 @settings(deadline=None)
-@given(data=st.data(), size=st.integers(1, 1000), seed=WORD)
-def test_a_permutation_does_not_depend_on_how_indexes_are_grouped(data, size, seed):
+@given(data=st.data(), size=st.integers(1, 1000), key=st.tuples(WORD, WORD))
+def test_a_permutation_does_not_depend_on_how_indexes_are_grouped(data, size, key):
     """One call over several epochs gives what calls for shares of it give, in any order."""
     samples = np.arange(3 * size)
-    whole = permute(samples % size, size, seed, samples // size)
+    whole = permute(samples % size, size, key, samples // size)
     chosen = np.array(data.draw(st.lists(st.integers(0, 3 * size - 1), min_size=1, max_size=30)))
-    assert np.array_equal(permute(chosen % size, size, seed, chosen // size), whole[chosen])
+    assert np.array_equal(permute(chosen % size, size, key, chosen // size), whole[chosen])
 
 
 @pytest.mark.parametrize("size", [64, 100, 1000])
-def test_epochs_and_seeds_give_other_orders(size):
+def test_epochs_seeds_and_purposes_give_other_orders(size):
     index = np.arange(size)
     epochs = (0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**40)
-    orders = [permute(index, size, seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in epochs]
+    keys = [(0, ROW_ORDER), (1, ROW_ORDER), (2**32 - 1, ROW_ORDER), (0, SOURCE_ORDER)]
+    orders = [permute(index, size, key, epoch) for key in keys for epoch in epochs]
     for number, order in enumerate(orders):
         for other in [*orders[:number], index]:
             assert (order == other).mean() < 0.2
@@ -116,7 +121,7 @@ def test_epochs_and_seeds_give_other_orders(size):
 def test_every_position_is_equally_likely_over_the_epochs(size):
     epochs = 200 * size
     for element in (0, size // 2, size - 1):
-        positions = permute(np.full(epochs, element), size, 11, np.arange(epochs))
+        positions = permute(np.full(epochs, element), size, (11, ROW_ORDER), np.arange(epochs))
         assert_uniform(np.bincount(positions, minlength=size))
 
 
@@ -124,12 +129,15 @@ def test_every_position_is_equally_likely_over_the_epochs(size):
 def test_neighbours_end_up_any_distance_apart(size):
     """Four rounds leave a trace in small tables; half to twice what chance gives is good enough to shuffle rows."""
     epochs = 200 * size
-    first, second = (permute(np.full(epochs, element), size, 0, np.arange(epochs)) for element in (4, 5))
+    first, second = (permute(np.full(epochs, element), size, (0, ROW_ORDER), np.arange(epochs)) for element in (4, 5))
     counts = np.bincount((second - first) % size, minlength=size)[1:]
     expected = epochs / (size - 1)
     assert expected / 2 < counts.min() and counts.max() < expected * 2
 
 
-def test_row_order_shares_no_numbers_with_masks():
+def test_no_two_purposes_share_numbers():
+    assert len(PURPOSES) == 8
     counter = (np.arange(1000), 0, 0, 0)
-    assert not (philox((0, ROW_ORDER), counter) == philox((0, TRAINING_MASKS), counter)).any()
+    streams = [philox((0, purpose), counter) for purpose in PURPOSES.values()]
+    for first, second in combinations(streams, 2):
+        assert not (first == second).any()

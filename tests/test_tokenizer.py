@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
-from bertlite.config import TokenizerSettings
-from bertlite.corpus import find_files, read_documents
+from bertlite.config import Source, TokenizerSettings
 from bertlite.errors import UserError
+from bertlite.sources import read_documents
 from bertlite.tokenizer import (
     SPECIAL_TOKENS,
+    configured_tokenizer,
     load_tokenizer,
     train_word_piece,
-    trained_tokenizer,
     vocabulary_of,
+    word_piece,
     wrap,
 )
 
@@ -42,14 +43,18 @@ ODD_TEXT = [
 ]
 
 
+def read(path: Path | str, document: str, count: int | None = None) -> list[str]:
+    """The first documents of a file."""
+    return list(islice(read_documents(Source(path=str(path)), document, "data.train"), count))
+
+
 @cache
 def real_text() -> list[str]:
     """Lines of the sample and, where they are, of Wikipedia and PubMed, and what is odd."""
-    paths = find_files(["sample"], "data.train")
-    paths += (
-        [DATA / "pretrain" / f"{name}_valid.txt" for name in ("enwiki", "pubmed", "zhwiki")] if DATA.exists() else []
-    )
-    lines = [line for path in paths for line in islice(read_documents([path], "line"), 40)]
+    paths = [DATA / "pretrain" / f"{name}_valid.txt" for name in ("enwiki", "pubmed", "zhwiki")]
+    lines = [
+        line for path in ["sample", *paths] if path == "sample" or path.exists() for line in read(path, "line", 40)
+    ]
     return lines + ODD_TEXT
 
 
@@ -64,17 +69,20 @@ def same_ids(first, second) -> None:
         assert left["attention_mask"] == right["attention_mask"]
 
 
-def sample_documents():
-    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
+def first_of_the_sample() -> list[str]:
+    return read("sample", "blank-line", 20)
+
+
+def never():
+    raise AssertionError("the text was read")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
 def trained(request, tmp_path_factory):
     """A tokenizer trained on a part of the sample, and whether it lower-cases."""
+    chosen = TokenizerSettings(vocab_size=3000, lowercase=request.param)
     cache = tmp_path_factory.mktemp("tokenizers")
-    return trained_tokenizer(
-        sample_documents, ["sample"], TokenizerSettings(vocab_size=3000, lowercase=request.param), cache
-    ), request.param
+    return configured_tokenizer(chosen, None, first_of_the_sample, "sample", cache), request.param
 
 
 def test_training_is_the_same_in_every_process():
@@ -82,16 +90,15 @@ def test_training_is_the_same_in_every_process():
     program = """
 import hashlib
 from itertools import islice
-from bertlite.corpus import find_files, read_documents
+from bertlite.config import Source
+from bertlite.sources import read_documents
 from bertlite.tokenizer import train_word_piece
 
-def documents():
-    return islice(read_documents(find_files(["sample"], "data.train"), "blank-line"), 20)
-
+documents = list(islice(read_documents(Source(path="sample"), "blank-line", "data.train"), 20))
 for lowercase in (True, False):
     print(hashlib.sha256(train_word_piece(documents, 3000, lowercase).to_str().encode()).hexdigest())
 """
-    here = [train_word_piece(sample_documents, 3000, lowercase).to_str() for lowercase in (True, False)]
+    here = [train_word_piece(first_of_the_sample(), 3000, lowercase).to_str() for lowercase in (True, False)]
     assert here[0] != here[1]
     for seed, threads in [("1", "1"), ("2", "4")]:
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
@@ -102,7 +109,7 @@ for lowercase in (True, False):
 def test_training_does_not_depend_on_the_order_of_ties():
     """Every word is as frequent as every other, so each merge is a tie."""
     words = [first + second for first in "abcdefghijklmnop" for second in "qrstuvwxyz"]
-    texts = {train_word_piece(lambda: iter([" ".join(words * 2)]), 120, True).to_str() for _ in range(5)}
+    texts = {train_word_piece([" ".join(words * 2)], 120, True).to_str() for _ in range(5)}
     assert len(texts) == 1
 
 
@@ -136,7 +143,7 @@ def test_case_is_kept_or_not(trained):
 
 def test_training_text_is_covered_and_pieces_are_used(trained):
     tokenizer, _ = trained
-    ids = [number for text in tokenizer(list(sample_documents()))["input_ids"] for number in text]
+    ids = [number for text in tokenizer(first_of_the_sample())["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.001
     assert len(set(ids)) > 0.8 * len(tokenizer)
     assert len(tokenizer) == 3000
@@ -144,7 +151,7 @@ def test_training_text_is_covered_and_pieces_are_used(trained):
 
 def test_chinese_characters_are_tokens_of_their_own():
     text = "北京是中华人民共和国的首都。"
-    tokenizer = wrap(train_word_piece(lambda: iter([text, "人口 2189 万, in Beijing"]), 200, True))
+    tokenizer = wrap(train_word_piece([text, "人口 2189 万, in Beijing"], 200, True))
     assert tokenizer.tokenize(text) == list(text)
     assert tokenizer.tokenize("在Beijing北京") == ["[UNK]", *tokenizer.tokenize("beijing"), "北", "京"]
     assert not any(piece.startswith("##") and piece[2:] in text for piece in tokenizer.get_vocab())
@@ -153,9 +160,9 @@ def test_chinese_characters_are_tokens_of_their_own():
 @pytest.mark.skipif(not (DATA / "pretrain" / "zhwiki_valid.txt").exists(), reason="needs ../shared/data")
 def test_chinese_wikipedia_has_few_unknown_tokens():
     train, valid = (DATA / "pretrain" / f"zhwiki_{name}" for name in ("train.txt.xz", "valid.txt"))
-    tokenizer = wrap(train_word_piece(lambda: islice(read_documents([train], "line"), 6_000), 21_128, True))
+    tokenizer = wrap(train_word_piece(read(train, "line", 6_000), 21_128, True))
     assert len(tokenizer) <= 21_128
-    ids = [number for text in tokenizer(list(read_documents([valid], "line")))["input_ids"] for number in text]
+    ids = [number for text in tokenizer(read(valid, "line"))["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.005
 
 
@@ -166,7 +173,7 @@ def test_vocabulary_is_no_larger_than_asked(size, lowercase):
     alphabet = (
         "".join(map(chr, range(0x4E00, 0x4E00 + 2000))) + "abcdefghijklmnopqrstuvwxyzéß АБВ абв हिन्दी ไทย العربية"
     )
-    trained = train_word_piece(lambda: iter([alphabet, "the theme of them " * 20]), size, lowercase)
+    trained = train_word_piece([alphabet, "the theme of them " * 20], size, lowercase)
     assert trained.get_vocab_size() <= size
     assert [trained.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert sorted(trained.get_vocab().values()) == list(range(trained.get_vocab_size()))
@@ -179,21 +186,21 @@ def test_vocabulary_is_no_larger_than_asked(size, lowercase):
     lowercase=st.booleans(),
 )
 def test_any_text_trains_a_vocabulary_of_at_most_that_size(documents, size, lowercase):
-    trained = train_word_piece(lambda: iter(documents), size, lowercase)
+    trained = train_word_piece(documents, size, lowercase)
     assert 5 <= trained.get_vocab_size() <= size
     assert [trained.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
-    assert trained.to_str() == train_word_piece(lambda: iter(documents), size, lowercase).to_str()
+    assert trained.to_str() == train_word_piece(documents, size, lowercase).to_str()
 
 
 def test_frequent_characters_get_the_room():
     text = "e " * 100 + "q " * 3 + "t " * 50
-    pieces = train_word_piece(lambda: iter([text]), 9, True).get_vocab()
+    pieces = train_word_piece([text], 9, True).get_vocab()
     assert set(pieces) == {*SPECIAL_TOKENS, "e", "##e", "t", "##t"}
 
 
 def test_a_vocabulary_of_special_tokens_alone_is_refused():
     with pytest.raises(UserError, match=r"tokenizer.*special tokens"):
-        vocabulary_of(wrap(train_word_piece(lambda: iter(["", " \n"]), 100, True)))
+        vocabulary_of(wrap(train_word_piece(["", " \n"], 100, True)))
 
 
 # Loading
@@ -232,6 +239,53 @@ def test_saved_folder_loads_and_says_its_own_case(trained, tmp_path):
         loaded = load_tokenizer(name, not lowercase)
         same_ids(tokenizer, loaded)
         assert loaded.mask_token_id == 4 and loaded.is_fast
+
+
+def test_a_folder_of_tokenizer_json_alone_gives_the_same_ids(trained, tmp_path):
+    """transformers does not know what such a folder is; its case and special tokens are in the file."""
+    tokenizer, lowercase = trained
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path), not lowercase)
+    same_ids(tokenizer, loaded)
+    assert loaded.convert_tokens_to_ids(SPECIAL_TOKENS) == [0, 1, 2, 3, 4] and loaded.mask_token_id == 4
+
+
+def with_byte_pairs() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(first_of_the_sample(), trainer)
+    return tokenizer
+
+
+def with_a_unigram_model() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=SPECIAL_TOKENS, unk_token="[UNK]", show_progress=False
+    )
+    tokenizer.train_from_iterator(first_of_the_sample(), trainer)
+    return tokenizer
+
+
+def with_another_normalizer() -> Tokenizer:
+    tokenizer = word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the", "##s", "1"])}, False)
+    tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [with_byte_pairs, with_a_unigram_model, with_another_normalizer])
+def test_a_tokenizer_json_of_any_kind_is_saved_as_it_is(make, tmp_path):
+    """What a run folder holds in the end gives the ids that the model was trained on."""
+    backend = make()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in [*real_text(), "①"]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert loaded(text, add_special_tokens=False)["input_ids"] == ids
+        assert saved(text, add_special_tokens=False)["input_ids"] == ids
 
 
 def test_windows_line_ends_in_vocab_txt_are_no_part_of_the_pieces(tmp_path):
@@ -279,36 +333,50 @@ def test_added_special_tokens_are_special_too(trained, tmp_path):
     assert vocabulary.ordinary_ids.max() == size - 1
 
 
-# The cache
+# As configured
+
+
+WORDS = "alpha beta gamma delta"
+DOMAIN = "zyloprim zyloprim qoph betamax kappa " * 5
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a small tokenizer that knows every letter, four words and two unused places."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [*SPECIAL_TOKENS, "[unused0]", *WORDS.split(), "[unused1]", *letters, *(f"##{sign}" for sign in letters)]
+    wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True)).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
 
 
 def test_the_same_text_and_settings_train_once(tmp_path, capfd):
     def texts():
         return iter(["some words and some more words"] * 3)
 
-    def never():
-        raise AssertionError("the text was read again")
-
     chosen = TokenizerSettings(vocab_size=60)
-    first = trained_tokenizer(texts, ["digest"], chosen, tmp_path)
+    first = configured_tokenizer(chosen, None, texts, ["digest"], tmp_path)
     assert "training a vocabulary of 60" in capfd.readouterr().err
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = trained_tokenizer(never, ["digest"], chosen, tmp_path)
+    again = configured_tokenizer(chosen, None, never, ["digest"], tmp_path)
     assert "training" not in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
     assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
 
     others = [
-        (["digest"], TokenizerSettings(vocab_size=59)),
-        (["digest"], TokenizerSettings(vocab_size=60, lowercase=False)),
-        (["other"], chosen),
-        (["digest", "other"], chosen),
+        (["digest"], {"vocab_size": 59}),
+        (["digest"], {"lowercase": False}),
+        (["digest"], {"train_characters": 40}),
+        (["digest"], {"pad_to_multiple_of": 7}),
+        (["other"], {}),
+        (["digest", "other"], {}),
     ]
-    for digests, wanted in others:
-        with pytest.raises(AssertionError, match="read again"):
-            trained_tokenizer(never, digests, wanted, tmp_path)
-        trained_tokenizer(texts, digests, wanted, tmp_path)
+    for digest, changes in others:
+        wanted = TokenizerSettings(**{"vocab_size": 60, **changes})
+        with pytest.raises(AssertionError, match="was read"):
+            configured_tokenizer(wanted, None, never, digest, tmp_path)
+        configured_tokenizer(wanted, None, texts, digest, tmp_path)
         assert "training" in capfd.readouterr().err
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 1 + len(others)
 
 
 def test_training_that_fails_leaves_nothing_behind(tmp_path):
@@ -316,11 +384,105 @@ def test_training_that_fails_leaves_nothing_behind(tmp_path):
         yield "some text"
         raise UserError("bad line")
 
+    chosen = TokenizerSettings(vocab_size=60)
     with pytest.raises(UserError, match="bad line"):
-        trained_tokenizer(broken, ["digest"], TokenizerSettings(vocab_size=60), tmp_path)
+        configured_tokenizer(chosen, None, broken, ["digest"], tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    tokenizer = trained_tokenizer(lambda: iter(["some text"]), ["digest"], TokenizerSettings(vocab_size=60), tmp_path)
-    assert len(tokenizer) > 5
+    assert len(configured_tokenizer(chosen, None, lambda: iter(["some text"]), ["digest"], tmp_path)) > 5
+
+
+def test_training_sees_no_more_characters_than_asked(tmp_path):
+    texts = [f"{chr(ord('a') + number)} " * 100 for number in range(20)]
+    letters = []
+    for characters in (200, 1000, 10**6):
+        chosen = TokenizerSettings(vocab_size=100, train_characters=characters)
+        tokenizer = configured_tokenizer(chosen, None, lambda: iter(texts), "digest", tmp_path)
+        letters.append(sum(len(piece) == 1 for piece in tokenizer.get_vocab()))
+    assert letters[0] == 1 < letters[1] <= 5 and letters[2] == 20
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 64])
+def test_a_trained_vocabulary_is_padded(multiple, tmp_path):
+    def texts():
+        return [WORDS * 3]
+
+    plain = configured_tokenizer(TokenizerSettings(vocab_size=50), None, texts, "digest", tmp_path).get_vocab()
+    chosen = TokenizerSettings(vocab_size=50, pad_to_multiple_of=multiple)
+    tokenizer = configured_tokenizer(chosen, None, texts, "digest", tmp_path)
+    vocabulary = tokenizer.get_vocab()
+    assert len(tokenizer) == -(-len(plain) // multiple) * multiple
+    assert sorted(vocabulary.values()) == list(range(len(tokenizer))) and plain.items() <= vocabulary.items()
+    assert all(piece.startswith("[unused") for piece in vocabulary.keys() - plain.keys())
+    assert vocabulary_of(tokenizer).special_ids.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_given_tokenizer_is_used_as_it_is(base, tmp_path):
+    """Neither the text nor the settings of training reach it, and nothing is kept."""
+    tokenizer = configured_tokenizer(TokenizerSettings(vocab_size=60), base, never, "digest", tmp_path / "cache")
+    same_ids(tokenizer, load_tokenizer(base))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_given_tokenizer_is_padded_without_the_text(base, tmp_path):
+    chosen = TokenizerSettings(pad_to_multiple_of=64)
+    tokenizer = configured_tokenizer(chosen, base, never, "digest", tmp_path / "cache")
+    assert len(tokenizer) == 64
+    same_ids(tokenizer, load_tokenizer(base))
+
+
+def test_an_extended_tokenizer_spells_new_words_whole_and_old_ones_as_before(base, tmp_path):
+    before = load_tokenizer(base)
+    chosen = TokenizerSettings(extend=4)
+    after = configured_tokenizer(chosen, base, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+    new = {piece: number for piece, number in after.get_vocab().items() if piece not in before.get_vocab()}
+    places = [number for piece, number in before.get_vocab().items() if piece.startswith("[unused")]
+    assert sorted(new.values()) == [*sorted(places), len(before), len(before) + 1]
+    assert after.tokenize("zyloprim qoph") == ["zyloprim", "qoph"]
+    assert after.get_vocab()["zyloprim"] == min(places), "the most frequent piece comes first"
+    assert after(WORDS)["input_ids"] == before(WORDS)["input_ids"]
+    assert after.convert_tokens_to_ids(SPECIAL_TOKENS) == before.convert_tokens_to_ids(SPECIAL_TOKENS)
+
+    saved = AutoTokenizer.from_pretrained(next((tmp_path / "cache" / "tokenizers").iterdir()))
+    assert saved.get_vocab() == after.get_vocab() and saved.tokenize("zyloprim") == ["zyloprim"]
+
+
+def test_what_was_extended_is_kept_until_something_changes(base, tmp_path):
+    def extend(documents, base=base, digest="digest", **changes):
+        chosen = TokenizerSettings(**{"extend": 3, **changes})
+        return configured_tokenizer(chosen, base, documents, digest, tmp_path / "cache").get_vocab()
+
+    first = extend(lambda: iter([DOMAIN]))
+    assert extend(never) == first
+    other = tmp_path / "other"
+    wrap(word_piece(load_tokenizer(base).get_vocab() | {"##ing": len(load_tokenizer(base))}, True)).save_pretrained(
+        other
+    )
+    for changes in ({"extend": 2}, {"digest": "other"}, {"base": str(other)}, {"train_characters": 20},
+                    {"pad_to_multiple_of": 8}):  # fmt: skip
+        with pytest.raises(AssertionError, match="was read"):
+            extend(never, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"extend": 3}, {"pad_to_multiple_of": 8}])
+def test_only_word_piece_is_extended_or_padded(changes, tmp_path):
+    with_byte_pairs().save(str(tmp_path / "tokenizer.json"))
+    special = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+    other = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **special)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"BPE.*WordPiece"):
+        chosen = TokenizerSettings(**changes)
+        configured_tokenizer(chosen, str(tmp_path / "base"), lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_word_piece_without_a_normalizer_is_extended(base, tmp_path):
+    """A cased tokenizer of others need not have BERT's normalizer."""
+    backend = Tokenizer.from_str(load_tokenizer(base).backend_tokenizer.to_str())
+    backend.normalizer = None
+    backend.save(str(tmp_path / "tokenizer.json"))
+    chosen, path = TokenizerSettings(extend=1), str(tmp_path / "tokenizer.json")
+    tokenizer = configured_tokenizer(chosen, path, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+    assert tokenizer.tokenize("zyloprim") == ["zyloprim"]
 
 
 # Bad input
