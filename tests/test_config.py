@@ -168,7 +168,7 @@ def test_set_may_give_the_whole_config(load):
 
 PATHS = st.lists(
     st.one_of(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+        st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=20),
         st.sampled_from(
             ["1e4", "7E10", "1e-5", ".5e1", "on", "~", "null", "0x1f", "1_000", "2024-01-01", "- a", "<<", "="]
         ),
@@ -406,10 +406,9 @@ def test_differences_are_dotted_names(load):
 
 
 def test_what_may_differ_on_resume_is_the_contracts_list_and_exists(load):
-    assert MAY_DIFFER_ON_RESUME == {
-        f"train.{name}"
-        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_train_batch_size")
-    } | {"output_dir"}
+    steps = {"train.logging_steps", "train.eval_steps", "train.save_steps"}
+    contract = steps | {"train.save_total_limit", "train.per_device_train_batch_size"}
+    assert contract | {"output_dir"} == MAY_DIFFER_ON_RESUME
     changes = [f"{name}={'other' if name == 'output_dir' else 17}" for name in MAY_DIFFER_ON_RESUME]
     assert set(differences(load(SHORTEST), load(SHORTEST, *changes))) == MAY_DIFFER_ON_RESUME
 

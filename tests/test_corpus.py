@@ -87,7 +87,7 @@ LINES = st.lists(
     st.tuples(
         st.one_of(
             st.sampled_from(
-                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]"]
+                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]", "\ufeffa"]
             ),
             st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20),
         ),
@@ -458,7 +458,8 @@ def interrupted(tmp_path, tokenizer):
     """Kill tokenising at several moments; return the text, the cache, and what was certain after each kill."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path = tmp_path / "text.txt"
-    path.write_bytes(find_files(["sample"], "data.train")[0].read_bytes() + b"\x00\nlast")
+    lines = find_files(["sample"], "data.train")[0].read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"\x00\n".join(lines) + b"last")  # every other document leaves no token
     output = subprocess.check_output(
         [sys.executable, "-c", DRIVER, path, tmp_path / "tokenizer", tmp_path / "cut", "6"],
         env={**os.environ, "RAYON_NUM_THREADS": "1"},
@@ -478,7 +479,7 @@ def test_a_killed_process_costs_nothing_but_its_last_batches(interrupted, prepar
     (folder,) = (entry for entry in (cache / "corpora").iterdir() if entry.is_dir())
     for name in ("tokens.bin", "document_starts.bin"):  # as a crash of the machine may leave them
         with (folder / name).open("ab") as file:
-            file.write(b"\xff" * 4097)
+            file.write(b"\xff" * 4_000_000)
     shutil.copytree(cache, tmp_path / "marked")
     with (tmp_path / "marked" / "corpora" / folder.name / "tokens.bin").open("r+b") as file:
         file.write(b"mark")
