@@ -98,7 +98,7 @@ LINES = st.lists(
     st.tuples(
         st.one_of(
             st.sampled_from(
-                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]"]
+                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]", "\ufeffa"]
             ),
             st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20),
         ),

@@ -24,7 +24,7 @@ RATE = st.floats(0.01, 0.99)
 
 @st.composite
 def packed_rows(draw, length=None):
-    """Rows (R,T) of documents `[CLS] … [SEP]` one after the other, then padding; [UNK] stands among the words."""
+    """Rows (R,T) of documents `[CLS] … [SEP]` one after the other, then padding; some words are [UNK] or [MASK]."""
     length = length or draw(st.integers(8, 80))
     randomness = np.random.default_rng(draw(WORD))
     rows = []
@@ -35,8 +35,9 @@ def packed_rows(draw, length=None):
             if room < 1:
                 break
             words = draw(st.integers(1, room))
-            unknown = randomness.random(words) < 0.1
-            row += [CLS, *np.where(unknown, UNK, randomness.choice(VOCABULARY.ordinary_ids, words)), SEP]
+            text = randomness.choice(VOCABULARY.ordinary_ids, words)
+            odd = randomness.random(words) < 0.1
+            row += [CLS, *np.where(odd, randomness.choice([UNK, MASK], words), text), SEP]
         rows.append(row + [PAD] * (length - len(row)))
     return np.array(rows, dtype=np.int64)
 

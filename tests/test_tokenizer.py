@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -359,7 +360,7 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = configured_tokenizer(chosen, None, never, ["digest"], tmp_path)
     assert "training" not in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+    assert files and {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokenizers/*/*")} == files
     assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
 
     others = [
@@ -485,28 +486,40 @@ def test_word_piece_without_a_normalizer_is_extended(base, tmp_path):
     assert tokenizer.tokenize("zyloprim") == ["zyloprim"]
 
 
+def test_two_processes_may_train_the_same_at_once(tmp_path):
+    """As runs do that are started together and share a cache; here the second begins while the first reads."""
+    chosen = TokenizerSettings(vocab_size=60)
+    texts = ["some words and some more words"] * 3
+    trained = []
+
+    def train(documents):
+        trained.append(trained_tokenizer(documents, ["digest"], chosen, tmp_path).backend_tokenizer.to_str())
+
+    second = threading.Thread(target=train, args=[lambda: iter(texts)])
+
+    def starting_the_second():
+        if not second.ident:
+            second.start()
+        second.join(0.5)  # it finishes first, or it waits
+        return iter(texts)
+
+    train(starting_the_second)
+    second.join()
+    assert len(trained) == 2 and trained[0] == trained[1]
+
+
 # Bad input
 
 
-def vocab_txt(text: str | bytes):
+def written(name: str, content: str | bytes):
     def write(folder: Path) -> str:
-        path = folder / "vocab.txt"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return str(path)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(folder / name)
 
     return write
 
 
-def tokenizer_json(text: str | bytes):
-    def write(folder: Path) -> str:
-        path = folder / "tokenizer.json"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return str(path)
-
-    return write
-
-
-def without_mask(folder: Path) -> Tokenizer:
+def without_mask() -> Tokenizer:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the"]
     tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -514,13 +527,13 @@ def without_mask(folder: Path) -> Tokenizer:
 
 
 def json_without_mask(folder: Path) -> str:
-    without_mask(folder).save(str(folder / "tokenizer.json"))
+    without_mask().save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
 
 
 def folder_without_mask(folder: Path) -> str:
     PreTrainedTokenizerFast(
-        tokenizer_object=without_mask(folder),
+        tokenizer_object=without_mask(),
         unk_token="[UNK]",
         pad_token="[PAD]",
         cls_token="[CLS]",
@@ -555,16 +568,16 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (lambda folder: "nobody/has-published-this", "no tokenizer could be loaded"),
         (lambda folder: "nobody-has-published-this", "no tokenizer could be loaded"),
         (lambda folder: "not/a/hub/name", "no tokenizer could be loaded"),
-        (vocab_txt("[PAD]\n[CLS]\n[SEP]\n[MASK]\nthe\n"), "[UNK]"),
-        (vocab_txt("the\na\n"), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
-        (vocab_txt(""), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
-        (vocab_txt(f"{ALL}\nthe\na\nthe\n"), "'the' stands there twice"),
-        (vocab_txt(f"{ALL}\nthe\n[MASK]\n"), "'[MASK]' stands there twice"),
-        (vocab_txt(f"{ALL}\ncafé".encode("latin-1")), "not UTF-8"),
-        (tokenizer_json('{"version": "1.0", "mod'), "no tokenizer could be loaded"),
-        (tokenizer_json("{}"), "no tokenizer could be loaded"),
-        (tokenizer_json(""), "no tokenizer could be loaded"),
-        (tokenizer_json(b"\xff\xfe\x00"), "no tokenizer could be loaded"),
+        (written("vocab.txt", "[PAD]\n[CLS]\n[SEP]\n[MASK]\nthe\n"), "[UNK]"),
+        (written("vocab.txt", "the\na\n"), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
+        (written("vocab.txt", ""), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
+        (written("vocab.txt", f"{ALL}\nthe\na\nthe\n"), "'the' stands there twice"),
+        (written("vocab.txt", f"{ALL}\nthe\n[MASK]\n"), "'[MASK]' stands there twice"),
+        (written("vocab.txt", f"{ALL}\ncafé".encode("latin-1")), "not UTF-8"),
+        (written("tokenizer.json", '{"version": "1.0", "mod'), "no tokenizer could be loaded"),
+        (written("tokenizer.json", "{}"), "no tokenizer could be loaded"),
+        (written("tokenizer.json", ""), "no tokenizer could be loaded"),
+        (written("tokenizer.json", b"\xff\xfe\x00"), "no tokenizer could be loaded"),
         (broken_folder, "no tokenizer could be loaded"),
         (json_without_mask, "mask"),
         (folder_without_mask, "mask"),
