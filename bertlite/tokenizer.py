@@ -76,7 +76,7 @@ def configured_tokenizer(
     with locked(folder):
         if not folder.exists():
             with new_folder(folder) as aside:
-                _make(aside, old, documents(), settings)
+                _make(aside, old, documents, settings)
     tokenizer = load_tokenizer(str(folder))
     say(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
     return tokenizer
@@ -175,14 +175,17 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
 
 
 def _make(
-    folder: Path, old: PreTrainedTokenizerBase | None, documents: Iterable[str], settings: TokenizerSettings
+    folder: Path,
+    old: PreTrainedTokenizerBase | None,
+    documents: Callable[[], Iterable[str]],
+    settings: TokenizerSettings,
 ) -> None:
     if old is None:
-        _train(documents, settings).save_pretrained(folder)
+        _train(documents(), settings).save_pretrained(folder)
     else:
         old.save_pretrained(folder)
     if old is not None and settings.extend:
-        _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents, settings))
+        _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
     if multiple := settings.pad_to_multiple_of:
         _change_vocabulary(folder, lambda vocabulary: padded(vocabulary, multiple))
 
@@ -267,7 +270,11 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
     names = [f"{token.strip('[]').lower()}_token" for token in SPECIAL_TOKENS]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS, strict=True)))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **dict(zip(names, SPECIAL_TOKENS, strict=True)),
+    )
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from bertlite import corpus as corpus_module
 from bertlite import sources as sources_module
 from bertlite.config import DataSettings, Source
-from bertlite.corpus import Corpus, cache_folder, locked, prepare_corpus
+from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
+from bertlite.files import locked
 from bertlite.sources import file_digest, read_documents, source_files
 from bertlite.tokenizer import SPECIAL_TOKENS, train_word_piece, word_piece, wrap
 
@@ -689,11 +690,11 @@ def test_only_one_process_at_a_time_is_inside_a_lock(tmp_path):
     inside = threading.Event()
 
     def enter():
-        with locked(tmp_path / "new", "name"):
+        with locked(tmp_path / "new" / "name"):
             inside.set()
 
-    with locked(tmp_path / "new", "name"):
-        with locked(tmp_path / "new", "other"):
+    with locked(tmp_path / "new" / "name"):
+        with locked(tmp_path / "new" / "other"):
             pass
         other = threading.Thread(target=enter)
         other.start()

@@ -1,6 +1,8 @@
 """Files and folders that are whole or not there."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,14 +36,30 @@ def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    for name in (".step-00000020.abc_1", ".model.x7"):
+    for name in (".step-00000020.abc_1xyz", ".step-00000020.4711"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".config.yaml.4711").write_text("")
-    kept = {".git", ".step", "step-00000020", "model", ".hidden.txt"}
+    (tmp_path / ".step-00000040.12").write_text("")
+    kept = {".git", ".step-00000020.lock", "step-00000020", ".model.abc_1xyz", ".step-00000020"}
     for name in kept:
         (tmp_path / name).mkdir()
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "step-*")
     assert set(os.listdir(tmp_path)) == kept
+
+
+def test_what_a_killed_process_leaves_has_the_names_that_are_removed(tmp_path):
+    code = (
+        "import os, pathlib, sys\nfrom bertlite import files\npath = pathlib.Path(sys.argv[1])\n"
+        "files.sync = lambda path: os.kill(os.getpid(), 9)\n"
+    )
+    ends = {
+        "model": "with files.new_folder(path / 'model') as aside: (aside / 'a').write_text('1')",
+        "config.yaml": "files.write_whole(path / 'config.yaml', 'text')",
+    }
+    for name, end in ends.items():
+        subprocess.run([sys.executable, "-c", code + end, tmp_path], check=False)
+        assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / name).exists()
+        remove_leftovers(tmp_path, name)
+        assert os.listdir(tmp_path) == []
 
 
 def test_sha256_is_that_of_coreutils(tmp_path):

@@ -272,6 +272,7 @@ def with_a_unigram_model() -> Tokenizer:
 def with_another_normalizer() -> Tokenizer:
     tokenizer = word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the", "##s", "1"])}, False)
     tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
@@ -357,7 +358,7 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
     chosen = TokenizerSettings(vocab_size=60)
     first = configured_tokenizer(chosen, None, texts, ["digest"], tmp_path)
     assert "training a vocabulary of 60" in capfd.readouterr().err
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokenizers/*/*")}
     again = configured_tokenizer(chosen, None, never, ["digest"], tmp_path)
     assert "training" not in capfd.readouterr().err
     assert files and {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokenizers/*/*")} == files
@@ -377,7 +378,7 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
             configured_tokenizer(wanted, None, never, digest, tmp_path)
         configured_tokenizer(wanted, None, texts, digest, tmp_path)
         assert "training" in capfd.readouterr().err
-    assert len(list((tmp_path / "tokenizers").iterdir())) == 1 + len(others)
+    assert len(list(tmp_path.glob("tokenizers/[!.]*"))) == 1 + len(others)
 
 
 def test_training_that_fails_leaves_nothing_behind(tmp_path):
@@ -388,7 +389,7 @@ def test_training_that_fails_leaves_nothing_behind(tmp_path):
     chosen = TokenizerSettings(vocab_size=60)
     with pytest.raises(UserError, match="bad line"):
         configured_tokenizer(chosen, None, broken, ["digest"], tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert len(configured_tokenizer(chosen, None, lambda: iter(["some text"]), ["digest"], tmp_path)) > 5
 
 
@@ -473,7 +474,7 @@ def test_only_word_piece_is_extended_or_padded(changes, tmp_path):
     with pytest.raises(UserError, match=r"BPE.*WordPiece"):
         chosen = TokenizerSettings(**changes)
         configured_tokenizer(chosen, str(tmp_path / "base"), lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_word_piece_without_a_normalizer_is_extended(base, tmp_path):
@@ -493,7 +494,7 @@ def test_two_processes_may_train_the_same_at_once(tmp_path):
     trained = []
 
     def train(documents):
-        trained.append(trained_tokenizer(documents, ["digest"], chosen, tmp_path).backend_tokenizer.to_str())
+        trained.append(configured_tokenizer(chosen, None, documents, ["digest"], tmp_path).backend_tokenizer.to_str())
 
     second = threading.Thread(target=train, args=[lambda: iter(texts)])
 
