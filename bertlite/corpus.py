@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -177,32 +177,42 @@ class _Writer:
     def write(self, batch: list[tuple[int, str]]) -> None:
         """Append documents, given with the number of their source."""
         chunks = [_chunks(text) for _, text in batch]
-        flat = [chunk for document in chunks for chunk in document]
-        encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
-        encodings = iter(encode(flat, add_special_tokens=False))
+        encoded = self._encode([chunk for document in chunks for chunk in document])
         for (source, text), document in zip(batch, chunks, strict=True):
-            parts = [next(encodings) for _ in document]
-            ids = np.concatenate([np.array(part.ids, dtype=self.dtype) for part in parts])
+            parts = [next(encoded) for _ in document]
+            ids, begins_word = (np.concatenate(column) for column in zip(*parts, strict=True))
             if not len(ids):
                 self.summary.empty += 1
                 continue
-            starts = self.begins_word[ids]
             if self.segment:
-                starts = self._segmented(document, parts)
-                self.words.write(starts.tobytes())
-            self._count(source, text, ids, int(starts.sum()))
+                self.words.write(begins_word.tobytes())
+            self._count(source, text, ids, int(begins_word.sum()))
             self.tokens.write(ids.tobytes())
             self.starts.write(np.array(self.summary.tokens, "<i8").tobytes())
+
+    def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray, NDArray]]:
+        """Token ids and beginnings of words of each chunk; the library's large encodings live for a few chunks only."""
+        encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
+        start = 0
+        while start < len(chunks):
+            end, characters = start, 0
+            while end < len(chunks) and characters < BATCH_CHARACTERS:
+                characters += len(chunks[end])
+                end += 1
+            for chunk, encoding in zip(
+                chunks[start:end], encode(chunks[start:end], add_special_tokens=False), strict=True
+            ):
+                ids = np.array(encoding.ids, dtype=self.dtype)
+                if self.segment:
+                    yield ids, segmented_starts(chunk, encoding.offsets, self.segment)
+                else:
+                    yield ids, self.begins_word[ids]
+            start = end
 
     def sync(self) -> None:
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
-
-    def _segmented(self, document: list[str], parts: list[Encoding]) -> NDArray:
-        return np.concatenate(
-            [segmented_starts(chunk, part.offsets, self.segment) for chunk, part in zip(document, parts, strict=True)]
-        )
 
     def _count(self, source: int, text: str, ids: NDArray, words: int) -> None:
         summary = self.summary

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from bertlite.errors import Failure
 
 
@@ -83,8 +85,9 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     """Turn "no space left" into a Failure that says where."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
             raise Failure(f"{folder}: the disk is full; what was saved before is intact") from None
         raise
 
