@@ -75,6 +75,7 @@ class Plan:
     behind the other, have which weight."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
         self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
         self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")

@@ -53,8 +53,10 @@ def save_checkpoint(
             if path.is_file()
         }
         write_json(training / "manifest.json", contents)
-    for old in _checkpoints(run)[:-keep]:
-        if problem(old) is None:
+    others = [one for one in _checkpoints(run) if one != folder]
+    if len(others) >= keep:
+        valid = [one for one in others if problem(one) is None]
+        for old in valid[: len(valid) - keep + 1]:
             shutil.rmtree(old)
     return folder
 

@@ -1,6 +1,8 @@
 """The command line. Every command imports what it needs when it runs, so that --help is immediate."""
 
 import json
+import math
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +22,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for examples.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set train.max_steps=100.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as in --set train.max_steps=100; repeatable."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
@@ -76,7 +79,9 @@ def pretrain(
     from bertlite.config import PretrainConfig, load_config
 
     folder = [f"output_dir={json.dumps(str(out))}"] if out else []
-    print(pretraining.run(load_config(PretrainConfig, config, [*(overrides or []), *folder]), resume=resume))
+    model = pretraining.run(load_config(PretrainConfig, config, [*(overrides or []), *folder]), resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(model)
 
 
 @app.command()
@@ -85,6 +90,7 @@ def evaluate(
     data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Held-out text; may be repeated.")],
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
     document: Annotated[Document, typer.Option(help="What ends a document.")] = Document.BLANK_LINE,
+    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     precision: Precision = Compute.FP32,
     as_json: AsJson = False,
 ) -> None:
@@ -97,7 +103,7 @@ def evaluate(
 
     runtime = start(precision.value)
     loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
-    result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value)
+    result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value, column)
     print(json.dumps(result) if as_json else "\n".join(f"{name:13}  {value:.4f}" for name, value in result.items()))
 
 
@@ -154,11 +160,10 @@ def verify(model: Model, precision: Precision = Compute.FP32, as_json: AsJson = 
     checks = check_parity(folder, precision.value)
     ok = all(check.ok for check in checks)
     if as_json:
-        print(
-            json.dumps(
-                {"ok": ok, "model": str(folder), "checks": [{**vars(check), "ok": check.ok} for check in checks]}
-            )
-        )
+        lines = [{**vars(check), "ok": check.ok} for check in checks]
+        for line in lines:  # JSON has no NaN
+            line["difference"] = line["difference"] if math.isfinite(line["difference"]) else None
+        print(json.dumps({"ok": ok, "model": str(folder), "checks": lines}))
     else:
         print(f"{'inputs':8}  {'quantity':30}  {'difference':>10}  {'allowed':>8}")
         for check in checks:
@@ -180,11 +185,13 @@ def main() -> None:
         sys.exit(_say(str(error), 2))
     except Failure as error:
         sys.exit(_say(str(error), 1))
+    except OSError as error:  # a folder that cannot be written, a file that vanished
+        sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
     except Stopped as stopped:
         sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
 
 
 def _say(text: str, code: int) -> int:
-    for line in text.splitlines():
+    for line in text.splitlines() if os.environ.get("RANK", "0") == "0" or code == 1 else ():
         print(f"bertlite: {line}", file=sys.stderr)
     return code

@@ -63,6 +63,11 @@ class ModelSettings(Shape):
     init_from: str | None = None
     position_init: Literal["normal", "sinusoidal"] = "normal"
 
+    @model_serializer(mode="wrap")
+    def a_model_that_exists_brings_its_shape(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = serialize(self)
+        return values if self.init_from is None else {name: values[name] for name in sorted(self.model_fields_set)}
+
 
 class Architecture(Shape):
     """A complete description of an encoder: its shape, and what the tokenizer decides."""
@@ -272,10 +277,11 @@ def dump_config(config: Section) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def differences(old: Section, new: Section) -> list[str]:
-    """The dotted names of the settings in which two configurations of one kind differ."""
+def differences(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configurations of one kind differ: dotted name → (old value, new value)."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
-    return [name for name in after if before.get(name) != after[name]]
+    names = dict.fromkeys([*after, *before])
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def choose(table: dict[str, Any], name: str, setting: str) -> Any:

@@ -113,12 +113,13 @@ def prepare_corpus(
 def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path, setting: str) -> None:
     """Compare with what the same sources were last prepared by, and remember this time."""
     names = [[source.path and str(Path(source.path).absolute()), source.dataset, source.name] for source in sources]
-    record = cache / "prepared" / f"{fingerprint(names)}.json"
+    record = cache / "prepared" / f"{fingerprint([setting, names])}.json"
     now = {part: fingerprint(value) for part, value in parts.items()}
     if record.exists():
         before = json.loads(record.read_text())
         changed = " and ".join(part for part in now if before.get(part) != now[part])
-        say(f"{setting}: {changed or 'nothing'} changed since the last time; preparing the corpus again")
+        if changed:
+            say(f"{setting}: {changed} changed since the last time; preparing the corpus again")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, now)
 

@@ -21,6 +21,7 @@ def evaluate_text(
     runtime: Runtime,
     sequence_length: int | None = None,
     document: str = "blank-line",
+    column: str = "text",
 ) -> dict[str, float]:
     """`eval_loss` (nats per prediction) and `eval_accuracy` on text files, by the masks that training evaluates with.
 
@@ -31,7 +32,8 @@ def evaluate_text(
     length = min(sequence_length or tokenizer.model_max_length, limit)
     if sequence_length and sequence_length > limit:
         raise UserError(f"--sequence-length is {sequence_length}, more than the model's {limit} positions")
-    data = DataSettings.model_validate({"train": files, "sequence_length": length, "document": document})
+    sources = [{"path": file, "column": column} for file in files]
+    data = DataSettings.model_validate({"train": sources, "sequence_length": length, "document": document})
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)

@@ -17,7 +17,7 @@ def fill(
     One mask gives a list of `score, token, token_str, sequence`; several give a list of such lists.
     Raises UserError when the text holds no mask or is longer than the model's positions.
     """
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]])
     masks = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]
     limit = model.config.max_position_embeddings
     if not len(masks):
@@ -28,9 +28,9 @@ def fill(
         raise UserError(f"--top-k is {top_k}; it goes from 1 to the vocabulary's {model.config.vocab_size}")
     model.eval()
     with torch.inference_mode():
-        positions = torch.arange(ids.shape[1])[None]
-        logits = model(ids, positions, torch.ones_like(ids), masks[None])[0]
-    scores, tokens = logits.float().softmax(-1).topk(top_k)
+        inputs = (ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids), masks[None])
+        logits = model(*(tensor.to(model.head.bias.device) for tensor in inputs))[0]
+    scores, tokens = logits.float().cpu().softmax(-1).topk(top_k)
     results = []
     for mask, mask_scores, mask_tokens in zip(masks, scores.tolist(), tokens.tolist(), strict=True):
         answers = []

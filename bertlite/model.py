@@ -214,7 +214,7 @@ def sinusoids(positions: int, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :size]
 
 
-def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]]) -> None:
+def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]], pad_token_id: int) -> None:
     """Exchange a model's vocabulary: entry i becomes the mean of the old entries `old_ids[i]`, or of all without any.
 
     An entry is a row of the word embedding and a number of the decoder's bias.
@@ -226,7 +226,10 @@ def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]]) ->
             if ids:
                 new[number] = old[ids].mean(0)
         parameter.data = new
-    model.config = model.encoder.config = model.config.model_copy(update={"vocab_size": len(old_ids)})
+    word = model.encoder.embeddings.word
+    word.num_embeddings, word.padding_idx = len(old_ids), pad_token_id
+    changes = {"vocab_size": len(old_ids), "pad_token_id": pad_token_id}
+    model.config = model.encoder.config = model.config.model_copy(update=changes)
 
 
 def parameter_count(model: nn.Module) -> int:

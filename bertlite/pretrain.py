@@ -12,19 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.attention import best_kernel
 from bertlite.batches import Batch, Batches, Plan, make_plan
 from bertlite.checkpoint import load_training_state, newest_checkpoint, save_checkpoint, save_final_model
-from bertlite.config import Architecture, PretrainConfig, choose
+from bertlite.config import Architecture, PretrainConfig, Shape, choose
 from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
-from bertlite.hf import load_model, load_tokenizer_of
+from bertlite.hf import load_model, load_tokenizer_of, read_architecture
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
 from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.run_folder import model_folder, open_run, write_config
-from bertlite.runtime import Runtime, barrier, say, start
+from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.sources import read_documents, source_digest
 from bertlite.tokenizer import configured_tokenizer, pieces_before
 from bertlite.train import Progress, Training, evaluate, rows_at_a_time
 from bertlite.words import SEGMENTERS
+
+# What a model to begin from does not bring along.
+DROPOUT_SETTINGS = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
 
 
 class Prepared(NamedTuple):
@@ -40,13 +43,14 @@ class Prepared(NamedTuple):
 def prepare(config: PretrainConfig) -> Prepared:
     """Tokenizer, corpora and rows of the configured text, from the cache or made now.
 
-    Raises UserError, naming setting and file, for text or a tokenizer that cannot be used.
+    Raises UserError, naming setting and file, for settings, text or a tokenizer that cannot be used.
     """
+    check_settings(config)
     data, cache, T = config.data, cache_folder(config.data.cache_dir), config.data.sequence_length
     digests = [source_digest(source, "data.train", cache) for source in data.train]
-    base = config.tokenizer.path
-    if base is None and config.model.init_from is not None:
-        base = str(model_folder(config.model.init_from))
+    base = config.tokenizer.path or config.model.init_from
+    if base is not None and (base == config.model.init_from or (Path(base) / "config.yaml").exists()):
+        base = str(model_folder(base))
     tokenizer = configured_tokenizer(
         config.tokenizer,
         base,
@@ -73,9 +77,10 @@ def prepare(config: PretrainConfig) -> Prepared:
 def run(config: PretrainConfig, resume: bool = False) -> Path:
     """Pretrain as configured into `output_dir`; with `resume`, go on from its newest valid checkpoint.
 
-    Returns the folder of the final model.
+    Returns the folder of the final model. Raises UserError for what is wrong with the configuration, Failure when the
+    training cannot go on, and Stopped after SIGINT or SIGTERM, when all is saved.
     """
-    check_names(config)
+    check_settings(config)
     folder = Path(config.output_dir)
     runtime = start(config.train.precision, config.train.compile)
     with open_run(folder, config, resume, runtime.rank):
@@ -87,25 +92,36 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
         barrier()
         if runtime.rank:
             prepared = prepare(config)
-        _train(config, prepared, folder, runtime)
+        _train(config, prepared, folder, runtime, resume)
+    leave_process_group()
     return folder / "model"
 
 
-def check_names(config: PretrainConfig) -> None:
-    """Raise UserError for a setting that names a function that does not exist."""
+def check_settings(config: PretrainConfig) -> None:
+    """Raise UserError for a name of no function, and for a shape that contradicts the model to begin from."""
     choose(ACTIVATIONS, config.model.hidden_act, "model.hidden_act")
     if config.data.segmenter is not None:
         choose(SEGMENTERS, config.data.segmenter, "data.segmenter")
     choose(STRATEGIES, config.masking.strategy, "masking.strategy")
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
+    settings = config.model
+    if settings.init_from is None:
+        return
+    begin = read_architecture(model_folder(settings.init_from))
+    for name in settings.model_fields_set & Shape.model_fields.keys() - DROPOUT_SETTINGS:
+        ours, theirs = getattr(settings, name), getattr(begin, name)
+        if ours != theirs:
+            raise UserError(f"model.{name} is {ours}, but {settings.init_from} has {theirs}; leave it out")
+    if config.data.sequence_length > begin.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, more than max_position_embeddings "
+            f"{begin.max_position_embeddings} of {settings.init_from}"
+        )
 
 
 def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kernel: str) -> MaskedLanguageModel:
-    """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary.
-
-    Raises UserError where a setting contradicts the model to begin from.
-    """
+    """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary."""
     settings = config.model
     if settings.init_from is None:
         shape = settings.model_dump(exclude={"init_from", "position_init"})
@@ -115,17 +131,7 @@ def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kern
         return model
     source = model_folder(settings.init_from)
     begin = load_model(source, kernel)
-    dropout = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
-    for name in settings.model_fields_set - dropout - {"init_from", "position_init"}:
-        ours, theirs = getattr(settings, name), getattr(begin.config, name)
-        if ours != theirs:
-            raise UserError(f"model.{name} is {ours}, but {settings.init_from} has {theirs}; leave it out")
-    if config.data.sequence_length > begin.config.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length is {config.data.sequence_length}, more than max_position_embeddings "
-            f"{begin.config.max_position_embeddings} of {settings.init_from}"
-        )
-    chosen = begin.config.model_copy(update={name: getattr(settings, name) for name in dropout})
+    chosen = begin.config.model_copy(update={name: getattr(settings, name) for name in DROPOUT_SETTINGS})
     model = MaskedLanguageModel(chosen, kernel)
     initialize(model, chosen.initializer_range, config.train.seed)
     if isinstance(begin, MaskedLanguageModel):
@@ -134,11 +140,12 @@ def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kern
         say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
         model.encoder.load_state_dict({k: v for k, v in begin.state_dict().items() if not k.startswith("pooler.")})
     old = load_tokenizer_of(source, begin)
-    _exchange_vocabulary(model, old.get_vocab(), tokenizer.get_vocab())
+    _exchange_vocabulary(model, old.get_vocab(), tokenizer)
     return model
 
 
-def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], new: dict[str, int]) -> None:
+def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> None:
+    new = tokenizer.get_vocab()
     if old == new:
         return
     pieces = sorted(new, key=lambda piece: new[piece])
@@ -148,47 +155,53 @@ def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], new: d
         f"vocabulary: {len(new):,} pieces; {len(fresh):,} are new ({', '.join(fresh[:5])}, …) and start as the mean of "
         f"the old pieces that spell them; {len(old.keys() - new.keys()):,} old ones are gone"
     )
-    exchange_vocabulary(model, old_ids)
+    exchange_vocabulary(model, old_ids, tokenizer.pad_token_id)
 
 
 def masked_lm_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy in nats, summed over the predictions, and how many there are (Devlin et al. 2018, section 3.1)."""
-    logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss, (batch.labels != IGNORED).sum()
+    return _masked_lm(model, batch)[:2]
 
 
 def masked_lm_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Sums for the held-out loss (nats per prediction) and accuracy."""
-    logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions)
+    loss, count, logits, labels = _masked_lm(model, batch)
+    return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).sum(), "count": count}
+
+
+def _masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed loss, number of predictions, logits (R·P,V) and labels (R·P,)."""
+    logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions).flatten(0, 1)
     labels = batch.labels.flatten()
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum")
-    correct = (logits.flatten(0, 1).argmax(-1) == labels).sum()
-    return {"loss": loss, "accuracy": correct, "count": (labels != IGNORED).sum()}
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return loss, (labels != IGNORED).sum(), logits, labels
 
 
-def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime) -> None:
+def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime, resume: bool) -> None:
     settings, T = config.train, config.data.sequence_length
     tokenizer = prepared.tokenizer
     batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings)
     validation = Batches(prepared.validation_corpus, prepared.validation_plan, tokenizer, T)
     kernel = best_kernel(runtime.device)
     checkpoint = newest_checkpoint(folder)
+    if resume and checkpoint is None:
+        say(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
     model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, tokenizer, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
     optimizer = Optimizer(model, settings)
     slots = prediction_slots(T, config.masking)
-    micro_batch = rows_at_a_time(settings, model.config, T, slots, runtime)
-    facts = {"corpus": [prepared.corpus.folder.name, prepared.validation_corpus.folder.name], **runtime.facts()}
+    micro_batch = rows_at_a_time(settings, model, T, slots, runtime)
+    texts = [prepared.corpus, prepared.plan, prepared.validation_corpus, prepared.validation_plan]
+    facts = {"text": [part.folder.name for part in texts], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:
         tensors, state = load_training_state(checkpoint)
         optimizer.load_state(tensors)
         progress = Progress(**state["progress"])
         if not settings.per_device_train_batch_size:
-            micro_batch = min(state["micro_batch"], settings.global_batch_size // runtime.world_size)
-        _compare(facts, state["facts"], folder)
+            micro_batch = min(state["facts"]["rows at a time"], -(-settings.global_batch_size // runtime.world_size))
+        _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
     if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
         write_config(folder, config)
@@ -203,7 +216,7 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
         loss, scores = torch.compile(loss, dynamic=False), torch.compile(scores, dynamic=False)
 
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
-        state = {"progress": asdict(progress), "micro_batch": micro_batch, "facts": facts}
+        state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
         save_checkpoint(folder, progress.step, model, tokenizer, optimizer_state, state, settings.save_total_limit)
 
     Training(
@@ -227,8 +240,10 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
 
 def _compare(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
     """Refuse other text; announce another machine."""
-    if now["corpus"] != before["corpus"]:
+    if now["text"] != before["text"]:
         raise UserError(f"{folder}: the text or the tokenizer has changed since the run began; start another run")
     for name in now:
-        if now[name] != before[name]:
-            say(f"{name} is {now[name]}, but was {before[name]}: the batches are the same, the last digits may not be")
+        if now[name] != before.get(name):
+            say(
+                f"{name}: {now[name]}, but was {before.get(name)}: the batches are the same, the last digits may not be"
+            )

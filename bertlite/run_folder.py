@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ Config = TypeVar("Config", bound=Section)
 def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iterator[None]:
     """Hold a run folder for this process alone, after checking that `config` may run or go on in it.
 
-    The lock is the operating system's, on the folder itself: a process that dies leaves none behind.
+    The lock is the operating system's, on the file .lock: a process that dies leaves it open for the next.
     Raises UserError when another process holds it, when it holds a run and `resume` is false, or when `config`
     differs from the run's in a setting that may not change.
     """
@@ -31,26 +31,28 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name another folder with --out")
     created = not folder.exists()
+    lock_file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        lock = lock_file.open("w")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made or opened: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be made or written: {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is using this run folder") from None
-        _check_config(folder, config, resume)
-        for name in ("config.yaml", "metrics.jsonl", "model"):
-            remove_leftovers(folder, name)
-        remove_leftovers(folder / "checkpoints", "step-*")
-        yield
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                created = False
+                raise UserError(f"{folder}: another process is using this run folder") from None
+            _check_config(folder, config, resume)
+            for name in ("config.yaml", "metrics.jsonl", "model"):
+                remove_leftovers(folder, name)
+            remove_leftovers(folder / "checkpoints", "step-*")
+            yield
     finally:
-        if created:
-            with suppress(OSError):
-                folder.rmdir()  # succeeds only while nothing was written
-        os.close(descriptor)
+        if created and os.listdir(folder) == [".lock"]:  # nothing was begun
+            lock_file.unlink()
+            folder.rmdir()
 
 
 def write_config(folder: Path, config: Section) -> None:
@@ -96,10 +98,6 @@ class Metrics:
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
         write_whole(self.path, "".join(kept))
 
-    def last_step(self, key: str) -> int:
-        """The step of the last line that has `key`; -1 when there is none."""
-        return max((line["step"] for line in self.lines() if key in line), default=-1)
-
     def sync(self) -> None:
         if self.path.exists():
             sync(self.path)
@@ -108,23 +106,19 @@ class Metrics:
 def _check_config(folder: Path, config: Section, resume: bool) -> None:
     holds_run = any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
     if not holds_run:
+        if any(not name.startswith(".") for name in os.listdir(folder)):
+            raise UserError(f"{folder}: holds other things and no run; name a new folder by --out")
         return
     if not resume:
         raise UserError(f"{folder}: already holds a run; go on with it by --resume, or name another folder by --out")
     if not (folder / "config.yaml").exists():
+        if newest_checkpoint(folder) is None:
+            return
         raise UserError(f"{folder}: holds no config.yaml, so it cannot be resumed; name another folder by --out")
     old = load_config(type(config), folder / "config.yaml")
-    for name in differences(old, config):
+    for name, (before, now) in differences(old, config).items():
         if name not in MAY_DIFFER_ON_RESUME:
-            before, now = (_value(kind, name) for kind in (old, config))
             raise UserError(
                 f"{folder}: {name} is {now!r}, but the run there has {before!r}; resume with the old value, "
                 "or start another run with --out"
             )
-
-
-def _value(config: Section, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -4,8 +4,10 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -52,12 +54,13 @@ def start(precision: str = "fp32", compile: str | bool = False) -> Runtime:
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # One rank may spend hours on preparing a corpus while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        backend, place = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
     return Runtime(
         device=device,
         dtype=_matrix_dtype(precision, device),
         compile=bool(compile) and _can_compile(device, compile),
-        rank=int(os.environ.get("RANK", "0")),
+        rank=rank_from_environment(),
         world_size=world_size,
     )
 
@@ -86,13 +89,24 @@ def all_reduce_sum(tensors: list[torch.Tensor]) -> None:
             work.wait()
 
 
+def agreed_minimum(number: int, runtime: Runtime) -> int:
+    """The smallest of the ranks' numbers, the same on all ranks."""
+    if runtime.world_size == 1:
+        return number
+    shared = torch.tensor(number, device=runtime.device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return int(shared.item())
+
+
 def agreed_stop(runtime: Runtime) -> int:
     """The signal that asked any rank to stop, the same on all ranks; 0 when none came."""
-    if runtime.world_size == 1:
-        return stop_request.number
-    number = torch.tensor(stop_request.number, device=runtime.device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number.item())
+    return -agreed_minimum(-stop_request.number, runtime)
+
+
+def leave_process_group() -> None:
+    """Part from the other ranks, at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _matrix_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -106,11 +120,21 @@ def _matrix_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _can_compile(device: torch.device, setting: str | bool) -> bool:
-    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
+    """Whether torch.compile has what it needs here; if not and `setting` is "auto", says what is missing."""
+    if device.type == "cuda":
+        missing = "" if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang") else "a C compiler (gcc)"
+        if torch.cuda.get_device_capability() < (7, 0):
+            missing = "a GPU of compute capability 7.0 or newer"
+    else:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        missing = "" if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            missing = "Python's headers (python3-dev)"
+    if not missing:
         return True
     if setting != "auto":
-        raise UserError("train.compile is true, but there is no C++ compiler; install g++, or set it to auto")
-    say("no C++ compiler (g++ or clang++) was found, so the model runs uncompiled, more slowly")
+        raise UserError(f"train.compile is true, but that needs {missing}; install it, or set it to auto")
+    say(f"the model runs uncompiled, more slowly: compiling needs {missing}")
     return False
 
 

@@ -5,6 +5,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import zlib
@@ -87,6 +88,8 @@ def source_files(source: Source, setting: str) -> list[Path]:
             found.append(match)
     if not found:
         what = "no file matches" if glob.has_magic(source.path) else "there is no such file"
+        if Path(source.path).is_dir():
+            what = "there is no file in it"
         raise UserError(f"{setting}: {source.path}: {what} (paths are relative to the current directory)")
     for path in found:
         if not path.exists():
@@ -226,7 +229,7 @@ def _datasets(name: str) -> Any:
     except ImportError:
         raise UserError(f"{name}: the datasets library reads it, and is not installed: pip install datasets") from None
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error comes back as an exception
     return datasets
 
 

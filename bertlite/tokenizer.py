@@ -193,7 +193,10 @@ def _make(
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
     say(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
     sample = sample_documents(documents, settings.train_characters)
-    return wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
+    tokenizer = wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
+    if len(tokenizer) < settings.vocab_size:
+        say(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
+    return tokenizer
 
 
 def _extended(

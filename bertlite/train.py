@@ -18,7 +18,7 @@ from bertlite.errors import Failure, UserError
 from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
 from bertlite.philox import DROPOUT, philox, split64
 from bertlite.run_folder import Metrics
-from bertlite.runtime import Runtime, agreed_stop, all_reduce_sum, say
+from bertlite.runtime import Runtime, agreed_minimum, agreed_stop, all_reduce_sum, say
 from bertlite.signals import Stopped, stop_request
 
 # The sum of the losses of a batch, and how many it sums.
@@ -38,6 +38,7 @@ class Progress:
     loss_sum: float = 0.0  # since the last training line
     scored: int = 0
     elapsed_seconds: float = 0.0
+    evaluated: int = -1  # the last step with an evaluation
 
 
 @dataclass
@@ -65,7 +66,6 @@ class Training:
         if self.runtime.rank == 0:
             self.metrics.cut_back(self.progress.step)
         self.parameters = list(self.model.parameters())
-        self.evaluated = self.metrics.last_step("eval_loss")
         self.saved = self.progress.step or -1
         self.logged = self.progress.step
         self.started = time.perf_counter() - self.progress.elapsed_seconds
@@ -78,6 +78,8 @@ class Training:
             stop_request.deferred = True
             if 0 < self.progress.step != self.saved:
                 self._save()
+            if self.saved > 0:
+                say(f"step {self.saved:,} is saved in {self.folder / 'checkpoints'}; go on with --resume")
             raise
         finally:
             stop_request.deferred = False
@@ -89,7 +91,7 @@ class Training:
         while True:
             if self.logged < progress.step and self._due(settings.logging_steps):
                 self._log()
-            if self.evaluated < progress.step and self._due(settings.eval_steps):
+            if progress.evaluated < progress.step and self._due(settings.eval_steps):
                 self._evaluate()
             if self.saved < progress.step and self._due(settings.save_steps):
                 self._save()
@@ -126,9 +128,15 @@ class Training:
                 raise Stopped(stop_request.number)  # the step is left undone: it changed nothing yet
             torch.manual_seed(self._dropout_seed(start))
             rows = share.slice(start, start + self.micro_batch).to(device)
-            with self.runtime.autocast():
-                loss, count = self.loss(self.model, rows)
-            loss.backward()
+            try:
+                with self.runtime.autocast():
+                    loss, count = self.loss(self.model, rows)
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise Failure(
+                    f"{len(rows)} rows at a time do not fit into the GPU's memory: lower "
+                    "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
+                ) from None
             sums += torch.stack([loss.detach().double(), count.double(), torch.zeros_like(count).double()])
         # Until the first step is computed, which may compile for long, there is nothing to lose by stopping at once.
         stop_request.deferred = True
@@ -166,7 +174,10 @@ class Training:
             "elapsed_seconds": now - self.started,
         }
         self._write(line)
-        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+        watched = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(watched)
+        if self.bar.disable:  # nobody sees the bar
+            say(f"step {progress.step:,} of {self.settings.max_steps:,}: {watched}")
         self.window = (now, progress.tokens)
         self.logged = progress.step
         progress.loss_sum, progress.scored = 0.0, 0
@@ -174,6 +185,8 @@ class Training:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         stop_request.deferred = self.runtime.world_size > 1  # it changes nothing, so one rank may leave it at once
+        if stop_request.number and not stop_request.deferred:
+            raise Stopped(stop_request.number)
         scores = self.evaluate()
         stop_request.deferred = True
         progress = self.progress
@@ -187,7 +200,7 @@ class Training:
         )
         results = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         say(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
-        self.evaluated = progress.step
+        progress.evaluated = progress.step
         self._pass_over(began)
 
     def _save(self) -> None:
@@ -226,18 +239,19 @@ def evaluate(
     return {name: value.item() / count for name, value in sums.items()}
 
 
-def rows_at_a_time(settings: TrainSettings, config: Architecture, row: int, slots: int, runtime: Runtime) -> int:
-    """How many rows a rank computes at a time: as set, or the largest part of its share that should fit in memory.
+def rows_at_a_time(settings: TrainSettings, model: nn.Module, row: int, slots: int, runtime: Runtime) -> int:
+    """How many rows a rank computes at a time: as set, or its share in as few equal parts as should fit in memory.
 
-    Raises UserError when there are more ranks than rows.
+    The same on all ranks. Raises UserError when there are more ranks than rows.
     """
-    share = settings.global_batch_size // runtime.world_size
-    if not share:
+    if settings.global_batch_size < runtime.world_size:
         raise UserError(
             f"train.global_batch_size is {settings.global_batch_size}, fewer than the {runtime.world_size} ranks"
         )
+    share = math.ceil(settings.global_batch_size / runtime.world_size)
     if settings.per_device_train_batch_size:
         return min(share, settings.per_device_train_batch_size)
+    config: Architecture = model.config
     numbers_of_a_token = 16 * config.hidden_size + 4 * config.intermediate_size + 4 * config.num_attention_heads * row
     layers = 2 if settings.gradient_checkpointing else config.num_hidden_layers
     bytes_of_a_row = 4 * (row * layers * numbers_of_a_token + 4 * slots * config.vocab_size)
@@ -245,5 +259,6 @@ def rows_at_a_time(settings: TrainSettings, config: Architecture, row: int, slot
         free = torch.cuda.mem_get_info()[0]
     else:
         free = psutil.virtual_memory().available // runtime.world_size
-    fitting = [rows for rows in range(1, share + 1) if share % rows == 0 and rows * bytes_of_a_row <= free // 2]
-    return max(fitting, default=1)
+    free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
+    fitting = min(share, max(1, free // 2 // bytes_of_a_row))
+    return agreed_minimum(math.ceil(share / math.ceil(share / fitting)), runtime)

@@ -84,7 +84,7 @@ def complaint(load, tmp_path):
 
 def test_shortest_config_has_the_contracts_values(load):
     shortest, contract = load(SHORTEST), load(CONTRACT)
-    assert differences(shortest, contract) == []
+    assert list(differences(shortest, contract)) == []
     assert shortest == contract
 
 
@@ -401,7 +401,7 @@ def test_settings_never_change(load):
 def test_differences_are_dotted_names(load):
     first = load(SHORTEST)
     second = load(SHORTEST, "train.seed=1", "model.hidden_size=512", "output_dir=b", "data.train=[a, b]")
-    assert differences(first, first) == []
+    assert list(differences(first, first)) == []
     assert sorted(differences(first, second)) == ["data.train", "model.hidden_size", "output_dir", "train.seed"]
     assert sorted(differences(second, first)) == sorted(differences(first, second))
 

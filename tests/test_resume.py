@@ -234,4 +234,23 @@ def test_runs_killed_at_random_moments_end_like_an_undisturbed_one(write_config)
         process.communicate()
     pretrain(path, resume=True)
     assert traces(folder) == traces(whole)
-    assert not list(folder.glob("**/.*"))
+    assert [path.name for path in folder.glob("**/.*")] == [".lock"]
+
+
+def test_a_new_checkpoint_is_never_the_one_that_goes(write_config):
+    """Not even when it is older by its number than a damaged one."""
+    path = write_config(train__save_steps=4, train__save_total_limit=1)
+    folder = pretrain(path)
+    damage(folder / "checkpoints/step-00000012/model.safetensors", "flipped")
+    shutil.rmtree(folder / "model")
+    pretrain(path, "train.save_steps=5", resume=True)
+    names = sorted(checkpoint.name for checkpoint in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000012", "step-00000012.invalid-1"]
+    assert newest_checkpoint(folder) == folder / "checkpoints/step-00000012"
+
+
+def test_a_rate_that_became_a_line_is_named(write_config):
+    path = write_config()
+    pretrain(path)
+    with pytest.raises(UserError, match=r"masking\.rate.* is .*but the run there has"):
+        pretrain(path, "masking.rate={start: 0.3, end: 0.15}", resume=True)
