@@ -119,8 +119,9 @@ class Optimizer:
         """The reverse of `state`, before the first step. Raises KeyError unless it is the state of all this model's
         tensors and no others."""
         names = {name.rpartition(".")[0] for name in state}
-        if state and names != set(self.tensors):
-            raise KeyError(f"the optimizer's state is not that of this model: {min(names ^ set(self.tensors))}")
+        unknown, missing = names - self.tensors.keys(), self.tensors.keys() - names
+        if unknown or (state and missing):
+            raise KeyError(f"the optimizer's state is not that of this model: {min(unknown or missing)}")
         owners = {id(tensor): part for part in self.parts for group in part.param_groups for tensor in group["params"]}
         for name, value in state.items():
             tensor_name, _, key = name.rpartition(".")
