@@ -83,6 +83,8 @@ class Architecture(Shape):
 
 
 class TokenizerSettings(Section):
+    """Which tokenizer: a given one (`path`), perhaps extended and padded, or WordPiece trained on the text."""
+
     path: str | None = None
     vocab_size: Positive = 30522
     lowercase: bool = True
@@ -131,6 +133,8 @@ Sources = Annotated[list[Source], BeforeValidator(_sources)]
 
 
 class DataSettings(Section):
+    """Which text, what a document of it is, which documents are dropped, and how long the rows are (in positions)."""
+
     train: Annotated[Sources, Field(min_length=1)]
     validation: Sources = []
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -154,6 +158,8 @@ class Line(Section):
 
 
 class MaskingSettings(Section):
+    """Which share of the tokens that are not special is hidden, and by which strategy it is chosen."""
+
     strategy: str = "token"
     rate: Annotated[
         Annotated[Share, Tag("number")] | Annotated[Line, Tag("line")],
@@ -166,6 +172,8 @@ class MaskingSettings(Section):
 
 
 class TrainSettings(Section):
+    """Length, batch, optimizer and intervals, in steps."""
+
     max_steps: Annotated[int, Field(ge=0)] = 1200
     global_batch_size: Positive = 32
     per_device_train_batch_size: Positive | None = None

@@ -77,6 +77,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, in one step."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -102,6 +103,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -183,7 +183,7 @@ class MaskedLanguageModel(nn.Module):
         prediction_positions: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Scores (B,P,V) for the tokens at `prediction_positions` (B,P) of each row."""
+        """Scores (B,P,V) for the tokens at `prediction_positions` (B,P) of each row; all else is (B,T)."""
         hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids)
         wanted = prediction_positions[..., None].expand(-1, -1, hidden.shape[-1])
         return self.head(hidden.gather(1, wanted), self.encoder.embeddings.word.weight)
@@ -233,4 +233,5 @@ def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]], pa
 
 
 def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -20,6 +20,7 @@ def cosine(progress: float) -> float:
 
 
 def constant(progress: float) -> float:
+    """The peak rate to the end."""
     return 1.0
 
 

@@ -56,6 +56,7 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
 
 
 def write_config(folder: Path, config: Section) -> None:
+    """Write the resolved configuration into a run folder: from now on it holds a run."""
     write_whole(folder / "config.yaml", dump_config(config))
 
 
