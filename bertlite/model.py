@@ -32,6 +32,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Linear(nn.Linear):
+    """x Wᵀ + b, the bias by itself: compiled, it joins what follows; inside the product it costs a copy on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.linear(x, weight)
+    return y + bias.to(y.dtype)  # under autocast the product is in bf16, and so remains the sum
+
+
 class Embeddings(nn.Module):
     """The sum of word, position and segment embeddings, normalised (Devlin et al. 2018, figure 2)."""
 
@@ -65,8 +77,8 @@ class MultiHeadAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.kernel = KERNELS[kernel]
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.out = Linear(hidden_size, hidden_size)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self._project(query, key, value)
@@ -83,7 +95,7 @@ class MultiHeadAttention(nn.Module):
             projected = self.qkv(query).chunk(3, dim=-1)
         else:
             weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-            projected = tuple(map(F.linear, (query, key, value), weights, biases))
+            projected = tuple(map(product, (query, key, value), weights, biases))
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)  # (B,H,·,K) each
 
 
@@ -95,9 +107,9 @@ class Layer(nn.Module):
         D = config.hidden_size
         self.attention = MultiHeadAttention(D, config.num_attention_heads, config.attention_probs_dropout_prob, kernel)
         self.attention_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.up = nn.Linear(D, config.intermediate_size)
+        self.up = Linear(D, config.intermediate_size)
         self.activation = choose(ACTIVATIONS, config.hidden_act, "model.hidden_act")
-        self.down = nn.Linear(config.intermediate_size, D)
+        self.down = Linear(config.intermediate_size, D)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -111,7 +123,7 @@ class Pooler(nn.Module):
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.tanh(self.dense(hidden[:, 0]))  # (B,D)
@@ -157,13 +169,13 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.activation = choose(ACTIVATIONS, config.hidden_act, "model.hidden_act")
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        return F.linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
+        return product(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
 
 
 class MaskedLanguageModel(nn.Module):

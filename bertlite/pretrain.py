@@ -92,7 +92,14 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
         barrier()
         if runtime.rank:
             prepared = prepare(config)
-        _train(config, prepared, folder, runtime, resume)
+        training = new_training(config, prepared, folder, runtime, resume)
+        if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
+            write_config(folder, config)
+        training.run()
+        if runtime.rank == 0:
+            save_final_model(folder, training.model, prepared.tokenizer)
+        barrier()
+        say(f"the model is in {folder / 'model'}")
     leave_process_group()
     return folder / "model"
 
@@ -177,13 +184,16 @@ def _masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, 
     return loss, (labels != IGNORED).sum(), logits, labels
 
 
-def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime, resume: bool) -> None:
+def new_training(
+    config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Runtime, resume: bool = False
+) -> Training:
+    """A training run in `folder`, ready to begin or to go on from the newest valid checkpoint; writes nothing yet."""
     settings, T = config.train, config.data.sequence_length
     tokenizer = prepared.tokenizer
     batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings)
     validation = Batches(prepared.validation_corpus, prepared.validation_plan, tokenizer, T)
     kernel = best_kernel(runtime.device)
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         say(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
     model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, tokenizer, kernel)
@@ -203,8 +213,6 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
             micro_batch = min(state["facts"]["rows at a time"], -(-settings.global_batch_size // runtime.world_size))
         _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
-    if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
-        write_config(folder, config)
     say(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
         f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
@@ -219,7 +227,7 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
         state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
         save_checkpoint(folder, progress.step, model, tokenizer, optimizer_state, state, settings.save_total_limit)
 
-    Training(
+    return Training(
         folder=folder,
         model=model,
         loss=loss,
@@ -231,11 +239,7 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
         micro_batch=micro_batch,
         progress=progress,
         optimizer=optimizer,
-    ).run()
-    if runtime.rank == 0:
-        save_final_model(folder, model, tokenizer)
-    barrier()
-    say(f"the model is in {folder / 'model'}")
+    )
 
 
 def _compare(now: dict[str, object], before: dict[str, object], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The machine: device, precision, threads and the process group."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -47,6 +48,7 @@ def start(precision: str = "fp32", compile: str | bool = False) -> Runtime:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    _keep_memory()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -136,6 +138,15 @@ def _can_compile(device: torch.device, setting: str | bool) -> bool:
         raise UserError(f"train.compile is true, but that needs {missing}; install it, or set it to auto")
     say(f"the model runs uncompiled, more slowly: compiling needs {missing}")
     return False
+
+
+def _keep_memory() -> None:
+    """Let the C library reuse the memory of large tensors, where it would return it to the system and fetch it anew,
+    zeroed page by page, several times a step. See mallopt(3); other C libraries than glibc have no such switch."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside of the heap
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def _processor() -> str:

@@ -27,6 +27,8 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 Scores = Callable[[nn.Module, Batch], dict[str, Tensor]]
 # A batch from the number of its first row and how many rows it has.
 MakeBatch = Callable[[int, int], Batch]
+# What a step's time goes to: waiting for the batch, the loss, its gradient, and the update of the weights.
+PARTS = ("data", "forward", "backward", "optimizer")
 
 
 @dataclass
@@ -43,19 +45,20 @@ class Progress:
 
 @dataclass
 class Training:
-    """One training run: `loss` is backpropagated through `model`, `evaluate` and `save` are called when due."""
+    """One training run: `loss` is backpropagated through `model`, `evaluate`, if any, and `save` are called when due."""
 
     folder: Path
     model: nn.Module
     loss: Loss
     make_batch: MakeBatch
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, float]] | None
     save: Callable[[dict[str, Tensor], Progress], None]
     settings: TrainSettings
     runtime: Runtime
     micro_batch: int  # rows that a rank computes at a time
     progress: Progress
     optimizer: Optimizer
+    synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
 
     def run(self) -> None:
         """Train to the last step; at each step train, log, evaluate and save, in this order.
@@ -70,6 +73,8 @@ class Training:
         self.logged = self.progress.step
         self.started = time.perf_counter() - self.progress.elapsed_seconds
         self.window = (time.perf_counter(), self.progress.tokens)
+        self.seconds = dict.fromkeys(PARTS, 0.0)  # since the last training line
+        self.part_began = time.perf_counter()
         self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training", disable=None)
         try:
             with ThreadPoolExecutor(1, "batches") as executor:
@@ -91,15 +96,17 @@ class Training:
         while True:
             if self.logged < progress.step and self._due(settings.logging_steps):
                 self._log()
-            if progress.evaluated < progress.step and self._due(settings.eval_steps):
-                self._evaluate()
+            if self.evaluate and progress.evaluated < progress.step and self._due(settings.eval_steps):
+                self._evaluate(self.evaluate)
             if self.saved < progress.step and self._due(settings.save_steps):
                 self._save()
             if stop := agreed_stop(self.runtime):
                 raise Stopped(stop)
             if progress.step == settings.max_steps:
                 return
+            self.part_began = time.perf_counter()
             batch = share.result()
+            self._count("data")
             share = executor.submit(self._share, progress.step + 1)
             self._step(batch)
             self.bar.update()
@@ -131,7 +138,9 @@ class Training:
             try:
                 with self.runtime.autocast():
                     loss, count = self.loss(self.model, rows)
+                self._count("forward")
                 loss.backward()
+                self._count("backward")
             except torch.OutOfMemoryError:
                 raise Failure(
                     f"{len(rows)} rows at a time do not fit into the GPU's memory: lower "
@@ -154,6 +163,15 @@ class Training:
         progress.tokens += int(tokens)
         progress.loss_sum += loss_sum
         progress.scored += int(scored)
+        self._count("optimizer")
+
+    def _count(self, part: str) -> None:
+        """Count the time since the last call as that of a part of the step."""
+        if self.synchronize:
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] += now - self.part_began
+        self.part_began = now
 
     def _dropout_seed(self, start: int) -> int:
         """Dropout follows from the seed, the step and the row."""
@@ -172,8 +190,10 @@ class Training:
             "grad_norm": self.norm,
             "tokens_per_second": (progress.tokens - tokens) / (now - since),
             "elapsed_seconds": now - self.started,
+            **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
         }
         self._write(line)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         watched = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(watched)
         if self.bar.disable:  # nobody sees the bar
@@ -182,12 +202,12 @@ class Training:
         self.logged = progress.step
         progress.loss_sum, progress.scored = 0.0, 0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
         stop_request.deferred = self.runtime.world_size > 1  # it changes nothing, so one rank may leave it at once
         if stop_request.number and not stop_request.deferred:
             raise Stopped(stop_request.number)
-        scores = self.evaluate()
+        scores = evaluate()
         stop_request.deferred = True
         progress = self.progress
         self._write(

@@ -20,7 +20,7 @@ parity checkpoint
 run_folder
 train
 pretrain fill export
-evaluate
+evaluate bench
 cli
 __main__
 """.strip().splitlines()

@@ -134,7 +134,7 @@ def test_the_model_learns(write_config):
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
-    changes = {"train__optim": optim, "train__max_steps": 30, "train__logging_steps": 1, "train__global_batch_size": 16}
+    changes = {"train__optim": optim, "train__max_steps": 50, "train__logging_steps": 1, "train__global_batch_size": 16}
     plain = losses(pretrain(write_config("plain", **changes)))
     bf16 = losses(pretrain(write_config("bf16", **changes, train__precision="bf16")))
     compiled = losses(pretrain(write_config("compiled", **changes, train__compile=True)))

@@ -1,0 +1,94 @@
+"""`bertlite bench`: what a training step costs on this machine, and where its time goes."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bertlite.config import Architecture, PretrainConfig
+from bertlite.masking import prediction_slots
+from bertlite.pretrain import new_training, prepare
+from bertlite.run_folder import Metrics
+from bertlite.runtime import start
+from bertlite.train import PARTS
+
+WARM_UP = 5  # steps that compile and fill caches, and are not measured
+# Shapes (rows, inner, columns) of matrix products: the fastest of them is the machine's peak.
+PEAK_SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096)]
+
+
+def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
+    """Train `steps` steps as configured, on its own text, and measure them; nothing is kept.
+
+    Returns medians over the steps: tokens and seconds by part; the share of the peak that the model's matrix products
+    reach (padding and unused prediction slots count as work); and peak memory in bytes.
+    """
+    changes = {"max_steps": WARM_UP + steps, "logging_steps": 1, "save_steps": WARM_UP + steps}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    runtime = start(config.train.precision, config.train.compile)
+    prepared = prepare(config)
+    with TemporaryDirectory() as folder:
+        training = new_training(config, prepared, Path(folder), runtime)
+        training.evaluate, training.save = None, lambda state, progress: None
+        training.synchronize = runtime.device.type == "cuda"
+        training.run()
+        lines = Metrics(Path(folder)).lines()[WARM_UP:]
+    seconds = {part: median(line[f"{part}_seconds"] for line in lines) for part in PARTS}
+    step = median(sum(line[f"{part}_seconds"] for part in PARTS) for line in lines)
+    T = config.data.sequence_length
+    flops = matmul_flops(
+        training.model.config, config.train.global_batch_size, T, prediction_slots(T, config.masking)
+    )
+    peak = matmul_peak(runtime.device, runtime.dtype)
+    return {
+        "tokens_per_second": median(line["tokens_per_second"] for line in lines),
+        "step_seconds": step,
+        **{f"{part}_seconds": value for part, value in seconds.items()},
+        "flops_per_second": flops / step,
+        "peak_flops_per_second": peak,
+        "share_of_peak": flops / step / peak,
+        "peak_memory_bytes": peak_memory(runtime.device),
+        "device": str(runtime.facts()["device"]),
+        "precision": str(runtime.facts()["precision"]),
+    }
+
+
+def matmul_flops(config: Architecture, rows: int, positions: int, slots: int) -> int:
+    """Floating point operations of the matrix products of one step, forward and backward, for one rank.
+
+    A multiply and an add are two; the backward pass takes twice what the forward pass does (Kaplan et al. 2020, 2.1).
+    """
+    D, inner = config.hidden_size, config.intermediate_size
+    layer = positions * 2 * (4 * D * D + 2 * D * inner) + 4 * positions * positions * D
+    head = slots * 2 * (D * D + D * config.vocab_size)
+    return 3 * rows * (config.num_hidden_layers * layer + head)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of the machine's fastest matrix product, measured now."""
+    best = 0.0
+    for rows, inner, columns in PEAK_SHAPES:
+        if device.type == "cuda":
+            rows, inner, columns = 4 * rows, 4 * inner, 4 * columns
+        a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        best = max(best, 2 * rows * inner * columns / min(times))
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held so far, in bytes: the GPU's, or all of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
