@@ -102,7 +102,7 @@ def problem(folder: Path) -> str | None:
                 return f"{name} was not saved with it"
     except (FileNotFoundError, NotADirectoryError):
         return "training/manifest.json is missing"
-    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return "training/manifest.json is damaged"
     return None
 

@@ -100,10 +100,10 @@ def check_model_folder(folder: Path) -> None:
 
     Links may lead elsewhere in the folder or, in the Hugging Face cache, from snapshots/REVISION to blobs.
     """
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     homes = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        if not any(path.resolve().is_relative_to(home) for home in homes):
+        if not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
             raise UserError(f"{path}: a link that leaves its folder; copy the file there if it is right")
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: neither a file nor a folder; remove it")

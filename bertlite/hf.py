@@ -154,10 +154,9 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
 def load_tokenizer_of(folder: Path, model: MaskedLanguageModel | Encoder) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
     tokenizer = load_tokenizer(str(folder))
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} pieces, but the model embeds {model.config.vocab_size:,}"
-        )
+    size, known = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+    if size > known:
+        raise UserError(f"{folder}: the tokenizer has {size:,} pieces, but the model embeds {known:,}")
     return tokenizer
 
 

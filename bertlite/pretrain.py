@@ -226,11 +226,16 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
     facts = {"text": [part.folder.name for part in texts], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:
-        tensors, state = load_training_state(checkpoint)
-        optimizer.load_state(tensors)
-        progress = Progress(**state["progress"])
+        try:
+            tensors, state = load_training_state(checkpoint)
+            optimizer.load_state(tensors)
+            progress, before = Progress(**state["progress"]), state["facts"]["rows at a time"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
+            ) from None
         if not settings.per_device_train_batch_size:
-            micro_batch = min(state["facts"]["rows at a time"], -(-settings.global_batch_size // runtime.world_size))
+            micro_batch = min(before, -(-settings.global_batch_size // runtime.world_size))
         _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
     if runtime.rank == 0:  # only now: until here a mistake leaves no run behind

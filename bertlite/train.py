@@ -128,7 +128,9 @@ class Training:
 
     def _minutes_have_passed(self) -> bool:
         minutes = self.settings.save_minutes
-        return minutes is not None and agreed_any(time.perf_counter() - self.saved_at >= 60 * minutes, self.runtime)
+        if minutes is None or self.progress.step == 0:
+            return False
+        return agreed_any(time.perf_counter() - self.saved_at >= 60 * minutes, self.runtime)
 
     def _share(self, step: int) -> Batch:
         """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
