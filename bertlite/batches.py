@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import MaskingSettings, TrainSettings
 from bertlite.corpus import Corpus
-from bertlite.errors import UserError
+from bertlite.errors import DataLost, UserError
 from bertlite.files import fingerprint, locked, new_folder, write_json
-from bertlite.masking import Vocabulary, mask_rows, prediction_slots
+from bertlite.masking import IGNORED, Vocabulary, mask_rows, prediction_slots
 from bertlite.philox import (
     EVALUATION_MASKS,
     HELD_OUT,
@@ -250,10 +250,13 @@ class Batches:
         train: TrainSettings = DEFAULTS,
     ) -> None:
         self.corpus, self.plan, self.masking, self.train = corpus, plan, masking, train
+        self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = vocabulary_of(tokenizer)
         self.begins_word = word_start_table(tokenizer.backend_tokenizer)
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         self.sequence_length = sequence_length
+        files = [*corpus.folder.glob("*.bin"), *plan.folder.glob("*.npy")]
+        self.sizes = {path: path.stat().st_size for path in files}
 
     def training(self, first: int, count: int) -> Batch:
         """Samples `first` to `first + count` of the endless stream, masked at the rate of their step."""
@@ -299,12 +302,37 @@ class Batches:
         rates: NDArray[np.float64],
         key: tuple[int, int],
     ) -> Batch:
+        self._check_files()
         ids, positions, documents, begins_word = self._rows(rows)
         slots = prediction_slots(self.sequence_length, masking)
         inputs, places, labels = mask_rows(
             ids, begins_word, samples, self.vocabulary, masking.strategy, rates, slots, key
         )
         return Batch(*map(torch.from_numpy, (inputs, positions, documents, places, labels)))
+
+    def unigram_entropy(self, rows: int = 10_000) -> float:
+        """The loss, in nats, of predicting tokens by their frequencies alone, measured on the first rows."""
+        counts = np.bincount(self._rows(self.rows(np.arange(rows)))[0].ravel(), minlength=self.vocabulary.size)
+        frequencies = counts[self.vocabulary.ordinary_ids] / counts[self.vocabulary.ordinary_ids].sum()
+        return float(-(frequencies * np.log(np.maximum(frequencies, 1e-30))).sum())
+
+    def describe(self, batch: Batch) -> list[list[str]]:
+        """The documents of each row, as text with `{what the model sees → what it has to predict}` where it has to."""
+        rows, piece_of = [], self.tokenizer.convert_ids_to_tokens
+        for row in range(len(batch)):
+            pieces = np.array(piece_of(batch.input_ids[row].tolist()), dtype=object)
+            for place, label in zip(batch.prediction_positions[row].tolist(), batch.labels[row].tolist(), strict=True):
+                if label != IGNORED:
+                    pieces[place] = f"{{{pieces[place]} → {piece_of(label)}}}"
+            documents = batch.document_ids[row].numpy()
+            rows.append([" ".join(pieces[documents == number]) for number in range(1, documents.max() + 1)])
+        return rows
+
+    def _check_files(self) -> None:
+        """Raise DataLost when a file has vanished or changed its size: touching what was cut off ends a process."""
+        for path, size in self.sizes.items():
+            if not path.exists() or path.stat().st_size != size:
+                raise DataLost(f"{path}: vanished or was cut while in use; `bertlite prepare` makes it again")
 
     def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         """Token ids, positions, document numbers and beginnings of words (R,T) of the plan's rows; -1 is empty."""

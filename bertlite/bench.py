@@ -2,10 +2,11 @@
 
 import resource
 import sys
-import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from bertlite.config import Architecture, PretrainConfig
 from bertlite.masking import prediction_slots
 from bertlite.pretrain import new_training, prepare
-from bertlite.run_folder import Metrics
 from bertlite.runtime import start
 from bertlite.train import PARTS
 
@@ -36,19 +36,18 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
         training = new_training(config, prepared, Path(folder), runtime)
         training.evaluate, training.save = None, lambda state, progress: None
         training.synchronize = runtime.device.type == "cuda"
+        laps: list[tuple[float, int, dict[str, float]]] = []  # after each step: time, tokens and seconds so far
+        training.watch = lambda *_: laps.append((perf_counter(), training.progress.tokens, dict(training.seconds)))
         training.run()
-        lines = Metrics(Path(folder)).lines()[WARM_UP:]
-    seconds = {part: median(line[f"{part}_seconds"] for line in lines) for part in PARTS}
-    step = median(sum(line[f"{part}_seconds"] for part in PARTS) for line in lines)
+    pairs = list(pairwise(laps[WARM_UP - 1 :]))
+    step = median(now - before for (before, *_), (now, *_) in pairs)
     T = config.data.sequence_length
-    flops = matmul_flops(
-        training.model.config, config.train.global_batch_size, T, prediction_slots(T, config.masking)
-    )
+    flops = matmul_flops(training.model.config, config.train.global_batch_size, T, prediction_slots(T, config.masking))
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
-        "tokens_per_second": median(line["tokens_per_second"] for line in lines),
+        "tokens_per_second": median((b - a) / (now - before) for (before, a, _), (now, b, _) in pairs),
         "step_seconds": step,
-        **{f"{part}_seconds": value for part, value in seconds.items()},
+        **{f"{part}_seconds": median(b[part] - a[part] for (*_, a), (*_, b) in pairs) for part in PARTS},
         "flops_per_second": flops / step,
         "peak_flops_per_second": peak,
         "share_of_peak": flops / step / peak,
@@ -78,11 +77,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
         times = []
         for _ in range(8):
-            began = time.perf_counter()
+            began = perf_counter()
             a @ b
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(perf_counter() - began)
         best = max(best, 2 * rows * inner * columns / min(times))
     return best
 

@@ -5,6 +5,7 @@ step-00001000/           config.json, model.safetensors, tokenizer files
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -57,7 +58,8 @@ def save_checkpoint(
     if len(others) >= keep:
         valid = [one for one in others if problem(one) is None]
         for old in valid[: len(valid) - keep + 1]:
-            shutil.rmtree(old)
+            aside = old.with_name(f".{old.name}.{os.getpid()}")  # a kill leaves nothing half-removed under its name
+            shutil.rmtree(old.rename(aside))
     return folder
 
 
@@ -82,18 +84,25 @@ def problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted; None when every file is there with its checksum."""
     manifest = folder / "training" / "manifest.json"
     try:
-        contents = json.loads(manifest.read_text(encoding="utf-8"))
+        text = manifest.read_text(encoding="utf-8")
+        contents = json.loads(text)
         for name, expected in contents.items():
             path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{name} is outside of the folder"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{name} is not what was saved"
-        if "model.safetensors" not in contents or "training/state.json" not in contents:
-            return "its manifest is incomplete"
-    except FileNotFoundError:
+        if "model.safetensors" not in contents or "training/state.json" not in contents or text[-2:] != "}\n":
+            return "training/manifest.json is incomplete"
+        for path in folder.rglob("[!.]*"):
+            name = str(path.relative_to(folder))
+            if not path.is_dir() and name not in contents and path != manifest:
+                return f"{name} was not saved with it"
+    except (FileNotFoundError, NotADirectoryError):
         return "training/manifest.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return "training/manifest.json is damaged"
     return None
 

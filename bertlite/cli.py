@@ -85,6 +85,42 @@ def pretrain(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    measure: Annotated[bool, typer.Option(help="Run a few steps to measure the time.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a run will take: parameters, memory, tokens, time, disk."""
+    from bertlite import plan as planning
+    from bertlite.config import PretrainConfig, load_config
+
+    folder = [f"output_dir={json.dumps(str(out))}"] if out else []
+    result = planning.plan(load_config(PretrainConfig, config, [*(overrides or []), *folder]), measure)
+    print(json.dumps(result) if as_json else planning.described(result))
+
+
+@app.command()
+def batch(
+    config: ConfigFile,
+    step: Annotated[int, typer.Option(min=1, help="The step that trains on it, counted from 1.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the batch of one step: its documents, and what is hidden in them."""
+    from bertlite.config import PretrainConfig, load_config
+    from bertlite.pretrain import batch_of_step
+
+    rows = batch_of_step(load_config(PretrainConfig, config, overrides or []), step)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for number, documents in enumerate(rows, 1):
+        print(f"row {number}", *documents, sep="\n  ")
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Held-out text; may be repeated.")],
@@ -214,6 +250,10 @@ def main() -> None:
         sys.exit(_say(str(error), 2))
     except Failure as error:
         sys.exit(_say(str(error), 1))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's own for CPUs
+            raise
+        sys.exit(_say("the memory is exhausted; lower the rows computed at a time, or the size of the model", 1))
     except OSError as error:  # a folder that cannot be written, a file that vanished
         sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
     except Stopped as stopped:

@@ -194,7 +194,9 @@ class TrainSettings(Section):
     logging_steps: Positive = 10
     eval_steps: Positive = 200
     save_steps: Positive = 200
+    save_minutes: Annotated[float, Field(gt=0)] | None = None
     save_total_limit: Positive = 3
+    on_nonfinite_loss: Literal["stop", "skip"] = "stop"
 
 
 class PretrainConfig(Section):
@@ -223,8 +225,10 @@ MAY_DIFFER_ON_RESUME = {
     "train.logging_steps",
     "train.eval_steps",
     "train.save_steps",
+    "train.save_minutes",
     "train.save_total_limit",
     "train.per_device_train_batch_size",
+    "train.on_nonfinite_loss",  # a run that stopped may go on by skipping; until then both are the same
 }
 
 

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Failure(Exception):
     """Something that was right to ask for did not work out, or a check did not hold; exit code 1."""
+
+
+class DataLost(Failure):
+    """The files of a corpus vanished or were cut while they were in use; all else is intact."""

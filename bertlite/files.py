@@ -15,7 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from bertlite.errors import Failure
+from bertlite.errors import Failure, UserError
+
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json there is takes a tenth of it
 
 
 @contextmanager
@@ -91,6 +93,22 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
             raise Failure(f"{folder}: the disk is full; what was saved before is intact") from None
         raise
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError for what a stranger's model folder might hold to reach beyond itself, or to be read for ever.
+
+    Links may lead elsewhere in the folder or, in the Hugging Face cache, from snapshots/REVISION to blobs.
+    """
+    real = Path(os.path.realpath(folder))
+    homes = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
+            raise UserError(f"{path}: a link that leaves its folder; copy the file there if it is right")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: neither a file nor a folder; remove it")
+        if path.suffix == ".json" and path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for such a file")
 
 
 def sync(path: Path) -> None:

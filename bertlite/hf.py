@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import Architecture
 from bertlite.errors import UserError
+from bertlite.files import check_model_folder
 from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel
 from bertlite.tokenizer import load_tokenizer
 
@@ -124,7 +125,9 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
     Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
     """
     config = read_architecture(folder)
-    weights = _read_weights(folder)
+    files = _weight_files(folder)
+    _check_size(config, files, folder)
+    weights = _read_weights(files)
     layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
     if layers != set(range(config.num_hidden_layers)):
         raise UserError(
@@ -151,10 +154,9 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
 def load_tokenizer_of(folder: Path, model: MaskedLanguageModel | Encoder) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
     tokenizer = load_tokenizer(str(folder))
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} pieces, but the model embeds {model.config.vocab_size:,}"
-        )
+    size, known = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+    if size > known:
+        raise UserError(f"{folder}: the tokenizer has {size:,} pieces, but the model embeds {known:,}")
     return tokenizer
 
 
@@ -169,6 +171,8 @@ def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageMo
 def read_architecture(folder: Path) -> Architecture:
     """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
     path = folder / "config.json"
+    if folder.is_dir():
+        check_model_folder(folder)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -208,15 +212,15 @@ def local_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that its index names, under today's names."""
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that its index names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     elif index.exists():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, RecursionError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: not a valid index of weights") from None
         if any(Path(name).name != name for name in names):
             raise UserError(f"{index}: it names a file outside its folder")
@@ -227,14 +231,29 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         )
     else:
         raise UserError(f"{folder}: not a model folder (it has no model.safetensors)")
+    return [folder / name for name in names]
+
+
+def _check_size(config: Architecture, files: list[Path], folder: Path) -> None:
+    """Raise UserError when config.json means far more numbers than the files can hold, before any of them has room."""
+    D, L = config.hidden_size, config.num_hidden_layers
+    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    meant = entries * D + L * D * (4 * D + 2 * config.intermediate_size)
+    held = sum(file.stat().st_size for file in files if file.is_file())
+    if meant > 10 * held > 0:  # at least a byte a number; less of a difference is named weight by weight
+        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights take {held:,} bytes")
+
+
+def _read_weights(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of the files, under today's names."""
     weights: dict[str, Tensor] = {}
-    for name in names:
+    for path in files:
         try:
-            with safe_open(folder / name, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, the file is no dict
                     weights[_modern_name(key)] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: damaged, or not a safetensors file: {error}") from None
+            raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
     return weights
 
 

@@ -91,14 +91,17 @@ class Optimizer:
         self.parts = choose(OPTIMIZERS, settings.optim, "train.optim")(self.tensors, settings)
         self.peaks = [group["lr"] for part in self.parts for group in part.param_groups]
 
-    def step(self, factor: float) -> None:
-        """Update the parameters from their gradients at `factor` times the peak rates, and drop the gradients."""
+    def step(self, factor: float, skip: bool = False) -> None:
+        """Update the parameters from their gradients at `factor` times the peak rates, and drop the gradients.
+
+        With `skip` the parameters stay as they are.
+        """
         for view, whole, rows in self.views:
             view.grad = None if whole.grad is None else whole.grad[rows]
         groups = [group for part in self.parts for group in part.param_groups]
         for group, peak in zip(groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        for part in self.parts:
+        for part in self.parts if not skip else ():
             part.step()
         for parameter in self.parameters + [view for view, _, _ in self.views]:
             parameter.grad = None

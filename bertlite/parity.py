@@ -77,6 +77,7 @@ def load_reference(folder: Path, ours: MaskedLanguageModel | Encoder) -> tuple[n
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {"attn_implementation": "sdpa", "dtype": torch.float32, "output_loading_info": True}
+    options |= {"local_files_only": True, "use_safetensors": True}  # whatever the folder says
     if isinstance(ours, MaskedLanguageModel):
         theirs, report = BertForMaskedLM.from_pretrained(folder, **options)
     else:

@@ -19,11 +19,12 @@ from bertlite.hf import load_model, load_tokenizer_of, read_architecture
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
 from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
+from bertlite.plateau import PlateauWatch
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.sources import read_documents, source_digest
 from bertlite.tokenizer import configured_tokenizer, pieces_before
-from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+from bertlite.train import Loss, Progress, Scores, Training, evaluate, rows_at_a_time
 from bertlite.words import SEGMENTERS
 
 # What a model to begin from does not bring along.
@@ -104,6 +105,21 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
     return folder / "model"
 
 
+def batch_of_step(config: PretrainConfig, step: int) -> list[list[str]]:
+    """The rows that step `step`, counted from 1, trains on, as `Batches.describe` shows them."""
+    if not 1 <= step <= config.train.max_steps:
+        raise UserError(f"--step is {step}, but the run goes from 1 to train.max_steps {config.train.max_steps}")
+    prepared, G = prepare(config), config.train.global_batch_size
+    batches = training_batches(config, prepared)
+    return batches.describe(batches.training((step - 1) * G, G))
+
+
+def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:
+    """The stream of batches that a configuration trains on."""
+    T = config.data.sequence_length
+    return Batches(prepared.corpus, prepared.plan, prepared.tokenizer, T, config.masking, config.train)
+
+
 def check_settings(config: PretrainConfig) -> None:
     """Raise UserError for a name of no function, and for a shape that contradicts the model to begin from."""
     choose(ACTIVATIONS, config.model.hidden_act, "model.hidden_act")
@@ -127,13 +143,20 @@ def check_settings(config: PretrainConfig) -> None:
         )
 
 
+def architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Architecture:
+    """The shape of the model that is trained."""
+    settings, size = config.model, {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if settings.init_from is None:
+        return Architecture(**settings.model_dump(exclude={"init_from", "position_init"}), **size)
+    begin = read_architecture(model_folder(settings.init_from))
+    return begin.model_copy(update={name: getattr(settings, name) for name in DROPOUT_SETTINGS} | size)
+
+
 def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kernel: str) -> MaskedLanguageModel:
     """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary."""
     settings = config.model
     if settings.init_from is None:
-        shape = settings.model_dump(exclude={"init_from", "position_init"})
-        architecture = Architecture(**shape, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-        model = MaskedLanguageModel(architecture, kernel)
+        model = MaskedLanguageModel(architecture(config, tokenizer), kernel)
         initialize(model, settings.initializer_range, config.train.seed, settings.position_init)
         return model
     source = model_folder(settings.init_from)
@@ -176,6 +199,13 @@ def masked_lm_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).sum(), "count": count}
 
 
+def losses_of(runtime: Runtime) -> tuple[Loss, Scores]:
+    """What is trained and what is evaluated, compiled where the run is."""
+    if runtime.compile:
+        return torch.compile(masked_lm_loss, dynamic=False), torch.compile(masked_lm_scores, dynamic=False)
+    return masked_lm_loss, masked_lm_scores
+
+
 def _masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed loss, number of predictions, logits (R·P,V) and labels (R·P,)."""
     logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions).flatten(0, 1)
@@ -190,7 +220,7 @@ def new_training(
     """A training run in `folder`, ready to begin or to go on from the newest valid checkpoint; writes nothing yet."""
     settings, T = config.train, config.data.sequence_length
     tokenizer = prepared.tokenizer
-    batches = Batches(prepared.corpus, prepared.plan, tokenizer, T, config.masking, settings)
+    batches = training_batches(config, prepared)
     validation = Batches(prepared.validation_corpus, prepared.validation_plan, tokenizer, T)
     kernel = best_kernel(runtime.device)
     checkpoint = newest_checkpoint(folder) if resume else None
@@ -206,11 +236,16 @@ def new_training(
     facts = {"text": [part.folder.name for part in texts], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:
-        tensors, state = load_training_state(checkpoint)
-        optimizer.load_state(tensors)
-        progress = Progress(**state["progress"])
+        try:
+            tensors, state = load_training_state(checkpoint)
+            optimizer.load_state(tensors)
+            progress, before = Progress(**state["progress"]), state["facts"]["rows at a time"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
+            ) from None
         if not settings.per_device_train_batch_size:
-            micro_batch = min(state["facts"]["rows at a time"], -(-settings.global_batch_size // runtime.world_size))
+            micro_batch = min(before, -(-settings.global_batch_size // runtime.world_size))
         _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
     say(
@@ -219,9 +254,7 @@ def new_training(
         f"a step, {micro_batch} at a time on each of {runtime.world_size} rank(s)"
     )
 
-    loss, scores = masked_lm_loss, masked_lm_scores
-    if runtime.compile:
-        loss, scores = torch.compile(loss, dynamic=False), torch.compile(scores, dynamic=False)
+    loss, scores = losses_of(runtime)
 
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
         state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
@@ -239,6 +272,7 @@ def new_training(
         micro_batch=micro_batch,
         progress=progress,
         optimizer=optimizer,
+        watch=PlateauWatch(settings, batches.unigram_entropy),
     )
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,12 +76,14 @@ def model_folder(name: str) -> Path:
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, written through at once."""
+    """metrics.jsonl, one JSON object a line, written through at once; null is what JSON has no number for."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
 
     def write(self, line: dict[str, Any]) -> None:
+        odd = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        line = line | dict.fromkeys(odd)
         with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

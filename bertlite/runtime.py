@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -30,6 +31,10 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def memory(self) -> str:
+        """Whose memory tensors take."""
+        return "GPU's memory" if self.device.type == "cuda" else "memory"
 
     def facts(self) -> dict[str, str | int | bool]:
         """What has to be equal for two runs to be equal bit for bit."""
@@ -100,9 +105,26 @@ def agreed_minimum(number: int, runtime: Runtime) -> int:
     return int(shared.item())
 
 
+def agreed_any(condition: bool, runtime: Runtime) -> bool:
+    """Whether the condition holds on any rank, the same on all ranks."""
+    return agreed_minimum(-int(condition), runtime) < 0
+
+
 def agreed_stop(runtime: Runtime) -> int:
     """The signal that asked any rank to stop, the same on all ranks; 0 when none came."""
     return -agreed_minimum(-stop_request.number, runtime)
+
+
+def free_memory(runtime: Runtime) -> int:
+    """Bytes that a rank may still take."""
+    if runtime.device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available) // runtime.world_size
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is what Python, a GPU or torch's own allocator for CPUs raises when memory gives out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def leave_process_group() -> None:

@@ -1,6 +1,11 @@
 """SIGINT and SIGTERM end a process where nothing is lost."""
 
+import os
 import signal
+import sys
+import threading
+import time
+from functools import cache
 from types import FrameType
 
 
@@ -28,7 +33,29 @@ class StopRequest:
 stop_request = StopRequest()
 
 
+PATIENCE = 5  # seconds until a signal that Python did not get to ends the process
+
+
 def listen() -> None:
-    """From now on, SIGINT and SIGTERM go to `stop_request`."""
+    """From now on, SIGINT and SIGTERM go to `stop_request`; a library's long computation does not hold them up."""
+    _watch()
     signal.signal(signal.SIGINT, stop_request.receive)
     signal.signal(signal.SIGTERM, stop_request.receive)
+
+
+@cache
+def _watch() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, whatever Python is waiting for
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def end_when_ignored() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            time.sleep(PATIENCE)
+            if number in (signal.SIGINT, signal.SIGTERM) and not (stop_request.number or stop_request.deferred):
+                print(f"bertlite: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+
+    threading.Thread(target=end_when_ignored, daemon=True).start()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 
 from bertlite.config import TokenizerSettings
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, locked, new_folder
+from bertlite.files import check_model_folder, fingerprint, locked, new_folder
 from bertlite.masking import Vocabulary
 from bertlite.philox import TOKENIZER_SAMPLE, philox, split64
 from bertlite.runtime import say
@@ -31,8 +31,10 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     `lowercase` counts for a bare `vocab.txt` alone: the others say it themselves. Raises UserError when there is no
     such tokenizer, or it lacks a special token or the fast form.
     """
-    path = Path(name)
-    if path.is_dir() and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
+    path, local = Path(name), Path(name).is_dir()
+    if local:
+        check_model_folder(path)
+    if local and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
         path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
         raise UserError(f"{path}: no such tokenizer")
@@ -42,7 +44,12 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         elif path.is_file():
             tokenizer = _from_file(path)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if local and "fast_tokenizer_files" in (path / "tokenizer_config.json").read_text(encoding="utf-8"):
+                raise UserError(f"{path / 'tokenizer_config.json'}: fast_tokenizer_files names other files; remove it")
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+        tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # odd settings show themselves at use
+        if tokenizer.model_max_length < 8:
+            raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
     except UserError:
         raise
     except Exception as error:  # tokenizers raises no narrower class, and AutoTokenizer raises many

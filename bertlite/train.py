@@ -6,29 +6,42 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bertlite.batches import Batch
 from bertlite.config import Architecture, TrainSettings
-from bertlite.errors import Failure, UserError
+from bertlite.errors import DataLost, Failure, UserError
 from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
 from bertlite.philox import DROPOUT, philox, split64
 from bertlite.run_folder import Metrics
-from bertlite.runtime import Runtime, agreed_minimum, agreed_stop, all_reduce_sum, say
+from bertlite.runtime import (
+    Runtime,
+    agreed_any,
+    agreed_minimum,
+    agreed_stop,
+    all_reduce_sum,
+    free_memory,
+    out_of_memory,
+    say,
+)
 from bertlite.signals import Stopped, stop_request
 
 # The sum of the losses of a batch, and how many it sums.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 # Sums over a batch by name; "count" is what the others are divided by.
 Scores = Callable[[nn.Module, Batch], dict[str, Tensor]]
+# Told after each step: its number, the sum of its losses, and how many they are.
+Watch = Callable[[int, float, int], None]
 # A batch from the number of its first row and how many rows it has.
 MakeBatch = Callable[[int, int], Batch]
 # What a step's time goes to: waiting for the batch, the loss, its gradient, and the update of the weights.
 PARTS = ("data", "forward", "backward", "optimizer")
+
+MOST_SKIPPED = 20  # steps in a row; after so many it is the weights that are at fault, and no batch
 
 
 @dataclass
@@ -41,6 +54,8 @@ class Progress:
     scored: int = 0
     elapsed_seconds: float = 0.0
     evaluated: int = -1  # the last step with an evaluation
+    skipped: int = 0  # steps whose loss was not finite
+    skipped_in_a_row: int = 0
 
 
 @dataclass
@@ -58,12 +73,14 @@ class Training:
     micro_batch: int  # rows that a rank computes at a time
     progress: Progress
     optimizer: Optimizer
+    watch: Watch = lambda step, loss_sum, scored: None
     synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
 
     def run(self) -> None:
         """Train to the last step; at each step train, log, evaluate and save, in this order.
 
-        After SIGINT or SIGTERM the work so far is saved and Stopped raised. Raises Failure when the loss is not finite.
+        After SIGINT or SIGTERM the work so far is saved and Stopped raised, likewise DataLost when the text vanishes.
+        Raises Failure when memory gives out, or the loss is not finite and `on_nonfinite_loss` is not to skip.
         """
         self.metrics = Metrics(self.folder)
         if self.runtime.rank == 0:
@@ -71,15 +88,16 @@ class Training:
         self.parameters = list(self.model.parameters())
         self.saved = self.progress.step or -1
         self.logged = self.progress.step
+        self.saved_at = time.perf_counter()
         self.started = time.perf_counter() - self.progress.elapsed_seconds
         self.window = (time.perf_counter(), self.progress.tokens)
-        self.seconds = dict.fromkeys(PARTS, 0.0)  # since the last training line
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.part_began = time.perf_counter()
         self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training", disable=None)
         try:
             with ThreadPoolExecutor(1, "batches") as executor:
                 self._loop(executor)
-        except Stopped:
+        except (Stopped, DataLost):
             stop_request.deferred = True
             if 0 < self.progress.step != self.saved:
                 self._save()
@@ -98,7 +116,7 @@ class Training:
                 self._log()
             if self.evaluate and progress.evaluated < progress.step and self._due(settings.eval_steps):
                 self._evaluate(self.evaluate)
-            if self.saved < progress.step and self._due(settings.save_steps):
+            if self.saved < progress.step and (self._due(settings.save_steps) or self._minutes_have_passed()):
                 self._save()
             if stop := agreed_stop(self.runtime):
                 raise Stopped(stop)
@@ -114,6 +132,12 @@ class Training:
     def _due(self, every: int) -> bool:
         step = self.progress.step
         return step == self.settings.max_steps or (step > 0 and step % every == 0)
+
+    def _minutes_have_passed(self) -> bool:
+        minutes = self.settings.save_minutes
+        if minutes is None or self.progress.step == 0:
+            return False
+        return agreed_any(time.perf_counter() - self.saved_at >= 60 * minutes, self.runtime)
 
     def _share(self, step: int) -> Batch:
         """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
@@ -141,9 +165,11 @@ class Training:
                 self._count("forward")
                 loss.backward()
                 self._count("backward")
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
                 raise Failure(
-                    f"{len(rows)} rows at a time do not fit into the GPU's memory: lower "
+                    f"{len(rows)} rows at a time do not fit into the {self.runtime.memory()}: lower "
                     "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
                 ) from None
             sums += torch.stack([loss.detach().double(), count.double(), torch.zeros_like(count).double()])
@@ -153,17 +179,35 @@ class Training:
         all_reduce_sum([parameter.grad for parameter in self.parameters if parameter.grad is not None] + [sums])
         loss_sum, scored, tokens = sums.tolist()
         self.norm = clip_gradients(self.parameters, max(1.0, scored), self.settings.max_grad_norm).item()
+        progress.tokens += int(tokens)
         if not (math.isfinite(loss_sum) and math.isfinite(self.norm)):
-            raise Failure(
-                f"the loss or its gradient is not finite at step {progress.step + 1}; the checkpoints before are "
-                "intact. Lower train.learning_rate, or raise train.warmup_ratio, and start a new run"
-            )
+            self._skip()
+            return
         self.optimizer.step(learning_rate_factor(progress.step, self.settings))
         progress.step += 1
-        progress.tokens += int(tokens)
+        progress.skipped_in_a_row = 0
         progress.loss_sum += loss_sum
         progress.scored += int(scored)
         self._count("optimizer")
+        self.watch(progress.step, loss_sum, int(scored))
+
+    def _skip(self) -> None:
+        """Leave out a step whose loss or gradient is not finite, or end where that is the policy or does not help."""
+        progress = self.progress
+        what = (
+            f"the loss or its gradient is not finite at step {progress.step + 1}; its batch: "
+            f"bertlite batch {self.folder / 'config.yaml'} --step {progress.step + 1}"
+        )
+        if self.settings.on_nonfinite_loss == "stop" or progress.skipped_in_a_row == MOST_SKIPPED:
+            raise Failure(
+                f"{what}\nthe checkpoints before are intact: --resume --set train.on_nonfinite_loss=skip leaves such "
+                "steps out; if there are many, start a new run with a lower train.learning_rate or more warm-up"
+            )
+        say(f"skipped: {what}")
+        self.optimizer.step(learning_rate_factor(progress.step, self.settings), skip=True)
+        progress.step += 1
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
 
     def _count(self, part: str) -> None:
         """Count the time since the last call as that of a part of the step."""
@@ -185,15 +229,15 @@ class Training:
         line = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "loss": progress.loss_sum / max(1, progress.scored),
+            "loss": progress.loss_sum / progress.scored if progress.scored else None,
             "lr": self.optimizer.learning_rate(),
             "grad_norm": self.norm,
             "tokens_per_second": (progress.tokens - tokens) / (now - since),
             "elapsed_seconds": now - self.started,
-            **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()},
         }
+        if progress.skipped:
+            line["skipped_steps"] = progress.skipped
         self._write(line)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
         watched = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(watched)
         if self.bar.disable:  # nobody sees the bar
@@ -229,7 +273,7 @@ class Training:
         if self.runtime.rank == 0:
             self.metrics.sync()
             self.save(self.optimizer.state(), self.progress)
-        self.saved = self.progress.step
+        self.saved, self.saved_at = self.progress.step, time.perf_counter()
         self._pass_over(began)
 
     def _pass_over(self, began: float) -> None:
@@ -237,7 +281,7 @@ class Training:
         since, tokens = self.window
         self.window = (since + time.perf_counter() - began, tokens)
 
-    def _write(self, line: dict[str, float]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if self.runtime.rank == 0:
             self.metrics.write(line)
 
@@ -271,14 +315,14 @@ def rows_at_a_time(settings: TrainSettings, model: nn.Module, row: int, slots: i
     share = math.ceil(settings.global_batch_size / runtime.world_size)
     if settings.per_device_train_batch_size:
         return min(share, settings.per_device_train_batch_size)
-    config: Architecture = model.config
+    free = free_memory(runtime)
+    free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
+    fitting = min(share, max(1, free // 2 // bytes_of_a_row(settings, model.config, row, slots)))
+    return agreed_minimum(math.ceil(share / math.ceil(share / fitting)), runtime)
+
+
+def bytes_of_a_row(settings: TrainSettings, config: Architecture, row: int, slots: int) -> int:
+    """About what a row of `row` positions and `slots` predictions takes while its gradients are computed."""
     numbers_of_a_token = 16 * config.hidden_size + 4 * config.intermediate_size + 4 * config.num_attention_heads * row
     layers = 2 if settings.gradient_checkpointing else config.num_hidden_layers
-    bytes_of_a_row = 4 * (row * layers * numbers_of_a_token + 4 * slots * config.vocab_size)
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = psutil.virtual_memory().available // runtime.world_size
-    free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
-    fitting = min(share, max(1, free // 2 // bytes_of_a_row))
-    return agreed_minimum(math.ceil(share / math.ceil(share / fitting)), runtime)
+    return 4 * (row * layers * numbers_of_a_token + 4 * slots * config.vocab_size)

@@ -14,13 +14,13 @@ ORDER = """
 errors signals philox
 config files runtime
 attention masking optim words sources
-tokenizer model corpus
+tokenizer model corpus plateau
 batches hf
 parity checkpoint
 run_folder
 train
 pretrain fill export
-evaluate bench
+evaluate plan bench
 cli
 __main__
 """.strip().splitlines()

@@ -16,7 +16,9 @@ from bertlite.train import PARTS
 
 @pytest.mark.parametrize(("rows", "positions", "slots"), [(2, 16, 3), (3, 32, 32)])
 def test_operations_are_those_that_torch_counts(rows, positions, slots):
-    config = Architecture(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=70)
+    config = Architecture(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=70
+    )
     model = MaskedLanguageModel(config, "matmul")
     ids = torch.randint(70, (rows, positions))
     places = torch.arange(slots).expand(rows, slots)

@@ -17,6 +17,7 @@ from bertlite.batches import Batches
 from bertlite.checkpoint import newest_checkpoint, problem
 from bertlite.config import PretrainConfig, load_config
 from bertlite.errors import UserError
+from bertlite.files import sha256
 from bertlite.optim import OPTIMIZERS
 from bertlite.run_folder import model_folder, open_run
 
@@ -122,6 +123,8 @@ def damage(path: Path, how: str) -> None:
         return
     if how == "truncated":
         content = content[: len(content) // 2]
+    if how == "last byte lost":
+        content = content[:-1]
     if how == "flipped":
         content[random.Random(path.name).randrange(len(content))] ^= 1 << random.Random(0).randrange(8)
     path.write_bytes(content)
@@ -132,16 +135,63 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_con
     newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
     files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     assert len(files) >= 7
+    capsys.readouterr()
     for file in files:
-        for how in ("truncated", "flipped", "removed"):
+        for how in ("truncated", "last byte lost", "flipped", "removed"):
             shutil.copytree(newest, tmp_path / "kept")
             damage(newest / file, how)
             assert newest_checkpoint(folder) == before, (file, how)
-            assert f"{newest} is passed over" in capsys.readouterr().err
+            said = capsys.readouterr().err.splitlines()
+            assert len(said) == 1 and f"{newest} is passed over: " in said[0]
+            assert file.name in said[0] or "manifest" in said[0]
             assert newest.exists()
             shutil.rmtree(newest)
             (tmp_path / "kept").rename(newest)
     assert newest_checkpoint(folder) == newest
+
+
+@pytest.mark.parametrize("name", ["extra.json", "training/extra", "folder/extra.txt", "link.json", "to-a-folder"])
+def test_a_file_that_was_not_saved_with_a_checkpoint_is_seen(write_config, tmp_path, capsys, name):
+    folder = pretrain(write_config())
+    newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
+    (newest / name).parent.mkdir(exist_ok=True)
+    if name == "link.json":
+        (newest / name).symlink_to(before / "config.json")
+    elif name == "to-a-folder":
+        (newest / name).symlink_to(before / "nowhere")
+    else:
+        (newest / name).write_text("{}")
+    capsys.readouterr()
+    assert newest_checkpoint(folder) == before
+    assert f"{newest} is passed over: {name} was not saved with it" in capsys.readouterr().err
+    (newest / name).unlink()
+    (newest / ".DS_Store").write_text("what a file browser leaves")
+    assert newest_checkpoint(folder) == newest
+
+
+def test_every_bit_of_a_manifest_counts(write_config):
+    newest = pretrain(write_config()) / "checkpoints/step-00000012"
+    manifest = newest / "training/manifest.json"
+    content = manifest.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 250):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(flipped)
+        assert problem(newest) is not None, (bit, flipped[max(0, bit // 8 - 20) : bit // 8 + 20])
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", '{"progress": {"steps": 1}, "facts": {}}', '{"progress": {"step": 8}}'])
+def test_a_state_of_another_form_is_named(write_config, state):
+    path = write_config()
+    folder = pretrain(path)
+    shutil.rmtree(folder / "model")
+    training = folder / "checkpoints/step-00000012/training"
+    (training / "state.json").write_text(state)
+    contents = json.loads((training / "manifest.json").read_text())
+    contents["training/state.json"] = {"bytes": len(state), "sha256": sha256(training / "state.json")}
+    (training / "manifest.json").write_text(json.dumps(contents) + "\n")
+    with pytest.raises(UserError, match=r"step-00000012: .*cannot be resumed from"):
+        pretrain(path, resume=True)
 
 
 def test_old_checkpoints_go_but_invalid_ones_stay(write_config):

@@ -1,0 +1,194 @@
+"""`bertlite plan`: what a pretraining will take, before anything is spent."""
+
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from bertlite.attention import best_kernel
+from bertlite.batches import Batches, Plan
+from bertlite.config import PretrainConfig, Source
+from bertlite.corpus import Corpus
+from bertlite.masking import prediction_slots
+from bertlite.model import MaskedLanguageModel, parameter_count
+from bertlite.optim import Optimizer
+from bertlite.pretrain import (
+    Prepared,
+    architecture,
+    first_model,
+    losses_of,
+    prepare,
+    training_batches,
+)
+from bertlite.run_folder import Metrics
+from bertlite.runtime import Runtime, free_memory, start
+from bertlite.sources import read_documents, source_files
+from bertlite.train import Progress, Training, bytes_of_a_row, evaluate, rows_at_a_time
+
+SAMPLE_CHARACTERS = 2_000_000  # of each source
+MEASURED_STEPS = 6  # the first of which compiles, and is not counted
+
+
+def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
+    """Parameters, tokens, epochs, memory and disk (bytes), time (seconds), and warnings of what will not fit.
+
+    The text is sampled, and with `measure` a few steps are run, all in a temporary folder; what cannot be told so is
+    None. Raises UserError for what is wrong with the configuration.
+    """
+    settings, T = config.train, config.data.sequence_length
+    runtime = start(settings.precision, settings.compile)
+    with TemporaryDirectory() as name:
+        sampled, parts, validation_parts = _sampled(config, Path(name))
+        prepared = prepare(sampled)
+        with torch.device("meta"):
+            model = MaskedLanguageModel(architecture(sampled, prepared.tokenizer), best_kernel(runtime.device))
+        parameters, slots = parameter_count(model), prediction_slots(T, config.masking)
+        rows = rows_at_a_time(settings, model, T, slots, runtime)
+        tokens_of_a_row = prepared.plan.tokens() / len(prepared.plan)
+        epoch = _rows(prepared.corpus, prepared.plan, parts, [source.weight for source in config.data.train])
+        held_out = _rows(prepared.validation_corpus, prepared.validation_plan, validation_parts)
+        if epoch and not config.data.validation:
+            epoch, held_out = epoch * (1 - config.data.validation_split), epoch * config.data.validation_split
+        trained = settings.max_steps * settings.global_batch_size  # rows
+        weights, moments = 4 * parameters, 8 * parameters  # AdamW has two moments, Muon one
+        kept = min(settings.save_total_limit, math.ceil(settings.max_steps / settings.save_steps))
+        place = next(path for path in [Path(config.output_dir), *Path(config.output_dir).parents] if path.exists())
+        result: dict[str, Any] = {
+            "parameters": parameters,
+            "tokens": round(trained * tokens_of_a_row),
+            "epochs": trained / epoch if epoch else None,
+            "floating_point_operations": 6.0 * parameters * trained * T,
+            "rows_at_a_time": rows,
+            "memory": 2 * weights + moments + rows * bytes_of_a_row(settings, model.config, T, slots),
+            "memory_free": free_memory(runtime),
+            "disk": (kept + 1) * (weights + moments) + weights,
+            "disk_free": shutil.disk_usage(place).free,
+            "seconds_per_step": None,
+            "seconds": None,
+        }
+        fits = result["memory"] <= result["memory_free"]
+        if measure and fits:
+            step, row = _measure(sampled, prepared, runtime, rows, Path(name))
+            evaluations = math.ceil(settings.max_steps / settings.eval_steps)
+            result["seconds_per_step"] = step
+            result["seconds"] = step * settings.max_steps + row * evaluations * (held_out or 0)
+    result["warnings"] = []
+    if not fits:
+        result["warnings"].append(
+            "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing "
+            "to true, or take a smaller model"
+        )
+    if result["disk"] > result["disk_free"]:
+        result["warnings"].append(
+            f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out"
+        )
+    return result
+
+
+def described(result: dict[str, Any]) -> str:
+    """What `plan` returns, as lines for people."""
+    epochs = "an unknown number of" if result["epochs"] is None else f"about {result['epochs']:.2g}"
+    duration = "not measured" if result["seconds"] is None else (
+        f"about {_duration(result['seconds'])}, {result['seconds_per_step']:.3g} s a step, as measured here"
+    )  # fmt: skip
+    lines = {
+        "parameters": f"{result['parameters']:,}",
+        "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
+        "operations": f"{result['floating_point_operations']:.2g}",
+        "memory": f"{result['memory'] / 1e9:,.1f} GB at {result['rows_at_a_time']} rows at a time; "
+        f"{result['memory_free'] / 1e9:,.1f} GB are free",
+        "disk": f"{result['disk'] / 1e9:,.1f} GB for checkpoints; {result['disk_free'] / 1e9:,.1f} GB are free",
+        "time": duration,
+    }
+    warnings = [f"warning: {text}" for text in result["warnings"]]
+    return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), *warnings])
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _sampled(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, list[float | None], list[float | None]]:
+    """The configuration with the beginning of each source in its place, and which part of the sources that is."""
+    data, tokenizer = config.data, config.tokenizer
+    train, parts = _sample(data.train, data.document, "data.train", folder)
+    validation, validation_parts = _sample(data.validation, data.document, "data.validation", folder)
+    changes = {"train": train, "validation": validation, "cache_dir": str(folder / "cache")}
+    if tokenizer.path is None and config.model.init_from is None:  # as large a vocabulary as all of the text gives
+        multiple = tokenizer.pad_to_multiple_of or 1
+        size = math.ceil(tokenizer.vocab_size / multiple) * multiple
+        tokenizer = tokenizer.model_copy(update={"pad_to_multiple_of": size})
+    sampled = config.model_copy(update={"data": data.model_copy(update=changes), "tokenizer": tokenizer})
+    return sampled, parts, validation_parts
+
+
+def _sample(
+    sources: Sequence[Source], document: str, setting: str, folder: Path
+) -> tuple[list[Source], list[float | None]]:
+    """A file with the beginning of each source, and which part of its text that is; None where it cannot be told."""
+    samples, parts = [], []
+    for number, source in enumerate(sources):
+        path, characters, done, part = folder / f"{setting}-{number}.txt", 0, [0], 1.0
+        with path.open("w", encoding="utf-8") as file:
+            for text in read_documents(source, document, setting, done.append):
+                if characters > SAMPLE_CHARACTERS:
+                    part = sum(done) / max(1, sum(path.stat().st_size for path in source_files(source, setting)))
+                    break
+                file.write(text + "\n\n")
+                characters += len(text)
+        samples.append(Source(path=str(path), weight=source.weight))
+        parts.append(part or None)
+    return samples, parts
+
+
+def _rows(
+    corpus: Corpus, plan: Plan, parts: Sequence[float | None], weights: Sequence[float] | None = None
+) -> float | None:
+    """The rows that all of the text fills, from those that a part of each source fills."""
+    if None in parts:
+        return None
+    tokens = np.diff(corpus.starts[np.cumsum([0, *corpus.summary.source_documents])]) / np.array(parts)
+    return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.piece_lengths.sum())
+
+
+def _measure(
+    config: PretrainConfig, prepared: Prepared, runtime: Runtime, rows: int, folder: Path
+) -> tuple[float, float]:
+    """Seconds of a step, and of a row in the evaluation."""
+    settings = config.train.model_copy(update={"max_steps": MEASURED_STEPS, "logging_steps": 1, "save_minutes": None})
+    model = first_model(config, prepared.tokenizer, best_kernel(runtime.device)).to(runtime.device)
+    model.encoder.gradient_checkpointing = settings.gradient_checkpointing
+    loss, scores = losses_of(runtime)
+    texts = prepared.validation_corpus, prepared.validation_plan, prepared.tokenizer
+    validation = Batches(*texts, config.data.sequence_length)
+
+    def held_out() -> dict[str, float]:
+        return evaluate(model, scores, validation.evaluation, rows, rows, runtime)
+
+    Training(
+        folder=folder,
+        model=model,
+        loss=loss,
+        make_batch=training_batches(config, prepared).training,
+        evaluate=held_out,
+        save=lambda state, progress: None,
+        settings=settings,
+        runtime=runtime,
+        micro_batch=rows,
+        progress=Progress(),
+        optimizer=Optimizer(model, settings),
+    ).run()
+    elapsed = [line["elapsed_seconds"] for line in Metrics(folder).lines() if "loss" in line]
+    began = time.perf_counter()
+    held_out()  # for the second time: the first may have compiled
+    return statistics.median(np.diff(elapsed)), (time.perf_counter() - began) / rows
