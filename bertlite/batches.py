@@ -310,11 +310,17 @@ class Batches:
         )
         return Batch(*map(torch.from_numpy, (inputs, positions, documents, places, labels)))
 
-    def unigram_entropy(self, rows: int = 10_000) -> float:
-        """The loss, in nats, of predicting tokens by their frequencies alone, measured on the first rows."""
+    def token_counts(self, rows: int = 10_000) -> NDArray[np.int64]:
+        """How often each token that is not special occurs in the first `rows` samples: (V,)."""
         counts = np.bincount(self._rows(self.rows(np.arange(rows)))[0].ravel(), minlength=self.vocabulary.size)
-        frequencies = counts[self.vocabulary.ordinary_ids] / counts[self.vocabulary.ordinary_ids].sum()
-        return float(-(frequencies * np.log(np.maximum(frequencies, 1e-30))).sum())
+        counts[self.vocabulary.special_ids] = 0
+        return counts
+
+    def unigram_entropy(self, rows: int = 10_000) -> float:
+        """The loss, in nats, of predicting tokens by their frequencies alone."""
+        counts = self.token_counts(rows)
+        frequencies = counts[counts > 0] / counts.sum()
+        return float(-(frequencies * np.log(frequencies)).sum())
 
     def describe(self, batch: Batch) -> list[list[str]]:
         """The documents of each row, as text with `{what the model sees → what it has to predict}` where it has to."""

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +12,20 @@ import numpy as np
 import torch
 
 from bertlite.attention import best_kernel
-from bertlite.batches import Batches, Plan
+from bertlite.batches import Plan
 from bertlite.config import PretrainConfig, Source
 from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
 from bertlite.model import MaskedLanguageModel, parameter_count
-from bertlite.optim import Optimizer
 from bertlite.pretrain import (
     Prepared,
     architecture,
-    first_model,
-    losses_of,
+    new_training,
     prepare,
-    training_batches,
 )
-from bertlite.run_folder import Metrics
 from bertlite.runtime import Runtime, free_memory, start
 from bertlite.sources import read_documents, source_files
-from bertlite.train import Progress, Training, bytes_of_a_row, evaluate, rows_at_a_time
+from bertlite.train import bytes_of_a_row, rows_at_a_time
 
 SAMPLE_CHARACTERS = 2_000_000  # of each source
 MEASURED_STEPS = 6  # the first of which compiles, and is not counted
@@ -75,7 +70,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         }
         fits = result["memory"] <= result["memory_free"]
         if measure and fits:
-            step, row = _measure(sampled, prepared, runtime, rows, Path(name))
+            step, row = _measure(sampled, prepared, runtime, Path(name))
             evaluations = math.ceil(settings.max_steps / settings.eval_steps)
             result["seconds_per_step"] = step
             result["seconds"] = step * settings.max_steps + row * evaluations * (held_out or 0)
@@ -161,34 +156,14 @@ def _rows(
     return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.piece_lengths.sum())
 
 
-def _measure(
-    config: PretrainConfig, prepared: Prepared, runtime: Runtime, rows: int, folder: Path
-) -> tuple[float, float]:
-    """Seconds of a step, and of a row in the evaluation."""
-    settings = config.train.model_copy(update={"max_steps": MEASURED_STEPS, "logging_steps": 1, "save_minutes": None})
-    model = first_model(config, prepared.tokenizer, best_kernel(runtime.device)).to(runtime.device)
-    model.encoder.gradient_checkpointing = settings.gradient_checkpointing
-    loss, scores = losses_of(runtime)
-    texts = prepared.validation_corpus, prepared.validation_plan, prepared.tokenizer
-    validation = Batches(*texts, config.data.sequence_length)
-
-    def held_out() -> dict[str, float]:
-        return evaluate(model, scores, validation.evaluation, rows, rows, runtime)
-
-    Training(
-        folder=folder,
-        model=model,
-        loss=loss,
-        make_batch=training_batches(config, prepared).training,
-        evaluate=held_out,
-        save=lambda state, progress: None,
-        settings=settings,
-        runtime=runtime,
-        micro_batch=rows,
-        progress=Progress(),
-        optimizer=Optimizer(model, settings),
-    ).run()
-    elapsed = [line["elapsed_seconds"] for line in Metrics(folder).lines() if "loss" in line]
-    began = time.perf_counter()
-    held_out()  # for the second time: the first may have compiled
-    return statistics.median(np.diff(elapsed)), (time.perf_counter() - began) / rows
+def _measure(config: PretrainConfig, prepared: Prepared, runtime: Runtime, folder: Path) -> tuple[float, float]:
+    """Seconds of a step, and of a row in the evaluation: those of a row's forward pass."""
+    changes = {"max_steps": MEASURED_STEPS, "save_minutes": None}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    training = new_training(config, prepared, folder, runtime)
+    training.evaluate, training.save = None, lambda state, progress: None
+    laps: list[tuple[float, float]] = []
+    training.watch = lambda *_: laps.append((time.perf_counter(), training.seconds["forward"]))
+    training.run()
+    step, forward = np.median(np.diff(np.array(laps), axis=0), axis=0)
+    return float(step), float(forward) / config.train.global_batch_size

@@ -24,7 +24,7 @@ from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.sources import read_documents, source_digest
 from bertlite.tokenizer import configured_tokenizer, pieces_before
-from bertlite.train import Loss, Progress, Scores, Training, evaluate, rows_at_a_time
+from bertlite.train import Progress, Training, evaluate, rows_at_a_time
 from bertlite.words import SEGMENTERS
 
 # What a model to begin from does not bring along.
@@ -152,12 +152,18 @@ def architecture(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return begin.model_copy(update={name: getattr(settings, name) for name in DROPOUT_SETTINGS} | size)
 
 
-def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kernel: str) -> MaskedLanguageModel:
-    """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary."""
+def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> MaskedLanguageModel:
+    """The model that a run begins with: a new one, or that of `model.init_from` with this tokenizer's vocabulary.
+
+    A new model knows from its start how often tokens occur: its decoder's bias is the logarithm of their frequencies.
+    """
+    tokenizer = batches.tokenizer
     settings = config.model
     if settings.init_from is None:
         model = MaskedLanguageModel(architecture(config, tokenizer), kernel)
         initialize(model, settings.initializer_range, config.train.seed, settings.position_init)
+        counts = torch.from_numpy(batches.token_counts() + 1.0)
+        model.head.bias.data.copy_(torch.log(counts / counts.sum()))
         return model
     source = model_folder(settings.init_from)
     begin = load_model(source, kernel)
@@ -199,13 +205,6 @@ def masked_lm_scores(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).sum(), "count": count}
 
 
-def losses_of(runtime: Runtime) -> tuple[Loss, Scores]:
-    """What is trained and what is evaluated, compiled where the run is."""
-    if runtime.compile:
-        return torch.compile(masked_lm_loss, dynamic=False), torch.compile(masked_lm_scores, dynamic=False)
-    return masked_lm_loss, masked_lm_scores
-
-
 def _masked_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed loss, number of predictions, logits (R·P,V) and labels (R·P,)."""
     logits = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions).flatten(0, 1)
@@ -226,7 +225,7 @@ def new_training(
     checkpoint = newest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         say(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
-    model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, tokenizer, kernel)
+    model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, batches, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
     optimizer = Optimizer(model, settings)
@@ -254,7 +253,9 @@ def new_training(
         f"a step, {micro_batch} at a time on each of {runtime.world_size} rank(s)"
     )
 
-    loss, scores = losses_of(runtime)
+    loss, scores = masked_lm_loss, masked_lm_scores
+    if runtime.compile:
+        loss, scores = torch.compile(loss, dynamic=False), torch.compile(scores, dynamic=False)
 
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
         state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}

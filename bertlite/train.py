@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass
 class Training:
-    """One training run: `loss` is backpropagated through `model`; `evaluate` (if any) and `save` are called when due."""
+    """A training run: `loss` is backpropagated through `model`; `evaluate`, if any, and `save` are called when due."""
 
     folder: Path
     model: nn.Module
