@@ -135,6 +135,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_con
     newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
     files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
     assert len(files) >= 7
+    capsys.readouterr()
     for file in files:
         for how in ("truncated", "last byte lost", "flipped", "removed"):
             shutil.copytree(newest, tmp_path / "kept")
@@ -142,7 +143,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_con
             assert newest_checkpoint(folder) == before, (file, how)
             said = capsys.readouterr().err.splitlines()
             assert len(said) == 1 and f"{newest} is passed over: " in said[0]
-            assert file.name in said[0] or "manifest" in said[0]
+            assert file.name in said[0] or file.name == "manifest.json"  # which then blames a file
             assert newest.exists()
             shutil.rmtree(newest)
             (tmp_path / "kept").rename(newest)
