@@ -96,9 +96,10 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
 def described(result: dict[str, Any]) -> str:
     """What `plan` returns, as lines for people."""
     epochs = "an unknown number of" if result["epochs"] is None else f"about {result['epochs']:.2g}"
-    duration = "not measured" if result["seconds"] is None else (
-        f"about {timedelta(seconds=round(result['seconds']))} hours, {result['seconds_per_step']:.3g} s a step, as measured here"
-    )  # fmt: skip
+    duration = "not measured"
+    if result["seconds"] is not None:
+        hours = timedelta(seconds=round(result["seconds"]))
+        duration = f"about {hours} hours, {result['seconds_per_step']:.3g} s a step, as measured here"
     lines = {
         "parameters": f"{result['parameters']:,}",
         "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
