@@ -274,7 +274,11 @@ def test_a_signal_ends_a_long_computation_of_a_library():
     )  # fmt: skip
     process.stdout.readline()
     process.terminate()
-    assert "stopped by SIGTERM" in process.communicate(timeout=10)[1] and process.returncode == 143
+    try:
+        assert "stopped by SIGTERM" in process.communicate(timeout=10)[1] and process.returncode == 143
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_killed_runs_end_as_the_script_measures(tmp_path):
