@@ -125,9 +125,8 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
     Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
     """
     config = read_architecture(folder)
-    files = _weight_files(folder)
-    _check_size(config, files, folder)
-    weights = _read_weights(files)
+    weights = _read_weights(folder)
+    _check_size(config, weights, folder)
     layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
     if layers != set(range(config.num_hidden_layers)):
         raise UserError(
@@ -212,8 +211,8 @@ def local_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that its index names."""
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names, under today's names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
@@ -231,30 +230,25 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     else:
         raise UserError(f"{folder}: not a model folder (it has no model.safetensors)")
-    return [folder / name for name in names]
-
-
-def _check_size(config: Architecture, files: list[Path], folder: Path) -> None:
-    """Raise UserError when config.json means far more numbers than the files can hold, before any of them has room."""
-    D, L = config.hidden_size, config.num_hidden_layers
-    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    meant = entries * D + L * D * (4 * D + 2 * config.intermediate_size)
-    held = sum(file.stat().st_size for file in files if file.is_file())
-    if meant > 10 * held > 0:  # at least a byte a number; less of a difference is named weight by weight
-        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights take {held:,} bytes")
-
-
-def _read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of the files, under today's names."""
     weights: dict[str, Tensor] = {}
-    for path in files:
+    for name in names:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, the file is no dict
                     weights[_modern_name(key)] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
+            raise UserError(f"{folder / name}: damaged, or not a safetensors file: {error}") from None
     return weights
+
+
+def _check_size(config: Architecture, weights: dict[str, Tensor], folder: Path) -> None:
+    """Raise UserError when config.json means far more numbers than there are, before any of them takes memory."""
+    D, L = config.hidden_size, config.num_hidden_layers
+    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    meant = entries * D + L * D * (4 * D + 2 * config.intermediate_size)
+    held = sum(tensor.numel() for tensor in weights.values())
+    if meant > 10 * held:  # less of a difference is named weight by weight
+        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
 
 
 def _modern_name(name: str) -> str:

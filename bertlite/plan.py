@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,9 +91,10 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
 def described(result: dict[str, Any]) -> str:
     """What `plan` returns, as lines for people."""
     epochs = "an unknown number of" if result["epochs"] is None else f"about {result['epochs']:.2g}"
-    duration = "not measured" if result["seconds"] is None else (
-        f"about {_duration(result['seconds'])}, {result['seconds_per_step']:.3g} s a step, as measured here"
-    )  # fmt: skip
+    duration = "not measured"
+    if result["seconds"] is not None:
+        hours = timedelta(seconds=round(result["seconds"]))
+        duration = f"about {hours} hours, {result['seconds_per_step']:.3g} s a step, as measured here"
     lines = {
         "parameters": f"{result['parameters']:,}",
         "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
@@ -104,13 +106,6 @@ def described(result: dict[str, Any]) -> str:
     }
     warnings = [f"warning: {text}" for text in result["warnings"]]
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), *warnings])
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _sampled(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, list[float | None], list[float | None]]:

@@ -175,7 +175,7 @@ def _read_lines(path: Path, report: Callable[[int], None] = lambda count: None) 
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if number % 1000 == 0:
+                if number % 100 == 0:
                     report(raw.tell() - done)
                     done = raw.tell()
         report(path.stat().st_size - done)

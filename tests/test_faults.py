@@ -245,14 +245,14 @@ def test_a_signal_during_a_save_finishes_it(write_config, number):
 def test_a_signal_during_the_preparation(write_config, tmp_path):
     """While the tokenizer is trained, and while the text is tokenised; then it goes on to the same bytes."""
     sample = Path(bertlite.pretrain.__file__).parent / "sample" / "pretrain.txt"
-    (tmp_path / "text.txt").write_text(sample.read_text() * 12)
+    (tmp_path / "text.txt").write_text(sample.read_text() * 6)
     changes = {"data__train": [str(tmp_path / "text.txt")], "data__cache_dir": str(tmp_path / "cache")}
-    path = write_config(**changes, tokenizer__vocab_size=30522)
+    path = write_config(**changes, tokenizer__vocab_size=8000)
     for moment in ("tokenizers", "corpora/*/tokens.bin"):
         command = [sys.executable, "-m", "bertlite", "prepare", str(path)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         wait_for(lambda place=moment: list((tmp_path / "cache").glob(place)), process)
-        time.sleep(0.2)
+        time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=10)[1]
         assert process.returncode == 143 and "stopped by SIGTERM" in errors and "Traceback" not in errors, errors
@@ -274,7 +274,11 @@ def test_a_signal_ends_a_long_computation_of_a_library():
     )  # fmt: skip
     process.stdout.readline()
     process.terminate()
-    assert "stopped by SIGTERM" in process.communicate(timeout=10)[1] and process.returncode == 143
+    try:
+        assert "stopped by SIGTERM" in process.communicate(timeout=10)[1] and process.returncode == 143
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_killed_runs_end_as_the_script_measures(tmp_path):

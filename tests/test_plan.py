@@ -91,5 +91,5 @@ def test_the_command_prints_lines_or_json(write_config):
 
 def test_a_model_to_go_on_from_is_counted(write_config):
     folder = pretrain(write_config("begin"))
-    path = write_config("on", model={"init_from": str(folder)})
-    assert planned(path)["parameters"] == planned(write_config("begin"))["parameters"]
+    changes = ["model={init_from: " + json.dumps(str(folder)) + "}", "tokenizer={}"]
+    assert planned(write_config("on"), *changes)["parameters"] == planned(write_config("begin"))["parameters"]

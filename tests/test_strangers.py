@@ -98,7 +98,7 @@ def test_a_pipe_is_not_waited_for(folder):
 )
 def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
     change_json(folder / "config.json", **changes)
-    with pytest.raises(UserError, match=r"config\.json means [\d,]+ numbers, but the weights take"):
+    with pytest.raises(UserError, match=r"config\.json means [\d,]+ numbers, but the weights are"):
         load_model(folder)
 
 

@@ -217,7 +217,7 @@ CHANGED = {
     "train.logging_steps": 1,
     "train.eval_steps": 2,
     "train.save_steps": 2,
-    "train.save_minutes": 1e-9,
+    "train.save_minutes": None,  # test_faults.py
     "train.save_total_limit": 1,
     "train.on_nonfinite_loss": None,  # test_faults.py
     "output_dir": None,
@@ -256,5 +256,4 @@ def test_every_setting_changes_something(write_config, unchanged, setting):
         unchanged["again"] = traces(pretrain(write_config("again", **short, train__save_steps=1)))
     assert unchanged["traces"] == unchanged["again"]
     path = write_config("after", **short, train__save_steps=1)
-    every_step = ["train.save_steps=1"] if setting != "train.save_minutes" else ["train.save_steps=99"]
-    assert traces(pretrain(path, *every_step, f"{setting}={json.dumps(CHANGED[setting])}")) != unchanged["traces"]
+    assert traces(pretrain(path, f"{setting}={json.dumps(CHANGED[setting])}")) != unchanged["traces"]
