@@ -180,7 +180,7 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     optim: str = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     adam_beta1: Probability = 0.9
     adam_beta2: Probability = 0.98
