@@ -17,7 +17,7 @@ from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
 from bertlite.hf import load_model, load_tokenizer_of, read_architecture
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
-from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
+from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
@@ -138,7 +138,8 @@ def first_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, kern
         model.load_state_dict(begin.state_dict())
     else:
         say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
-        model.encoder.load_state_dict({k: v for k, v in begin.state_dict().items() if not k.startswith("pooler.")})
+        encoder = begin if isinstance(begin, Encoder) else begin.encoder
+        model.encoder.load_state_dict({k: v for k, v in encoder.state_dict().items() if not k.startswith("pooler.")})
     old = load_tokenizer_of(source, begin)
     _exchange_vocabulary(model, old.get_vocab(), tokenizer)
     return model
