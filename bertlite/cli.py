@@ -27,6 +27,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -105,6 +106,48 @@ def evaluate(
     loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
     result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value, column)
     print(json.dumps(result) if as_json else "\n".join(f"{name:13}  {value:.4f}" for name, value in result.items()))
+
+
+@app.command()
+def finetune(
+    config: ConfigFile,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a BERT for a task, or several: labels, numbers, entities, answers."""
+    from bertlite import finetune as finetuning
+    from bertlite.config import FinetuneConfig, load_config
+
+    changes = [*(overrides or []), *([f"model.init_from={json.dumps(model)}"] if model else [])]
+    changes += [f"output_dir={json.dumps(str(out))}"] if out else []
+    results = finetuning.run(load_config(FinetuneConfig, config, changes), resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(results) if as_json else finetuning.table(results))
+
+
+@app.command()
+def predict(
+    model: Model,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Or standard input's lines.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="A text a line.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is two, with a tab between.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="How many labels for each text.")] = 1,
+    precision: Precision = Compute.FP32,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a fine-tuned model predicts: labels with probabilities, entities, or answers."""
+    from bertlite.predict import as_text, load_classifier, read_lines
+    from bertlite.predict import predict as predict_texts
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+
+    runtime = start(precision.value)
+    loaded, tokenizer = load_classifier(model_folder(model), runtime)
+    for result in predict_texts(loaded, tokenizer, texts or read_lines(file), runtime, pairs, top_k):
+        print(json.dumps(result, ensure_ascii=False) if as_json else as_text(result), flush=True)
 
 
 @app.command()
