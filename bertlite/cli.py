@@ -28,6 +28,7 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")]
+Begin = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -111,7 +112,7 @@ def evaluate(
 @app.command()
 def finetune(
     config: ConfigFile,
-    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")] = None,
+    model: Begin = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
@@ -121,11 +122,26 @@ def finetune(
     from bertlite import finetune as finetuning
     from bertlite.config import FinetuneConfig, load_config
 
-    changes = [*(overrides or []), *([f"model.init_from={json.dumps(model)}"] if model else [])]
-    changes += [f"output_dir={json.dumps(str(out))}"] if out else []
-    results = finetuning.run(load_config(FinetuneConfig, config, changes), resume=resume)
+    results = finetuning.run(load_config(FinetuneConfig, config, _changes(overrides, out, model)), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results) if as_json else finetuning.table(results))
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    model: Begin = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search the best settings of a fine-tuning, over the ranges under sweep.space."""
+    from bertlite import sweep as sweeping
+    from bertlite.config import SweepConfig, load_config
+
+    rows = sweeping.sweep(load_config(SweepConfig, config, _changes(overrides, out, model)), resume=resume)
+    print(json.dumps(rows) if as_json else sweeping.table(rows))
 
 
 @app.command()
@@ -232,6 +248,12 @@ def main() -> None:
         sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
     except Stopped as stopped:
         sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
+
+
+def _changes(overrides: list[str] | None, out: Path | None, model: str | None) -> list[str]:
+    """--set, --model and --out as changes of settings."""
+    named = {"model.init_from": model, "output_dir": out and str(out)}
+    return [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
 
 
 def _say(text: str, code: int) -> int:

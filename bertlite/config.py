@@ -352,6 +352,7 @@ MAY_DIFFER_ON_RESUME = {
     "train.save_steps",
     "train.save_total_limit",
     "train.per_device_train_batch_size",
+    "sweep.trials",  # more of them may follow
 }
 
 
@@ -400,10 +401,22 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         except _BAD_YAML:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         changed[name.strip()] = f"--set {override}"
+    return _validated(kind, values, path, changed)
+
+
+def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config:
+    """The same configuration with other values at some dotted names. Raises UserError, naming `source`, as loading."""
+    values = config.model_dump()
+    for name, value in changes.items():
+        _assign(values, name.split("."), value)
+    return _validated(type(config), values, source, {})
+
+
+def _validated(kind: type[Config], values: dict[str, Any], source: Path | str, changed: dict[str, str]) -> Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, item, path, changed) for item in error.errors()[:5]]
+        lines = [_explain(kind, item, source, changed) for item in error.errors()[:5]]
         raise UserError("\n".join(lines)) from None
 
 
@@ -495,7 +508,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _explain(kind: type[BaseModel], item: Any, path: Path, changed: dict[str, str]) -> str:
+def _explain(kind: type[BaseModel], item: Any, path: Path | str, changed: dict[str, str]) -> str:
     """One pydantic error as a line: where it was written, the key, the value and the fix."""
     keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in _BRANCHES)]
     while len(keys) > 1 and keys[-1].isdigit():

@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ class Part:
 class Selection:
     """The best evaluation so far, and how many came after it."""
 
-    best: float = -float("inf")
     step: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
     since: int = 0
 
 
@@ -77,6 +77,10 @@ class FineTuning:
     @property
     def metric(self) -> str:
         return self.settings.metric or next(iter(self.task.metrics))
+
+    @property
+    def measured_on(self) -> str:
+        return "test" if "test" in self.parts else "validation"
 
 
 def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
         if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
             write_config(folder, config)
         seeds = {str(seed): _run_seed(work, seed, resume) for seed in config.train.seeds}
-        results = _summary(seeds, work.metric, "test" if "test" in work.parts else "validation")
+        results = _summary(seeds, work.metric, work.measured_on)
         if runtime.rank == 0:
             best = max(seeds, key=lambda seed: seeds[seed][f"validation_{work.metric}"])
             for name in ("worst.jsonl", "confusion.png"):
@@ -314,8 +318,8 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     def evaluate_now() -> dict[str, float]:
         scores = _measure(work, model, "validation", compute)[0]
         selection.since += 1
-        if scores[work.metric] > selection.best:
-            selection.best, selection.step, selection.since = scores[work.metric], progress.step, 0
+        if not selection.scores or scores[work.metric] > selection.scores[work.metric]:
+            selection.step, selection.scores, selection.since = progress.step, scores, 0
         return scores
 
     def train_loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -339,12 +343,11 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     barrier()
     best: Any = load_model(checkpoint_folder(folder, selection.step), kernel)
     best.to(runtime.device)
-    measured = {name: _measure(work, best, name) for name in work.parts if name != "train"}
-    on = "test" if "test" in measured else "validation"
-    results = {**measured[on][0], **{f"validation_{name}": value for name, value in measured["validation"][0].items()}}
+    scores, predictions, outputs = _measure(work, best, work.measured_on)
+    results = {**scores, **{f"validation_{name}": value for name, value in selection.scores.items()}}
     results["best_step"] = selection.step
     if runtime.rank == 0:
-        _write_findings(work, folder, on, *measured[on][1:])
+        _write_findings(work, folder, predictions, outputs)
         save_final_model(folder, best, work.tokenizer)
         write_json(folder / "results.json", results)
         shutil.rmtree(folder / "checkpoints")
@@ -387,9 +390,9 @@ def _measure(
     return {**scores, "loss": loss}, predictions, outputs
 
 
-def _write_findings(work: FineTuning, folder: Path, name: str, predictions: list[Any], outputs: list[Any]) -> None:
+def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], outputs: list[Any]) -> None:
     """Write the examples of the largest loss and, for labels, the confusion matrix."""
-    part, task = work.parts[name], work.task
+    part, task = work.parts[work.measured_on], work.task
     losses = np.zeros(len(part.rows))
     for number, output in enumerate(outputs):
         single = Examples(*([column[number]] for column in list(vars(part.examples).values())[:5]), 0)

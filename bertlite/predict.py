@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import batched
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,13 @@ def predict(
     two = pairs or isinstance(model, QuestionAnswerer)
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     settings = TaskSettings(train={"path": "-"}, max_length=length, doc_stride=min(64, length // 4))
-    for number, chunk in enumerate(batched(texts, TEXTS_AT_A_TIME)):
+    waiting = iter(texts)
+    for first in count(1, TEXTS_AT_A_TIME):
+        chunk = list(islice(waiting, TEXTS_AT_A_TIME))
+        if not chunk:
+            return
         parts = [tuple(text.split("\t")) if two else (text,) for text in chunk]
-        for place, one in enumerate(parts, number * TEXTS_AT_A_TIME + 1):
+        for place, one in enumerate(parts, first):
             if two and len(one) != 2:
                 what = "a question and its context" if isinstance(model, QuestionAnswerer) else "two texts"
                 raise UserError(f"text {place}: should be {what}, with a tab between: {chr(9).join(one)[:60]!r}")

@@ -130,7 +130,7 @@ def _sentences(text: str, path: Path, settings: TaskSettings) -> Iterator[Row]:
     first = 0
     for number, line in enumerate([*text.split("\n"), ""], 1):
         line = line.strip("\r\n ")
-        if not line or line.startswith("-DOCSTART-"):
+        if not line.strip() or line.startswith("-DOCSTART-"):
             if words:
                 yield Row(f"{path}:{first}", {settings.text[0]: words, settings.label: tags})
             words, tags = [], []

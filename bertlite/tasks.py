@@ -49,13 +49,16 @@ class TaskBatch(Batch):
 
 class ExampleBatches:
     """Batches of examples packed into rows of one length, like those of pretraining: a pure function of the seed and
-    the number of the first row, with hardly any padding and always of one shape."""
+    the number of the first row, with hardly any padding and always of one shape.
+
+    `length` is a length of rows to keep to; where examples are longer, or without it, the shortest that packs well.
+    """
 
     def __init__(self, examples: Examples, head: type[nn.Module], pad_id: int, seed: int = 0, length: int = 0) -> None:
         self.examples, self.head, self.pad_id, self.seed = examples, head, pad_id, seed
         self.lengths = np.array([len(ids) for ids in examples.ids])
-        longest = max(8 * math.ceil(self.lengths.max() / 8), length)
-        for self.length in (longest, 2 * longest, 3 * longest):
+        longest = int(self.lengths.max())
+        for self.length in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in range(1, 9)]:
             self.rows = len(pack(self.lengths, self.length)[1]) - 1
             self.padding = 1 - self.lengths.sum() / (self.rows * self.length)
             if self.padding <= MOST_PADDING:
