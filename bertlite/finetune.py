@@ -71,6 +71,7 @@ class FineTuning:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
+    class_weights: Tensor | None
     parts: dict[str, Part]
     runtime: Runtime
 
@@ -212,6 +213,10 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
             f"task.max_length is {settings.max_length}, more than the {architecture.max_position_embeddings} "
             f"positions of {config.model.init_from}"
         )
+    if config.train.frozen_layers > architecture.num_hidden_layers:
+        raise UserError(
+            f"train.frozen_layers is {config.train.frozen_layers}; the model has {architecture.num_hidden_layers}"
+        )
     tokenizer.model_max_length = settings.max_length
     rows = {"train": read_rows(settings.train, settings, "task.train")}
     labels = task.labels(rows["train"], settings)
@@ -232,8 +237,9 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         parts[name] = Part(these, examples, batches)
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
+    weights = _class_weights(settings, labels, parts["train"].examples)
     folder = Path(config.output_dir)
-    return FineTuning(config, settings, task, source, folder, tokenizer, labels, parts, runtime)
+    return FineTuning(config, settings, task, source, folder, tokenizer, labels, weights, parts, runtime)
 
 
 def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
@@ -282,8 +288,6 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     checkpoint = newest_checkpoint(folder) if resume else None
     model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(work, kernel, seed)
     model.encoder.gradient_checkpointing = train.gradient_checkpointing
-    if train.frozen_layers > len(model.encoder.layers):
-        raise UserError(f"train.frozen_layers is {train.frozen_layers}; the model has {len(model.encoder.layers)}")
     if train.frozen_layers:
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
@@ -307,7 +311,8 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
     loss = work.task.loss
     if loss is label_loss:
-        loss = partial(loss, weights=_class_weights(work), smoothing=train.label_smoothing_factor)
+        weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
+        loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
 
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
         state = {"progress": asdict(progress), "selection": asdict(selection)}
@@ -362,20 +367,18 @@ def _digest(work: FineTuning) -> str:
     )  # fmt: skip
 
 
-def _class_weights(work: FineTuning) -> Tensor | None:
+def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:
     """A weight for each label: as set, 1 where nothing is said, or so that each label counts the same."""
-    wanted = work.settings.class_weights
+    wanted = settings.class_weights
     if wanted is None:
         return None
     if isinstance(wanted, dict):
-        if unknown := set(wanted) - set(work.labels):
-            raise UserError(f"task.class_weights: {min(unknown)!r} is no label; they are {', '.join(work.labels)}")
-        weights = torch.tensor([wanted.get(label, 1.0) for label in work.labels])
-    else:
-        targets = np.concatenate([np.ravel(target) for target in work.parts["train"].examples.targets])
-        counts = np.bincount(targets[targets >= 0], minlength=len(work.labels))
-        weights = torch.tensor(counts.sum() / (len(work.labels) * np.maximum(counts, 1)), dtype=torch.float32)
-    return weights.to(work.runtime.device)
+        if unknown := set(wanted) - set(labels):
+            raise UserError(f"task.class_weights: {min(unknown)!r} is no label; they are {', '.join(labels)}")
+        return torch.tensor([wanted.get(label, 1.0) for label in labels])
+    targets = np.concatenate([np.ravel(target) for target in examples.targets])
+    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
 
 
 def _measure(
