@@ -25,7 +25,7 @@ from bertlite.checkpoint import (
 from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings, choose
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, new_folder, write_json, write_whole
-from bertlite.hf import begin_from, load_model, read_architecture
+from bertlite.hf import begin_from, load_model, load_tokenizer_of, read_architecture
 from bertlite.metrics import CLASSIFICATION
 from bertlite.model import Classifier, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
@@ -35,7 +35,6 @@ from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.tables import Row, read_rows
 from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss
-from bertlite.tokenizer import load_tokenizer
 from bertlite.train import Progress, Training, evaluate, rows_at_a_time
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
@@ -178,6 +177,7 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
         work = _prepare(config, settings, source, runtime)
         if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
             write_config(folder, config)
+        barrier()
         seeds = {str(seed): _run_seed(work, seed, resume) for seed in config.train.seeds}
         results = _summary(seeds, work.metric, work.measured_on)
         if runtime.rank == 0:
@@ -206,8 +206,8 @@ def _summary(seeds: dict[str, dict[str, float]], metric: str, on: str) -> dict[s
 def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runtime: Runtime) -> FineTuning:
     """Read, check and tokenise everything."""
     task = TASKS[settings.type]
-    tokenizer = load_tokenizer(str(source))
-    architecture = read_architecture(source)
+    begin = load_model(source)
+    tokenizer, architecture = load_tokenizer_of(source, begin), begin.config
     if settings.max_length > architecture.max_position_embeddings:
         raise UserError(
             f"task.max_length is {settings.max_length}, more than the {architecture.max_position_embeddings} "
@@ -235,6 +235,8 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         length = parts["train"].batches.length if parts else 0
         batches = ExampleBatches(examples, task.head, tokenizer.pad_token_id, length=length)
         parts[name] = Part(these, examples, batches)
+        if max(map(max, examples.types)) >= architecture.type_vocab_size:
+            raise UserError(f"task.text: {config.model.init_from} tells no two texts apart (type_vocab_size is 1)")
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
     weights = _class_weights(settings, labels, parts["train"].examples)
@@ -347,6 +349,7 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     ).run()
     barrier()
     best: Any = load_model(checkpoint_folder(folder, selection.step), kernel)
+    barrier()
     best.to(runtime.device)
     scores, predictions, outputs = _measure(work, best, work.measured_on)
     results = {**scores, **{f"validation_{name}": value for name, value in selection.scores.items()}}
@@ -398,7 +401,13 @@ def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], outp
     part, task = work.parts[work.measured_on], work.task
     losses = np.zeros(len(part.rows))
     for number, output in enumerate(outputs):
-        single = Examples(*([column[number]] for column in list(vars(part.examples).values())[:5]), 0)
+        one = slice(number, number + 1)
+        single = replace(
+            part.examples,
+            ids=part.examples.ids[one],
+            types=part.examples.types[one],
+            targets=part.examples.targets[one],
+        )
         batches = ExampleBatches(single, task.head, 0)
         scores = np.zeros((1, batches.places if output.ndim == 1 else batches.length, output.shape[-1]), np.float32)
         scores[0, : 1 if output.ndim == 1 else len(output)] = output

@@ -13,7 +13,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.config import TaskSettings
+from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
 from bertlite.hf import load_model, load_tokenizer_of
@@ -48,7 +48,7 @@ def predict(
     """
     two = pairs or isinstance(model, QuestionAnswerer)
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    settings = TaskSettings(train={"path": "-"}, max_length=length, doc_stride=min(64, length // 4))
+    settings = TaskSettings(train=Place(path="-"), max_length=length, doc_stride=min(64, length // 4))
     waiting = iter(texts)
     for first in count(1, TEXTS_AT_A_TIME):
         chunk = list(islice(waiting, TEXTS_AT_A_TIME))

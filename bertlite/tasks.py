@@ -23,7 +23,8 @@ from bertlite.philox import ROW_ORDER, permute
 from bertlite.runtime import say
 from bertlite.tables import Row, column
 
-MOST_PADDING = 0.05  # of the positions; longer rows pack better
+MOST_PADDING = 0.05  # of the positions; longer rows pack better …
+LONGEST_ROW = 1024  # … but attention costs more in them
 
 
 @dataclass
@@ -58,7 +59,8 @@ class ExampleBatches:
         self.examples, self.head, self.pad_id, self.seed = examples, head, pad_id, seed
         self.lengths = np.array([len(ids) for ids in examples.ids])
         longest = int(self.lengths.max())
-        for self.length in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in range(1, 9)]:
+        multiples = range(1, max(1, LONGEST_ROW // longest) + 1)
+        for self.length in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in multiples]:
             self.rows = len(pack(self.lengths, self.length)[1]) - 1
             self.padding = 1 - self.lengths.sum() / (self.rows * self.length)
             if self.padding <= MOST_PADDING:

@@ -372,22 +372,30 @@ def test_resuming_is_bit_for_bit(write, tmp_path):
         run(write(name="cut", train__seeds=[0, 1], train__max_steps=7), resume=True)
 
 
-def test_the_best_checkpoint_is_kept_and_patience_ends_training(write, monkeypatch):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_checkpoint_is_kept_and_patience_ends_training(interrupted, write, monkeypatch):
     config = write(train__max_steps=12, train__eval_steps=1, train__early_stopping_patience=3)
-    values = iter([0.2, 0.5, 0.4, 0.3, 0.5, 0.9, 0.9])
-    accuracies = []
+    values = [0.2, 0.5, 0.4, 0.3, 0.5, 0.9, 0.9]
+    measured = []
     measure = finetune._measure
 
     def scripted(*arguments: Any, **options: Any) -> Any:
         scores, predictions, outputs = measure(*arguments, **options)
-        accuracies.append(scores["accuracy"])
-        return {**scores, "accuracy": next(values)}, predictions, outputs
+        measured.append(scores["loss"])
+        if interrupted and len(measured) == 4:
+            stop_request.number = 15
+        return {**scores, "accuracy": values[len(measured) - 1]}, predictions, outputs
 
     monkeypatch.setattr(finetune, "_measure", scripted)
-    results = run(config)
+    if interrupted:
+        with pytest.raises(Stopped):
+            run(config)
+        stop_request.number = 0
+    results = run(config, resume=interrupted)
     assert results["seeds"]["0"]["best_step"] == 2  # 0.5 again is not better
+    assert results["seeds"]["0"]["validation_accuracy"] == 0.5
     assert log(config.output_dir, "eval_accuracy") == [0.2, 0.5, 0.4, 0.3, 0.5]
-    assert accuracies[5] == accuracies[1]  # what is measured at the end is the model of step 2
+    assert measured[5] == measured[1] != measured[4]  # what is measured at the end is the model of step 2
 
 
 CHANGES: dict[str, Any] = {
