@@ -1,11 +1,11 @@
 """`bertlite sweep`: the best settings of a fine-tuning, searched by Optuna, on validation data alone."""
 
-import csv
-import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+import pandas
 
 from bertlite.config import FinetuneConfig, Range, SweepConfig, dump_config, with_changes
 from bertlite.errors import Failure, UserError
@@ -60,7 +60,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             else:
                 shutil.rmtree(place / "model")
             rows = _rows(study)
-            write_whole(folder / "trials.csv", _csv(rows))
+            write_whole(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
             _draw(folder / "trials.png", rows, list(space))
         if not _rows(study):
             raise Failure(f"{folder}: no trial ended well")
@@ -69,11 +69,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The trials as lines for people, best first."""
-    shown = [{name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-             for row in rows]  # fmt: skip
-    widths = {name: max(len(name), *(len(row[name]) for row in shown)) for name in rows[0]}
-    lines = [{name: name for name in widths}, *shown]
-    return "\n".join("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()) for row in lines)
+    return pandas.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
 
 
 def _rows(study: Any) -> list[dict[str, Any]]:
@@ -87,14 +83,6 @@ def _suggest(trial: Any, name: str, choice: list[Any] | Range) -> Any:
     if isinstance(choice.low, int) and isinstance(choice.high, int):
         return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
     return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _draw(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:

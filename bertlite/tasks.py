@@ -237,7 +237,7 @@ def texts_of(rows: list[Row], settings: TaskSettings) -> list[tuple[str, ...]]:
         values = tuple(column(row, name, "task.text") for name in settings.text)
         for name, value in zip(settings.text, values, strict=True):
             if not isinstance(value, str) or not value.strip():
-                what = "is empty" if value is None or value == "" or isinstance(value, str) else "holds no text"
+                what = "is empty" if value is None or isinstance(value, str) else "holds no text"
                 raise UserError(f"{row.where}: the column {name!r} {what}: {value!r}")
         texts.append(values)
     return texts
@@ -415,7 +415,8 @@ def best_answers(
     Spans are compared by the sum of their scores, as in Devlin et al. 2018, section 4.2; `score` is their
     probability within the piece.
     """
-    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, {})] * len(contexts)
+    nothing = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, nothing)] * len(contexts)
     for output, owner, spans in zip(outputs, examples.owners, examples.spans, strict=True):
         allowed = np.array([span is not None and span[1] > span[0] for span in spans])
         sums = np.where(allowed, output[:, 0], -np.inf)[:, None] + np.where(allowed, output[:, 1], -np.inf)[None]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from seqeval.metrics.sequence_labeling import get_entities
 from test_parity import randomize
 from transformers import (
     BertConfig,
@@ -31,11 +32,11 @@ from bertlite.hf import load_model
 from bertlite.masking import IGNORED
 from bertlite.model import SequenceClassifier
 from bertlite.optim import Optimizer, learning_rate_factor
-from bertlite.predict import load_classifier, predict
+from bertlite.predict import entities, load_classifier, predict
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
 from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss
-from bertlite.tokenizer import train_word_piece, wrap
+from bertlite.tokenizer import load_tokenizer, train_word_piece, wrap
 
 SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample"
 SENTENCES = [line.split("\t") for line in (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
@@ -305,6 +306,29 @@ def test_predictions_are_those_of_the_pipeline(kind, bert, tmp_path):
             assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
+def test_tags_of_words_become_entities_as_seqeval_has_them(bert):
+    tokenizer = load_tokenizer(str(bert))
+    labels = ["O", "B-A", "I-A", "B-B", "I-B"]
+    text = SENTENCES[3][1]
+    encoding = tokenizer(text).encodings[0]
+    words = sorted({word for word in encoding.word_ids if word is not None})
+    spans = [encoding.word_to_chars(word) for word in words]
+    assert len(encoding.ids) - 2 > len(words) > 15
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        chosen = generator.integers(0, 5, len(words))
+        scores = generator.random((len(encoding.ids), 5), np.float32)  # of the pieces that do not count
+        for word, label in zip(words, chosen, strict=True):
+            scores[encoding.word_ids.index(word), label] = 2.0
+        found = entities(scores, encoding, text, labels)
+        expected = [
+            (kind, spans[first][0], spans[last][1])
+            for kind, first, last in get_entities([labels[one] for one in chosen])
+        ]
+        assert [(one["entity_group"], one["start"], one["end"]) for one in found] == expected
+        assert all(one["word"] == text[one["start"] : one["end"]] and one["score"] == 2 for one in found)
+
+
 def test_answers_are_the_likeliest_spans_of_the_context(bert, tmp_path):
     folder = with_head(bert, "question-answering", tmp_path, std=0.3)
     model, tokenizer = load_classifier(folder, start("fp32"))
@@ -325,6 +349,8 @@ def test_answers_are_the_likeliest_spans_of_the_context(bert, tmp_path):
                 score = (result.start_logits[0, first] + result.end_logits[0, last]).item()
                 best = max(best, (score, one.offsets[first][0], one.offsets[last][1]))
     assert (answer["start"], answer["end"]) == best[1:]
+    (nothing,) = predict(model, tokenizer, ["What?\t\u200b"], start("fp32"))  # no token
+    assert nothing == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
     with pytest.raises(UserError, match="text 2: should be a question and its context, with a tab between"):
         list(predict(model, tokenizer, ["a\tb", "no tab"], start("fp32")))
 
