@@ -33,7 +33,7 @@ from bertlite.philox import HELD_OUT, philox, split64
 from bertlite.pretrain import compare_facts
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
-from bertlite.tables import Row, read_rows
+from bertlite.tables import Row, read_rows, table_file
 from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss
 from bertlite.train import Progress, Training, evaluate, rows_at_a_time
 
@@ -94,6 +94,11 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         return _run_task(config, config.task, resume)
     suite = Path(config.output_dir)
     results = {}
+    for name, task in config.tasks.items():  # before the first is trained
+        for part in ("train", "validation", "test"):
+            place = getattr(task, part)
+            if place is not None and place.path is not None:
+                table_file(place, f"tasks.{name}.{part}")
     for name, task in config.tasks.items():
         say(f"task {name}")
         one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})
@@ -106,7 +111,10 @@ def check_settings(config: FinetuneConfig) -> None:
     """Raise UserError for a name of nothing, and for settings that do not go together."""
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
-    for name, settings in ({"task": config.task} if config.task else config.tasks).items():
+    several = {f"tasks.{name}": settings for name, settings in config.tasks.items()}
+    for name, settings in ({"task": config.task} if config.task else several).items():
+        if Path(name).name != name:
+            raise UserError(f"{name}: the name of a task names its folder too, so it has no slashes")
         task = choose(TASKS, settings.type, f"{name}.type")
         if settings.metric is not None:
             choose(task.metrics, settings.metric, f"{name}.metric")

@@ -36,12 +36,7 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
     """
     if place.dataset is not None:
         return list(_dataset(place, setting))
-    path = Path(str(place.path)).expanduser()
-    if place.path == "sample":
-        part = {"validation": "dev"}.get(setting.split(".")[-1], setting.split(".")[-1])
-        path = Path(str(files("bertlite") / "sample" / f"subject_{part}.tsv"))
-    if not path.is_file():
-        raise UserError(f"{setting}: {path}: there is no such file (paths are relative to the current directory)")
+    path = table_file(place, setting)
     kind = Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
     if kind == ".parquet":
         rows = list(_parquet(path))
@@ -61,6 +56,17 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
         if not isinstance(row.columns, dict):
             raise UserError(f'{row.where}: should hold an object with named columns, such as {{"text": …}}')
     return rows
+
+
+def table_file(place: Place, setting: str) -> Path:
+    """The file that a place means. Raises UserError when there is none."""
+    path = Path(str(place.path)).expanduser()
+    if place.path == "sample":
+        part = {"validation": "dev"}.get(setting.split(".")[-1], setting.split(".")[-1])
+        path = Path(str(files("bertlite") / "sample" / f"subject_{part}.tsv"))
+    if not path.is_file():
+        raise UserError(f"{setting}: {path}: there is no such file (paths are relative to the current directory)")
+    return path
 
 
 def column(row: Row, name: str, setting: str) -> Any:

@@ -554,6 +554,16 @@ def test_several_tasks_and_their_table(write, tmp_path, capsys):
     )
     shutil.rmtree(tmp_path / "suite" / "two")
     assert run(suite, resume=True) == results
+    gone = other.model_copy(update={"validation": other.train.model_copy(update={"path": "gone.tsv"})})
+    for name, task, message in [
+        ("two", gone, r"tasks\.two\.validation: gone\.tsv: there is no such file"),
+        ("../two", other, r"tasks\.\.\./two: the name of a task names its folder too"),
+        ("two", other.model_copy(update={"metric": "f2"}), r"tasks\.two\.metric is 'f2'"),
+    ]:
+        changes = {"tasks": {"one": config.task, name: task}, "output_dir": str(tmp_path / "other")}
+        with pytest.raises(UserError, match=message):
+            run(suite.model_copy(update=changes))
+        assert not (tmp_path / "other").exists()
 
 
 def bad_rows(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
