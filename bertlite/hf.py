@@ -17,8 +17,19 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config import Architecture
 from bertlite.errors import UserError
 from bertlite.files import check_model_folder
-from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel
+from bertlite.model import (
+    ACTIVATIONS,
+    Classifier,
+    Encoder,
+    MaskedLanguageModel,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
+from bertlite.runtime import say
 from bertlite.tokenizer import load_tokenizer
+
+Model = MaskedLanguageModel | Encoder | Classifier
 
 # Our names on the left, Hugging Face's on the right. Several on the right lie one under the other in ours.
 EMBEDDINGS = {
@@ -57,6 +68,16 @@ MLM_HEAD = {
     "head.norm.bias": ["cls.predictions.transform.LayerNorm.bias"],
     "head.bias": ["cls.predictions.bias"],
 }
+CLASSIFIER = {"classifier.weight": ["classifier.weight"], "classifier.bias": ["classifier.bias"]}
+QA_OUTPUTS = {"classifier.weight": ["qa_outputs.weight"], "classifier.bias": ["qa_outputs.bias"]}
+# Hugging Face's name of each of our models, and what lies on top of the encoder.
+ARCHITECTURES: dict[type[nn.Module], tuple[str, dict[str, list[str]]]] = {
+    Encoder: ("BertModel", {}),
+    MaskedLanguageModel: ("BertForMaskedLM", MLM_HEAD),
+    SequenceClassifier: ("BertForSequenceClassification", CLASSIFIER),
+    TokenClassifier: ("BertForTokenClassification", CLASSIFIER),
+    QuestionAnswerer: ("BertForQuestionAnswering", QA_OUTPUTS),
+}
 # What other BERT folders hold and a masked language model has no use for. A decoder is another name of the word
 # embedding, which is checked; position_ids count from 0; next-sentence prediction is not a part of bertlite.
 UNUSED = re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.decoder\.|bert\.pooler\.")
@@ -91,7 +112,7 @@ def weight_names(model: nn.Module) -> dict[str, list[str]]:
     if encoder.pooler is not None:
         table |= POOLER
     table = {ours + name: [theirs + their for their in names] for name, names in table.items()}
-    return table | (MLM_HEAD if isinstance(model, MaskedLanguageModel) else {})
+    return table | ARCHITECTURES[type(model)][1]
 
 
 def to_hf(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,36 +128,40 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors (fp32) into an existing folder."""
     config: Architecture = model.config
     about = {
-        "architectures": ["BertForMaskedLM" if isinstance(model, MaskedLanguageModel) else "BertModel"],
+        "architectures": [ARCHITECTURES[type(model)][0]],
         "model_type": "bert",
         **config.model_dump(),
         "position_embedding_type": "absolute",
         "dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    if isinstance(model, Classifier):
+        about["id2label"] = {str(number): label for number, label in enumerate(model.labels)}
+        about["label2id"] = {label: number for number, label in enumerate(model.labels)}
+        about["problem_type"] = model.problem_type
+    text = json.dumps(about, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     weights = to_hf(model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
     weights = {name: tensor.float().cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Encoder:
-    """The model of a Hugging Face BERT folder, in fp32 on the CPU: with its MLM head, or the encoder alone.
+def load_model(folder: Path, kernel: str = "sdpa") -> Model:
+    """The model of a Hugging Face BERT folder, in fp32 on the CPU: with its head, or the encoder alone.
 
     Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
     """
     config = read_architecture(folder)
     weights = _read_weights(folder)
     _check_size(config, weights, folder)
-    layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
-        raise UserError(
-            f"{folder}: config.json speaks of {config.num_hidden_layers} layers, the weights of {len(layers)}"
-        )
-    has_head = any(name.startswith("cls.predictions.") for name in weights)
+    _check_layers(weights, config, folder)
+    about = _read_config(folder)
     with torch.device("meta"):
-        model: MaskedLanguageModel | Encoder
-        if has_head:
+        model: Model
+        if any(name.startswith("cls.predictions.") for name in weights):
             model = MaskedLanguageModel(config, kernel)
+        elif head := next((name for name in ("classifier.weight", "qa_outputs.weight") if name in weights), None):
+            labels = _labels(about, len(weights[head]), folder)
+            model = _classifier(about, weights)(config, labels, kernel, about.get("problem_type"))
         else:
             weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
             model = Encoder(config, kernel, pooler="pooler.dense.weight" in weights)
@@ -150,7 +175,38 @@ def load_model(folder: Path, kernel: str = "sdpa") -> MaskedLanguageModel | Enco
     return model.requires_grad_()
 
 
-def load_tokenizer_of(folder: Path, model: MaskedLanguageModel | Encoder) -> PreTrainedTokenizerBase:
+def begin_from(model: Classifier, folder: Path) -> None:
+    """Give a newly initialised model what a Hugging Face BERT folder has for it, and say what it lacks.
+
+    The head is taken when it is of the same kind for the same labels. Raises UserError, naming the file, when the
+    folder holds no such encoder.
+    """
+    config, weights, about = read_architecture(folder), _read_weights(folder), _read_config(folder)
+    _check_layers(weights, config, folder)
+    if not any(name.startswith("bert.") for name in weights):
+        weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
+    head = ARCHITECTURES[type(model)][1]
+    theirs = weights.get(head["classifier.weight"][0])
+    fits = theirs is not None and _labels(about, len(theirs), folder) == model.labels
+    if not (fits and _classifier(about, weights) is type(model)):
+        weights = {name: tensor for name, tensor in weights.items() if [name] not in head.values()}
+    table = weight_names(model)
+    missing = [name for name, names in table.items() if not all(their in weights for their in names)]
+    needed = [name for name in missing if not name.startswith(("encoder.pooler.", "classifier."))]
+    if needed:
+        raise UserError(f"{folder}: {len(needed)} weights are missing, such as {table[needed[0]][0]}")
+    if missing:
+        parts = dict.fromkeys("pooler" if "pooler" in name else "head" for name in missing)
+        say(f"{folder} has no {' and no '.join(parts)} for this; new weights take their place")
+    present = {name: names for name, names in table.items() if name not in missing}
+    expected = to_hf(model, dict(model.named_parameters()))
+    for their in (their for names in present.values() for their in names):
+        _check_shape(weights, their, expected[their].shape, folder)
+    state = {name: torch.cat([weights[their].float() for their in names]) for name, names in present.items()}
+    model.load_state_dict(state, strict=False)
+
+
+def load_tokenizer_of(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
     tokenizer = load_tokenizer(str(folder))
     size, known = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
@@ -169,15 +225,7 @@ def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageMo
 
 def read_architecture(folder: Path) -> Architecture:
     """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
-    path = folder / "config.json"
-    if folder.is_dir():
-        check_model_folder(folder)
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{folder}: not a model folder (it has no readable config.json)") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON") from None
+    path, about = folder / "config.json", _read_config(folder)
     if not isinstance(about, dict) or about.get("model_type") != "bert":
         kind = about.get("model_type") if isinstance(about, dict) else None
         raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
@@ -209,6 +257,35 @@ def local_folder(name: str) -> Path:
     except (HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if folder.is_dir():
+        check_model_folder(folder)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: not a model folder (it has no readable config.json)") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON") from None
+
+
+def _labels(about: dict[str, Any], count: int, folder: Path) -> list[str]:
+    """The names of a head's `count` outputs: id2label's, or Hugging Face's LABEL_0, LABEL_1, …"""
+    names = about.get("id2label") or {str(number): f"LABEL_{number}" for number in range(count)}
+    if not isinstance(names, dict) or names.keys() != {str(number) for number in range(count)}:
+        raise UserError(f"{folder / 'config.json'}: id2label should name the head's outputs, 0 to {count - 1}")
+    return [str(names[str(number)]) for number in range(count)]
+
+
+def _classifier(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Classifier]:
+    """Which head the weights hold; config.json tells a sequence's from a token's, or the pooler does."""
+    if "qa_outputs.weight" in weights:
+        return QuestionAnswerer
+    if ARCHITECTURES[TokenClassifier][0] in (about.get("architectures") or []):
+        return TokenClassifier
+    return SequenceClassifier if "bert.pooler.dense.weight" in weights else TokenClassifier
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -277,7 +354,19 @@ def _check_names_and_shapes(weights: dict[str, Tensor], expected: dict[str, Any]
         raise UserError(f"{folder}: the weights are not those of the BERT that config.json describes: "
                         f"{'; '.join(parts)}")  # fmt: skip
     for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise UserError(
-                f"{folder}: {name} has shape {tuple(weights[name].shape)}, but config.json means {tuple(shape)}"
-            )
+        _check_shape(weights, name, shape, folder)
+
+
+def _check_shape(weights: dict[str, Tensor], name: str, shape: torch.Size, folder: Path) -> None:
+    if weights[name].shape != shape:
+        raise UserError(
+            f"{folder}: {name} has shape {tuple(weights[name].shape)}, but config.json means {tuple(shape)}"
+        )
+
+
+def _check_layers(weights: dict[str, Tensor], config: Architecture, folder: Path) -> None:
+    layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
+    if layers != set(range(config.num_hidden_layers)):
+        raise UserError(
+            f"{folder}: config.json speaks of {config.num_hidden_layers} layers, the weights of {len(layers)}"
+        )

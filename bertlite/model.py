@@ -1,6 +1,6 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
-# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row.
+# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row, L labels.
 import math
 from collections.abc import Callable
 
@@ -199,6 +199,56 @@ class MaskedLanguageModel(nn.Module):
         hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids)
         wanted = prediction_positions[..., None].expand(-1, -1, hidden.shape[-1])
         return self.head(hidden.gather(1, wanted), self.encoder.embeddings.word.weight)
+
+
+class Classifier(nn.Module):
+    """What fine-tuned models share: the encoder under one linear layer, whose outputs `labels` name.
+
+    `problem_type` is Hugging Face's name of what the outputs of a whole sequence mean, where there is a choice.
+    """
+
+    pooler = False
+
+    def __init__(
+        self, config: Architecture, labels: list[str], kernel: str = "sdpa", problem_type: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.labels = labels
+        self.problem_type = problem_type
+        self.encoder = Encoder(config, kernel, self.pooler)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, len(labels))
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Scores of the labels, L of them, for what the class says; all inputs are (B,T)."""
+        return self.classify(self.encoder(input_ids, position_ids, document_ids, token_type_ids))
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Scores from the encoder's output (B,T,D)."""
+        return self.classifier(self.dropout(hidden))
+
+
+class SequenceClassifier(Classifier):
+    """Scores (B,L) of each row, from its first token through the pooler (Devlin et al. 2018, section 4.1)."""
+
+    pooler = True
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.encoder.pooler(hidden)))
+
+
+class TokenClassifier(Classifier):
+    """Scores (B,T,L) of each token (Devlin et al. 2018, section 5.3)."""
+
+
+class QuestionAnswerer(Classifier):
+    """Scores (B,T,2) of each token as the answer's start and end (Devlin et al. 2018, section 4.2); no dropout."""
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return self.classifier(hidden)
 
 
 def initialize(model: nn.Module, std: float, seed: int, position_init: str = "normal") -> None:

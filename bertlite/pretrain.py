@@ -17,7 +17,7 @@ from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
 from bertlite.hf import load_model, load_tokenizer_of, read_architecture
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
-from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
+from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.plateau import PlateauWatch
 from bertlite.run_folder import model_folder, open_run, write_config
@@ -174,7 +174,8 @@ def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> Masked
         model.load_state_dict(begin.state_dict())
     else:
         say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
-        model.encoder.load_state_dict({k: v for k, v in begin.state_dict().items() if not k.startswith("pooler.")})
+        encoder = begin if isinstance(begin, Encoder) else begin.encoder
+        model.encoder.load_state_dict({k: v for k, v in encoder.state_dict().items() if not k.startswith("pooler.")})
     old = load_tokenizer_of(source, begin)
     _exchange_vocabulary(model, old.get_vocab(), tokenizer)
     return model
@@ -245,7 +246,7 @@ def new_training(
             ) from None
         if not settings.per_device_train_batch_size:
             micro_batch = min(before, -(-settings.global_batch_size // runtime.world_size))
-        _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
+        compare_facts(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
     say(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
@@ -277,7 +278,7 @@ def new_training(
     )
 
 
-def _compare(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
+def compare_facts(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
     """Refuse other text; announce another machine."""
     if now["text"] != before["text"]:
         raise UserError(f"{folder}: the text or the tokenizer has changed since the run began; start another run")

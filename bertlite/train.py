@@ -75,6 +75,7 @@ class Training:
     optimizer: Optimizer
     watch: Watch = lambda step, loss_sum, scored: None
     synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
+    stop_early: Callable[[], bool] = lambda: False  # asked after each evaluation and save
 
     def run(self) -> None:
         """Train to the last step; at each step train, log, evaluate and save, in this order.
@@ -120,7 +121,7 @@ class Training:
                 self._save()
             if stop := agreed_stop(self.runtime):
                 raise Stopped(stop)
-            if progress.step == settings.max_steps:
+            if progress.step == settings.max_steps or self.stop_early():
                 return
             self.part_began = time.perf_counter()
             batch = share.result()

@@ -13,14 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "bertlite"
 ORDER = """
 errors signals philox
 config files runtime
-attention masking optim words sources
-tokenizer model corpus plateau
+attention masking optim words sources metrics
+tokenizer model corpus tables plateau
 batches hf
-parity checkpoint
+parity checkpoint tasks
 run_folder
 train
 pretrain fill export
-evaluate plan bench
+evaluate plan bench finetune
+predict sweep
 cli
 __main__
 """.strip().splitlines()

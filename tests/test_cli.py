@@ -11,7 +11,20 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertMo
 
 from bertlite import __version__, cli
 
-COMMANDS = ["prepare", "pretrain", "plan", "batch", "evaluate", "fill", "export", "verify"]
+COMMANDS = [
+    "prepare",
+    "pretrain",
+    "plan",
+    "bench",
+    "batch",
+    "evaluate",
+    "finetune",
+    "sweep",
+    "predict",
+    "fill",
+    "export",
+    "verify",
+]
 
 
 @pytest.fixture
