@@ -137,6 +137,37 @@ def fill(
 
 
 @app.command()
+def embed(
+    model: Model,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text a line, or a table; compressed or not.")],
+    out: Annotated[Path, typer.Option("--out", metavar="VECTORS.npy", help="The vectors, a row for each text.")],
+    pooling: Annotated[str, typer.Option(help="How a text's vectors become one: mean, cls or max.")] = "mean",
+    layer: Annotated[int, typer.Option(help="Which layer's output; 0 is the embeddings', -1 the last.")] = -1,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Give every vector the length 1.")] = False,
+    sequence_length: Annotated[int | None, typer.Option(help="Where texts are cut; as trained if unset.")] = None,
+    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
+    precision: Precision = Compute.FP32,
+) -> None:
+    """Turn each line of a file into a vector."""
+    from bertlite.attention import best_kernel
+    from bertlite.config import Source
+    from bertlite.embed import Embedder
+    from bertlite.hf import load_encoder
+    from bertlite.inference import for_use
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+    from bertlite.sources import read_rows, source_files
+
+    runtime = start(precision.value)
+    encoder, tokenizer = load_encoder(model_folder(model), best_kernel(runtime.device))
+    files = source_files(Source(path=file), "FILE")
+    embedder = Embedder(for_use(encoder, runtime), tokenizer, pooling, layer, normalize, sequence_length)
+    with runtime.autocast():
+        rows, size = embedder.file((text for path in files for text in read_rows(path, column)), out)
+    print(f"{out}: {rows:,} vectors of {size}")
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -61,12 +61,17 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
+
+    Readers see the old file or the new one. Raises Failure when the disk is full.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with full_disk_named(path.parent):
-            aside.write_text(text, encoding="utf-8")
+            with aside.open("wb") as file:
+                yield file
             sync(aside)
             aside.replace(path)
             sync(path.parent)
@@ -74,6 +79,12 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(FileNotFoundError):
             aside.unlink()
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

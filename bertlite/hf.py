@@ -222,6 +222,12 @@ def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageMo
     return model, load_tokenizer_of(folder, model)
 
 
+def load_encoder(folder: Path, kernel: str = "sdpa") -> tuple[Encoder, PreTrainedTokenizerBase]:
+    """The encoder of any model, with the pooler if it has one, and its tokenizer."""
+    model = load_model(folder, kernel)
+    return model if isinstance(model, Encoder) else model.encoder, load_tokenizer_of(folder, model)
+
+
 def read_architecture(folder: Path) -> Architecture:
     """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
     path, about = folder / "config.json", _read_config(folder)

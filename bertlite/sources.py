@@ -150,6 +150,12 @@ def read_documents(
         yield from _read_dataset(source, setting)
 
 
+def read_rows(path: Path, column: str) -> Iterator[str]:
+    """Each line of a text file, or `column` of each row of a table, also when it is empty; raises as above."""
+    kind = _kind(path)
+    yield from _read_table(path, kind, column) if kind in TABLES else _read_lines(path)
+
+
 def _kind(path: Path) -> str:
     """The ending that says what a file holds: without that of its compression."""
     return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
