@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,24 +87,46 @@ def pretrain(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Held-out text; may be repeated.")],
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text; may be repeated.")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs as BLiMP has them; may be repeated.")
+    ] = None,
+    pseudo_perplexity: Annotated[
+        bool, typer.Option("--pseudo-perplexity", help="Also mask every token of the text in turn; takes long.")
+    ] = False,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
     document: Annotated[Document, typer.Option(help="What ends a document.")] = Document.BLANK_LINE,
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     precision: Precision = Compute.FP32,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss and accuracy of a masked language model on held-out text, with fixed masks."""
+    """Measure a masked language model: loss and accuracy on held-out text, and which sentence of a pair it prefers."""
     from bertlite.attention import best_kernel
-    from bertlite.evaluate import evaluate_text
+    from bertlite.errors import UserError
+    from bertlite.evaluate import evaluate_pairs, evaluate_text
     from bertlite.hf import load_masked_lm
     from bertlite.run_folder import model_folder
     from bertlite.runtime import start
 
+    if not data and (not pairs or pseudo_perplexity):
+        raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
     runtime = start(precision.value)
     loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
-    result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value, column)
-    print(json.dumps(result) if as_json else "\n".join(f"{name:13}  {value:.4f}" for name, value in result.items()))
+    result: dict[str, Any] = {}
+    if data:
+        result |= evaluate_text(
+            loaded, tokenizer, data, runtime, sequence_length, document.value, column, pseudo_perplexity
+        )
+    if pairs:
+        result |= evaluate_pairs(loaded, tokenizer, pairs, runtime)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print("\n".join(f"{name:17}  {value:.4f}" for name, value in result.items() if isinstance(value, float)))
+    for phenomenon, counts in result.get("phenomena", {}).items():
+        print(f"\n{phenomenon:50}  {counts['accuracy']:6.1%} of {counts['pairs']:,}")
+        for paradigm, share in counts["paradigms"].items():
+            print(f"  {paradigm:48}  {share['accuracy']:6.1%} of {share['pairs']:,}")
 
 
 @app.command()

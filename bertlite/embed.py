@@ -77,7 +77,11 @@ class Embedder:
         """
         rows, size = 0, self.encoder.config.hidden_size
         header = {"descr": npy.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": (0, size)}
-        with new_file(out) as file, ThreadPoolExecutor(1, "tokens") as executor, tqdm(disable=None, unit=" texts") as bar:
+        with (
+            new_file(out) as file,
+            ThreadPoolExecutor(1, "tokens") as executor,
+            tqdm(disable=None, unit=" texts") as bar,
+        ):
             npy.write_array_header_1_0(file, header)
             chunks = self._chunks(texts)
             coming = executor.submit(next, chunks, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from bertlite.model import MaskedLMHead
 from bertlite.runtime import Runtime
 
 # Positions that are computed together: few enough for a processor's cache, many enough to fill a GPU.
@@ -16,11 +17,22 @@ TOKENS_AT_A_TIME = {"cpu": 1024, "cuda": 65_536}
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class OneDnnLinear(nn.Linear):
-    """nn.Linear by oneDNN. In fp32 torch would call MKL, which is less than half as fast on processors not Intel's."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear by oneDNN. In fp32 torch would call MKL, which is less than half as fast on processors not Intel's."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
+
+class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        return _linear(input, self.weight, self.bias)
+
+
+class OneDnnHead(MaskedLMHead):
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
+        return _linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)
+
+
+ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDnnLinear, MaskedLMHead: OneDnnHead}
 
 
 def for_use(model: Module, runtime: Runtime) -> Module:
@@ -28,8 +40,7 @@ def for_use(model: Module, runtime: Runtime) -> Module:
     model.to(runtime.device).eval()
     if runtime.device.type == "cpu" and runtime.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDnnLinear
+            module.__class__ = ONE_DNN.get(type(module), type(module))
     return model
 
 

@@ -16,8 +16,8 @@ config files runtime
 attention masking optim words sources
 tokenizer model corpus
 batches hf
-parity checkpoint
-run_folder
+parity checkpoint inference
+run_folder embed scoring
 train
 pretrain fill export
 evaluate
