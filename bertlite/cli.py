@@ -193,13 +193,19 @@ def embed(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    format: Annotated[str, typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf, onnx or sentence-transformers.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="Numbers: for hf fp32, bf16 or fp16; for onnx fp32 or int8, both if unset.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="For sentence-transformers: mean, cls or max.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
 ) -> None:
-    """Write a model for other programs, after checking it against Hugging Face."""
+    """Write a model for other programs, after checking it against Hugging Face, with a model card."""
+    from bertlite.export import Options
     from bertlite.export import export as write_export
     from bertlite.run_folder import model_folder
 
-    write_export(model_folder(model), out, format)
+    write_export(model_folder(model), out, format, Options(dtype, pooling, licence))
     print(out)
 
 

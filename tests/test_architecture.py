@@ -17,8 +17,8 @@ attention masking optim words sources
 tokenizer model corpus
 batches hf
 parity checkpoint inference
-run_folder embed scoring
-train
+run_folder embed scoring export_onnx
+train card
 pretrain fill export
 evaluate
 cli
