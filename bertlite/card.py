@@ -20,12 +20,19 @@ TASKS = {
     "BertForMaskedLM": ("fill-mask", '"A [MASK] of words."'),
     "BertForSequenceClassification": ("text-classification", '"A sentence."'),
     "BertForTokenClassification": ("token-classification", '"A sentence."'),
-    "BertForQuestionAnswering": ("question-answering", 'question="What?", context="That."'),
+    "BertForQuestionAnswering": ("question-answering", ""),
 }
 USE = {
     "hf": """from transformers import pipeline
 
 print(pipeline("{task}", model="{name}")({call}))""",
+    "BertForQuestionAnswering": """from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("A question?", "The text that answers it.", return_tensors="pt")
+output = AutoModelForQuestionAnswering.from_pretrained("{name}")(**inputs)
+start, end = output.start_logits.argmax(), output.end_logits.argmax()
+print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))""",
     "onnx": """from onnxruntime import InferenceSession
 from transformers import AutoTokenizer
 
@@ -54,11 +61,12 @@ def model_card(
         "tags": ["bert", "bertlite", *(["onnx"] if format == "onnx" else [])],
     }
     config = model.config
+    example = USE.get(kind, USE[format]) if format == "hf" else USE[format]  # there is no pipeline that answers
     text = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n# {name}",
         f"A BERT ({kind}) with {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} "
         f"heads, {config.vocab_size:,} word pieces and {parameter_count(model):,} parameters, made by bertlite.",
-        f"## How to use\n\n```python\n{USE[format].format(task=task, call=call, name=name, graph=graph)}\n```",
+        f"## How to use\n\n```python\n{example.format(task=task, call=call, name=name, graph=graph)}\n```",
         *_of_the_run(source),
         "## Checks\n\nAgainst Hugging Face's implementation in fp32, the same folder and inputs in both: the largest "
         "relative difference of each quantity.",

@@ -60,6 +60,7 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     bits as they come. Where fewer than 95 % of the top predictions are those of fp32, int8 is refused when it was
     asked for by name, and otherwise left out. Raises Failure when a check does not hold.
     """
+    import onnx
     from onnxruntime import InferenceSession
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -81,7 +82,9 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
                 external_data=False,
                 verbose=False,
             )
-        quantize_dynamic(str(path), str(small), per_channel=True, weight_type=QuantType.QInt8)
+        proto = onnx.load(path)
+        del proto.graph.value_info[:]  # shapes of weights that the quantiser turns round and then trips over
+        quantize_dynamic(proto, str(small), per_channel=True, weight_type=QuantType.QInt8)
     finally:
         logging.disable(logging.NOTSET)
     save_config(model, folder)
