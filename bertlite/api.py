@@ -13,7 +13,8 @@ from bertlite.errors import UserError
 from bertlite.fill import fill
 from bertlite.hf import Model, load_model, load_tokenizer_of
 from bertlite.inference import for_use
-from bertlite.model import Encoder, MaskedLanguageModel
+from bertlite.model import Classifier, Encoder, MaskedLanguageModel
+from bertlite.predict import predict
 from bertlite.run_folder import model_folder
 from bertlite.runtime import Runtime
 
@@ -43,6 +44,14 @@ class LoadedModel:
             raise UserError("fill: the model has no masked language modelling head")
         with self.runtime.autocast():
             return fill(self.model, self.tokenizer, text, top_k)
+
+    def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
+        """What a fine-tuned model says of texts, a list, or of one text; in the form of `predict.predict`."""
+        if not isinstance(self.model, Classifier):
+            raise UserError("predict: the model is not fine-tuned, so it predicts no labels; see bertlite finetune")
+        several = [texts] if isinstance(texts, str) else texts
+        results = list(predict(self.model, self.tokenizer, several, self.runtime, pairs, top_k))
+        return results[0] if isinstance(texts, str) else results
 
 
 def load(name: str, precision: str = "fp32") -> LoadedModel:

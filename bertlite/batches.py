@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -57,12 +57,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
-    def slice(self, start: int, end: int) -> "Batch":
+    def slice(self, start: int, end: int) -> Self:
         """Rows start to end."""
-        return Batch(*(tensor[start:end] for tensor in vars(self).values()))
+        return type(self)(*(tensor[start:end] for tensor in vars(self).values()))
 
     def tokens(self) -> int:
         """Tokens that are not padding."""
@@ -200,8 +200,10 @@ def _pour(
     return tuple(np.array(column, dtype=np.int64) for column in (piece_starts, piece_lengths, piece_rows))
 
 
-def pack(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pack pieces into rows of `capacity`: best fit, longest first, mates drawn at random.
+def pack(
+    lengths: NDArray[np.int64], capacity: int, seed: int = 0, epoch: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack pieces into rows of `capacity`: best fit, longest first, mates drawn at random, as many rows each time.
 
     Works on the histogram of lengths (Krell et al. 2021, "Efficient sequence packing without cross-contamination"),
     so that the search does not grow with the corpus. Returns the pieces in row order, and where each row starts.
@@ -221,7 +223,7 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], 
             open_rows[room - each * length].append((pattern + (length,) * each, filled))
             left -= each * filled
 
-    random = philox((0, MATES), (*split64(np.arange(len(lengths))), 0, 0))[:, 0]
+    random = philox((seed, MATES), (*split64(np.arange(len(lengths))), epoch, 0))[:, 0]
     order = np.lexsort((random, lengths))  # by length, shuffled within each
     taken = np.cumsum(histogram) - histogram  # where in `order` the next piece of each length stands
     pieces, sizes = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]

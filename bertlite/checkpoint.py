@@ -29,12 +29,14 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    spare: int | None = None,
 ) -> Path:
-    """Write `RUN/checkpoints/step-…` in one step, then remove the oldest valid ones beyond `keep`.
+    """Write `RUN/checkpoints/step-…` in one step, then remove the oldest valid ones beyond `keep`, but not that of
+    step `spare`.
 
     Raises Failure when the disk is full; the checkpoints before are intact then.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = checkpoint_folder(run, step)
     if folder.exists():
         if problem(folder) is None:
             return folder
@@ -53,12 +55,17 @@ def save_checkpoint(
             if path.is_file()
         }
         write_json(training / "manifest.json", contents)
-    others = [one for one in _checkpoints(run) if one != folder]
+    others = [one for one in _checkpoints(run) if one not in (folder, checkpoint_folder(run, spare))]
     if len(others) >= keep:
         valid = [one for one in others if problem(one) is None]
         for old in valid[: len(valid) - keep + 1]:
             shutil.rmtree(old)
     return folder
+
+
+def checkpoint_folder(run: Path, step: int | None) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step or 0:08d}"
 
 
 def save_final_model(run: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

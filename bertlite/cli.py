@@ -27,6 +27,8 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")]
+Begin = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -127,6 +129,63 @@ def evaluate(
         print(f"\n{phenomenon:50}  {counts['accuracy']:6.1%} of {counts['pairs']:,}")
         for paradigm, share in counts["paradigms"].items():
             print(f"  {paradigm:48}  {share['accuracy']:6.1%} of {share['pairs']:,}")
+
+
+@app.command()
+def finetune(
+    config: ConfigFile,
+    model: Begin = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a BERT for a task, or several: labels, numbers, entities, answers."""
+    from bertlite import finetune as finetuning
+    from bertlite.config import FinetuneConfig, load_config
+
+    results = finetuning.run(load_config(FinetuneConfig, config, _changes(overrides, out, model)), resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(results) if as_json else finetuning.table(results))
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    model: Begin = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search the best settings of a fine-tuning, over the ranges under sweep.space."""
+    from bertlite import sweep as sweeping
+    from bertlite.config import SweepConfig, load_config
+
+    rows = sweeping.sweep(load_config(SweepConfig, config, _changes(overrides, out, model)), resume=resume)
+    print(json.dumps(rows) if as_json else sweeping.table(rows))
+
+
+@app.command()
+def predict(
+    model: Model,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Or standard input's lines.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="A text a line.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is two, with a tab between.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="How many labels for each text.")] = 1,
+    precision: Precision = Compute.FP32,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a fine-tuned model predicts: labels with probabilities, entities, or answers."""
+    from bertlite.predict import as_text, load_classifier, read_lines
+    from bertlite.predict import predict as predict_texts
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+
+    runtime = start(precision.value)
+    loaded, tokenizer = load_classifier(model_folder(model), runtime)
+    for result in predict_texts(loaded, tokenizer, texts or read_lines(file), runtime, pairs, top_k):
+        print(json.dumps(result, ensure_ascii=False) if as_json else as_text(result), flush=True)
 
 
 @app.command()
@@ -248,6 +307,12 @@ def main() -> None:
         sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
     except Stopped as stopped:
         sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
+
+
+def _changes(overrides: list[str] | None, out: Path | None, model: str | None) -> list[str]:
+    """--set, --model and --out as changes of settings."""
+    named = {"model.init_from": model, "output_dir": out and str(out)}
+    return [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
 
 
 def _say(text: str, code: int) -> int:

@@ -30,6 +30,7 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Shape(Section):
@@ -99,28 +100,34 @@ class TokenizerSettings(Section):
         return self
 
 
-class Source(Section):
-    """Where text lies: files (`path`), or a Hugging Face dataset (`dataset`)."""
+class Place(Section):
+    """Where data lie: files (`path`), or a Hugging Face dataset (`dataset`)."""
 
     path: str | None = None
     dataset: str | None = None
     name: str | None = None
     split: str = "train"
     revision: str | None = None
-    streaming: bool = False
-    column: str = "text"
-    weight: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
-    def one_place(self) -> "Source":
+    def one_place(self) -> "Place":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("should have either a path or a dataset")
         return self
 
     @model_serializer(mode="wrap")
     def only_a_path_is_its_name(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
-        given = {name: value for name, value in serialize(self).items() if value != Source.model_fields[name].default}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        given = {name: value for name, value in serialize(self).items() if value != defaults[name]}
         return self.path if set(given) == {"path"} else given
+
+
+class Source(Place):
+    """Text to pretrain on: which column of a table, and how often it is seen."""
+
+    streaming: bool = False
+    column: str = "text"
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 def _sources(value: Any) -> Any:
@@ -171,10 +178,9 @@ class MaskingSettings(Section):
         return self.rate if isinstance(self.rate, Line) else Line(start=self.rate, end=self.rate)
 
 
-class TrainSettings(Section):
-    """Length, batch, optimizer and intervals, in steps."""
+class Optimization(Section):
+    """Batch, optimizer, schedule and precision."""
 
-    max_steps: Annotated[int, Field(ge=0)] = 1200
     global_batch_size: Positive = 32
     per_device_train_batch_size: Positive | None = None
     gradient_checkpointing: bool = False
@@ -190,7 +196,13 @@ class TrainSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class TrainSettings(Optimization):
+    """Pretraining: its length and its intervals, in steps."""
+
+    max_steps: Annotated[int, Field(ge=0)] = 1200
+    seed: Seed = 0
     logging_steps: Positive = 10
     eval_steps: Positive = 200
     save_steps: Positive = 200
@@ -218,6 +230,121 @@ class PretrainConfig(Section):
         return self
 
 
+class FinetuneModel(Section):
+    """Which model to begin from, and the dropout of its fine-tuning."""
+
+    init_from: str | None = None
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+
+
+Table = Annotated[Place, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag("name")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
+    Discriminator(lambda value: "weights" if isinstance(value, dict) else "name"),
+]
+
+
+class TaskSettings(Section):
+    """What is learnt, from which columns of which tables, and by which metric the best checkpoint is chosen."""
+
+    type: str = "classification"
+    train: Table
+    validation: Table | None = None
+    validation_split: Share = 0.1
+    test: Table | None = None
+    text: Annotated[
+        list[str],
+        Field(min_length=1, max_length=2),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = ["text"]
+    label: str = "label"
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    metric: str | None = None
+    class_weights: ClassWeights | None = None
+    max_length: Annotated[int, Field(ge=8)] = 128
+    doc_stride: Positive = 64
+    max_answer_length: Positive = 30
+    columns: list[str] | None = None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    quoting: bool | None = None
+    encoding: str = "utf-8"
+
+    @model_validator(mode="before")
+    @classmethod
+    def questions_have_columns_of_their_own(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "question-answering":
+            return {"text": ["question", "context"], **values}
+        return values
+
+
+class FinetuneTrainSettings(Optimization):
+    """Fine-tuning: its length in epochs, its seeds, and what it does beyond pretraining."""
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    adam_beta2: Probability = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    compile: Literal["auto"] | bool = False
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    logging_steps: Positive = 10
+    eval_steps: Positive | None = None
+    early_stopping_patience: Positive | None = None
+    label_smoothing_factor: Probability = 0.0
+    layerwise_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    frozen_layers: Annotated[int, Field(ge=0)] = 0
+
+
+class FinetuneConfig(Section):
+    """Everything that `bertlite finetune` reads: one task, or several by name."""
+
+    model: FinetuneModel = FinetuneModel()
+    task: TaskSettings | None = None
+    tasks: dict[str, TaskSettings] = {}
+    train: FinetuneTrainSettings = FinetuneTrainSettings()
+    output_dir: str = "runs/finetune"
+
+    @model_validator(mode="after")
+    def one_task_or_several(self) -> "FinetuneConfig":
+        if (self.task is None) == (not self.tasks):
+            raise ValueError("should have either task or tasks")
+        return self
+
+
+class Range(Section):
+    """Numbers from `low` to `high`, whole ones if both are; with `log`, as many between 1 and 10 as from 10 to 100."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+
+class SweepSettings(Section):
+    """How many trials, and what they choose from: a list of values, or a range, for each setting by its name."""
+
+    trials: Positive = 20
+    seed: Seed = 0
+    space: Annotated[
+        dict[
+            str,
+            Annotated[
+                Annotated[list[Any], Field(min_length=1), Tag("values")] | Annotated[Range, Tag("range")],
+                Discriminator(lambda value: "values" if isinstance(value, list) else "range"),
+            ],
+        ],
+        Field(min_length=1),
+    ]
+
+
+class SweepConfig(FinetuneConfig):
+    """Everything that `bertlite sweep` reads: a fine-tuning of one task, and what to vary in it."""
+
+    sweep: SweepSettings
+
+
 MAY_DIFFER_ON_RESUME = {
     "output_dir",  # names the run folder itself
     "train.logging_steps",
@@ -225,6 +352,7 @@ MAY_DIFFER_ON_RESUME = {
     "train.save_steps",
     "train.save_total_limit",
     "train.per_device_train_batch_size",
+    "sweep.trials",  # more of them may follow
 }
 
 
@@ -273,10 +401,22 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         except _BAD_YAML:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         changed[name.strip()] = f"--set {override}"
+    return _validated(kind, values, path, changed)
+
+
+def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config:
+    """The same configuration with other values at some dotted names. Raises UserError, naming `source`, as loading."""
+    values = config.model_dump()
+    for name, value in changes.items():
+        _assign(values, name.split("."), value)
+    return _validated(type(config), values, source, {})
+
+
+def _validated(kind: type[Config], values: dict[str, Any], source: Path | str, changed: dict[str, str]) -> Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, item, path, changed) for item in error.errors()[:5]]
+        lines = [_explain(kind, item, source, changed) for item in error.errors()[:5]]
         raise UserError("\n".join(lines)) from None
 
 
@@ -357,7 +497,7 @@ def _did_you_mean(name: str, choices: Any) -> str:
 
 
 # Names that pydantic gives to the branches of a choice between types; no keys of the YAML.
-_BRANCHES = ("bool", "literal['auto']", "number", "line")
+_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "name", "weights", "int", "float")
 
 
 def _shown(value: Any) -> str:
@@ -368,7 +508,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _explain(kind: type[BaseModel], item: Any, path: Path, changed: dict[str, str]) -> str:
+def _explain(kind: type[BaseModel], item: Any, path: Path | str, changed: dict[str, str]) -> str:
     """One pydantic error as a line: where it was written, the key, the value and the fix."""
     keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in _BRANCHES)]
     while len(keys) > 1 and keys[-1].isdigit():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +73,19 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 class Optimizer:
     """The torch optimizers of a model, with a schedule, and with named state that safetensors can hold.
 
-    The fused q/k/v matrix is three matrices to them, each a view of it: Muon treats each by itself.
+    The fused q/k/v matrix is three matrices to them, each a view of it: Muon treats each by itself. `scale` says by
+    which factor the rate of a parameter differs from the configured one; frozen parameters are left out.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
-        self.parameters = list(model.parameters())
+    def __init__(
+        self, model: nn.Module, settings: TrainSettings, scale: Callable[[str], float] = lambda name: 1.0
+    ) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.tensors: dict[str, nn.Parameter] = {}
         self.views: list[tuple[nn.Parameter, nn.Parameter, slice]] = []  # a view, what it is a view of, and where
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if name.endswith("qkv.weight"):
                 D = parameter.shape[1]
                 for part, rows in zip("qkv", (slice(0, D), slice(D, 2 * D), slice(2 * D, 3 * D)), strict=True):
@@ -89,6 +95,10 @@ class Optimizer:
             else:
                 self.tensors[name] = parameter
         self.parts = choose(OPTIMIZERS, settings.optim, "train.optim")(self.tensors, settings)
+        scales = {id(tensor): scale(name) for name, tensor in self.tensors.items()}
+        for part in self.parts:
+            for group in list(part.param_groups):
+                _split(part, group, scales)
         self.peaks = [group["lr"] for part in self.parts for group in part.param_groups]
 
     def step(self, factor: float) -> None:
@@ -105,7 +115,7 @@ class Optimizer:
 
     def learning_rate(self) -> float:
         """The rate of the last step (AdamW's, where there are several)."""
-        return float(self.parts[-1].param_groups[0]["lr"])
+        return float(max(group["lr"] for group in self.parts[-1].param_groups))
 
     def state(self) -> dict[str, Tensor]:
         """What the next steps depend on besides weights and gradients, by name."""
@@ -128,6 +138,19 @@ class Optimizer:
             tensor_name, _, key = name.rpartition(".")
             tensor = self.tensors[tensor_name]
             owners[id(tensor)].state[tensor][key] = value.to(tensor.device)
+
+
+def _split(part: torch.optim.Optimizer, group: dict[str, Any], scales: dict[int, float]) -> None:
+    """Share a group out among groups of one learning rate each."""
+    by_scale: dict[float, list[Tensor]] = {}
+    for tensor in group["params"]:
+        by_scale.setdefault(scales[id(tensor)], []).append(tensor)
+    rate = group["lr"]
+    for number, (scale, tensors) in enumerate(by_scale.items()):
+        if number:
+            part.add_param_group({**group, "params": tensors, "lr": rate * scale})
+        else:
+            group["params"], group["lr"] = tensors, rate * scale
 
 
 def clip_gradients(parameters: list[nn.Parameter], count: float, max_norm: float) -> Tensor:

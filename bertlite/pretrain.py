@@ -202,7 +202,7 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
         progress = Progress(**state["progress"])
         if not settings.per_device_train_batch_size:
             micro_batch = min(state["facts"]["rows at a time"], -(-settings.global_batch_size // runtime.world_size))
-        _compare(facts | {"rows at a time": micro_batch}, state["facts"], folder)
+        compare_facts(facts | {"rows at a time": micro_batch}, state["facts"], folder)
         say(f"resuming from {checkpoint}")
     if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
         write_config(folder, config)
@@ -239,7 +239,7 @@ def _train(config: PretrainConfig, prepared: Prepared, folder: Path, runtime: Ru
     say(f"the model is in {folder / 'model'}")
 
 
-def _compare(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
+def compare_facts(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
     """Refuse other text; announce another machine."""
     if now["text"] != before["text"]:
         raise UserError(f"{folder}: the text or the tokenizer has changed since the run began; start another run")

@@ -198,7 +198,7 @@ def read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -
 
 
 def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
-    datasets = _datasets(str(path))
+    datasets = quiet_datasets(str(path))
     builder, options = TABLES[kind]
     try:
         table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
@@ -212,7 +212,7 @@ def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
 
 def _read_dataset(source: Source, setting: str) -> Iterator[str]:
     name = str(source.dataset)
-    datasets = _datasets(name)
+    datasets = quiet_datasets(name)
     try:
         if (Path(name) / "state.json").exists():
             table = datasets.load_from_disk(name)
@@ -229,7 +229,7 @@ def _read_dataset(source: Source, setting: str) -> Iterator[str]:
         raise UserError(f"{setting}: {name}: cannot be read as a dataset: {_first_line(error)}") from None
 
 
-def _datasets(name: str) -> Any:
+def quiet_datasets(name: str) -> Any:
     """The datasets library, quiet; only sources that need it import it."""
     try:
         import datasets

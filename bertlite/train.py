@@ -56,6 +56,7 @@ class Training:
     micro_batch: int  # rows that a rank computes at a time
     progress: Progress
     optimizer: Optimizer
+    stop_early: Callable[[], bool] = lambda: False  # asked after each evaluation and save
 
     def run(self) -> None:
         """Train to the last step; at each step train, log, evaluate and save, in this order.
@@ -97,7 +98,7 @@ class Training:
                 self._save()
             if stop := agreed_stop(self.runtime):
                 raise Stopped(stop)
-            if progress.step == settings.max_steps:
+            if progress.step == settings.max_steps or self.stop_early():
                 return
             batch = share.result()
             share = executor.submit(self._share, progress.step + 1)

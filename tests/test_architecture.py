@@ -13,14 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "bertlite"
 ORDER = """
 errors signals philox
 config files runtime
-attention masking optim words sources
-tokenizer model corpus
+attention masking optim words sources metrics
+tokenizer model corpus tables
 batches hf
-parity checkpoint inference
+parity checkpoint inference tasks
 run_folder embed scoring export_onnx
 train card
 pretrain fill export
-evaluate
+evaluate finetune
+predict sweep
+api
 cli
 __main__
 """.strip().splitlines()

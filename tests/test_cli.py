@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertMo
 
 from bertlite import __version__, cli
 
-COMMANDS = ["prepare", "pretrain", "evaluate", "fill", "export", "verify"]
+COMMANDS = ["prepare", "pretrain", "evaluate", "finetune", "sweep", "predict", "fill", "export", "verify"]
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bertlite.config import PretrainConfig, load_config
+from bertlite import finetune
+from bertlite.config import FinetuneConfig, PretrainConfig, SweepConfig, load_config
 from bertlite.pretrain import check_settings
 
 ROOT = Path(__file__).parent.parent
@@ -17,16 +18,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def kind_of(path: Path) -> type:
+    """What a configuration is for."""
+    sections = yaml.safe_load(path.read_text()).keys()
+    return SweepConfig if "sweep" in sections else FinetuneConfig if sections & {"task", "tasks"} else PretrainConfig
+
+
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_configurations_in_the_readme_load(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    load_config(PretrainConfig, tmp_path / "mine.yaml")
+    load_config(kind_of(tmp_path / "mine.yaml"), tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_that_ship_load(path):
-    config = load_config(PretrainConfig, path)
-    if config.model.init_from is None:
+    config = load_config(kind_of(path), path)
+    if isinstance(config, FinetuneConfig):
+        named = config.model_copy(update={"model": config.model.model_copy(update={"init_from": "runs/mine"})})
+        finetune.check_settings(named)
+    elif config.model.init_from is None:
         check_settings(config)
 
 
@@ -35,6 +45,16 @@ def test_the_list_of_settings_shows_every_setting_with_its_default():
     config = load_config(PretrainConfig, ROOT / "configs" / "mini.yaml")
     assert config == PretrainConfig.model_validate({"data": {"train": ["sample"]}})
     for section in ("model", "tokenizer", "data", "masking", "train"):
+        assert listed[section].keys() == getattr(config, section).model_dump().keys(), section
+
+
+def test_the_list_of_settings_of_fine_tuning_is_complete():
+    listed = yaml.safe_load((ROOT / "configs" / "classification.yaml").read_text())
+    config = load_config(FinetuneConfig, ROOT / "configs" / "classification.yaml")
+    sample = {"task": {part: "sample" for part in ("train", "validation", "test")}}
+    assert config == FinetuneConfig.model_validate(sample)
+    assert listed.keys() == config.model_dump().keys()
+    for section in ("model", "task", "train"):
         assert listed[section].keys() == getattr(config, section).model_dump().keys(), section
 
 

@@ -1,0 +1,434 @@
+"""`bertlite finetune`: from a configuration and a BERT to a model for a task, and to honest numbers about it."""
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.attention import best_kernel
+from bertlite.checkpoint import (
+    checkpoint_folder,
+    load_training_state,
+    newest_checkpoint,
+    save_checkpoint,
+    save_final_model,
+)
+from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings, choose
+from bertlite.errors import UserError
+from bertlite.files import fingerprint, new_folder, write_json, write_whole
+from bertlite.hf import begin_from, load_model, read_architecture
+from bertlite.metrics import CLASSIFICATION
+from bertlite.model import Classifier, initialize, parameter_count
+from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
+from bertlite.philox import HELD_OUT, philox, split64
+from bertlite.pretrain import compare_facts
+from bertlite.run_folder import model_folder, open_run, write_config
+from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
+from bertlite.tables import Row, read_rows
+from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss
+from bertlite.tokenizer import load_tokenizer
+from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+
+POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
+WORST = 100  # examples of the largest loss that are written down
+
+
+@dataclass
+class Part:
+    """One table of a task: its rows, and its examples in batches."""
+
+    rows: list[Row]
+    examples: Examples
+    batches: ExampleBatches
+
+
+@dataclass
+class Selection:
+    """The best evaluation so far, and how many came after it."""
+
+    step: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    since: int = 0
+
+
+@dataclass
+class FineTuning:
+    """What the seeds of a run share."""
+
+    config: FinetuneConfig
+    settings: TaskSettings
+    task: Task
+    source: Path
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+    class_weights: Tensor | None
+    parts: dict[str, Part]
+    runtime: Runtime
+
+    @property
+    def metric(self) -> str:
+        return self.settings.metric or next(iter(self.task.metrics))
+
+    @property
+    def measured_on(self) -> str:
+        return "test" if "test" in self.parts else "validation"
+
+
+def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
+    """Fine-tune as configured into `output_dir`, with each seed; with `resume`, go on where it stopped.
+
+    Returns what results.json holds: the metric's mean and standard deviation, and all metrics of each seed; for
+    several tasks, that by their names. Raises UserError for what is wrong with the configuration or the data.
+    """
+    check_settings(config)
+    if config.task is not None:
+        return _run_task(config, config.task, resume)
+    suite = Path(config.output_dir)
+    results = {}
+    for name, task in config.tasks.items():
+        say(f"task {name}")
+        one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})
+        results[name] = _run_task(one, task, resume)
+    write_json(suite / "results.json", results)
+    return results
+
+
+def check_settings(config: FinetuneConfig) -> None:
+    """Raise UserError for a name of nothing, and for settings that do not go together."""
+    choose(OPTIMIZERS, config.train.optim, "train.optim")
+    choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
+    for name, settings in ({"task": config.task} if config.task else config.tasks).items():
+        task = choose(TASKS, settings.type, f"{name}.type")
+        if settings.metric is not None:
+            choose(task.metrics, settings.metric, f"{name}.metric")
+        texts = {"token-classification": (1,), "question-answering": (2,)}.get(settings.type, (1, 2))
+        if len(settings.text) not in texts:
+            raise UserError(f"{name}.text names {len(settings.text)} columns; {settings.type} reads {texts[0]}")
+        for key, value in {
+            f"{name}.class_weights": settings.class_weights,
+            "train.label_smoothing_factor": config.train.label_smoothing_factor,
+        }.items():
+            if value and task.loss is not label_loss:
+                raise UserError(f"{key} is {value!r}, but {settings.type} has no such thing; leave it out")
+    if config.model.init_from is None:
+        raise UserError("there is no model to begin from: name it by --model MODEL, or set model.init_from")
+
+
+def held_out(rows: list[Row], share: float) -> list[bool]:
+    """Which rows are kept for validation: each with the same chance, at least one, the same every time."""
+    random = philox((0, HELD_OUT), (*split64(np.arange(len(rows))), 0, 0))[:, 0]
+    return ((random < np.uint64(share * 2**32)) | (random == random.min())).tolist()
+
+
+def compute_outputs(
+    model: Classifier,
+    batches: ExampleBatches,
+    runtime: Runtime,
+    compute: Callable[..., Tensor],
+    loss: Callable[..., Any],
+) -> tuple[list[Any], float]:
+    """Each example's scores, in order, and the mean loss."""
+    outputs: dict[int, Any] = {}
+    rows: list[Any] = []
+
+    def make_batch(first: int, count: int) -> TaskBatch:
+        rows[:] = [batches.members(0, row) for row in range(first, first + count)]
+        return batches.batch(rows)
+
+    def collect(model: Any, batch: Any) -> dict[str, Tensor]:
+        scores = compute(model, batch)
+        outputs.update(batches.outputs(scores, rows))
+        total, count = loss(scores, batch)
+        return {"loss": total, "count": count}
+
+    alone = replace(runtime, rank=0, world_size=1)  # each rank computes all: it decides what is best by it
+    at_a_time = max(1, POSITIONS_AT_A_TIME // batches.length)
+    means = evaluate(model, collect, make_batch, batches.rows, at_a_time, alone)
+    return [outputs[number] for number in range(len(outputs))], means["loss"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results as lines for people: the metric of each task, mean ± standard deviation over its seeds."""
+    lines = []
+    for name, one in {"": results}.items() if "metric" in results else results.items():
+        spread = f" ± {one['std']:.4f}" if len(one["seeds"]) > 1 else ""
+        where = f"{one['measured_on']}, {len(one['seeds'])} seed(s)"
+        lines.append(f"{name:16}  {one['metric']:12}  {one['mean']:.4f}{spread}  ({where})".strip())
+    return "\n".join(lines)
+
+
+def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> dict[str, Any]:
+    runtime = start(config.train.precision, config.train.compile)
+    folder = Path(config.output_dir)
+    source = model_folder(str(config.model.init_from))
+    with open_run(folder, config, resume, runtime.rank):
+        if resume and (folder / "results.json").exists():
+            say(f"{folder}: the run has finished")
+            return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        work = _prepare(config, settings, source, runtime)
+        if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
+            write_config(folder, config)
+        seeds = {str(seed): _run_seed(work, seed, resume) for seed in config.train.seeds}
+        results = _summary(seeds, work.metric, work.measured_on)
+        if runtime.rank == 0:
+            best = max(seeds, key=lambda seed: seeds[seed][f"validation_{work.metric}"])
+            for name in ("worst.jsonl", "confusion.png"):
+                if (folder / f"seed-{best}" / name).exists():
+                    shutil.copy(folder / f"seed-{best}" / name, folder / name)
+            if not (folder / "model").exists():
+                with new_folder(folder / "model") as aside:
+                    shutil.copytree(folder / f"seed-{best}" / "model", aside, dirs_exist_ok=True)
+            write_json(folder / "results.json", results)
+            for seed in seeds:
+                shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
+        barrier()
+        say(f"the model of the best seed is in {folder / 'model'}")
+    leave_process_group()
+    return results
+
+
+def _summary(seeds: dict[str, dict[str, float]], metric: str, on: str) -> dict[str, Any]:
+    values = [scores[metric] for scores in seeds.values()]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"metric": metric, "mean": statistics.fmean(values), "std": spread, "measured_on": on, "seeds": seeds}
+
+
+def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runtime: Runtime) -> FineTuning:
+    """Read, check and tokenise everything."""
+    task = TASKS[settings.type]
+    tokenizer = load_tokenizer(str(source))
+    architecture = read_architecture(source)
+    if settings.max_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"task.max_length is {settings.max_length}, more than the {architecture.max_position_embeddings} "
+            f"positions of {config.model.init_from}"
+        )
+    if config.train.frozen_layers > architecture.num_hidden_layers:
+        raise UserError(
+            f"train.frozen_layers is {config.train.frozen_layers}; the model has {architecture.num_hidden_layers}"
+        )
+    tokenizer.model_max_length = settings.max_length
+    rows = {"train": read_rows(settings.train, settings, "task.train")}
+    labels = task.labels(rows["train"], settings)
+    for name, place in {"validation": settings.validation, "test": settings.test}.items():
+        if place is not None:
+            rows[name] = read_rows(place, settings, f"task.{name}")
+    if settings.validation is None:
+        if len(rows["train"]) < 2:
+            raise UserError("task.train holds one row, so none can be held out; name a file in task.validation")
+        apart = held_out(rows["train"], settings.validation_split)
+        rows["validation"] = [row for row, out in zip(rows["train"], apart, strict=True) if out]
+        rows["train"] = [row for row, out in zip(rows["train"], apart, strict=True) if not out]
+    parts: dict[str, Part] = {}
+    for name, these in rows.items():
+        examples = task.examples(these, labels, tokenizer, settings)
+        length = parts["train"].batches.length if parts else 0
+        batches = ExampleBatches(examples, task.head, tokenizer.pad_token_id, length=length)
+        parts[name] = Part(these, examples, batches)
+        cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
+        say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
+    weights = _class_weights(settings, labels, parts["train"].examples)
+    folder = Path(config.output_dir)
+    return FineTuning(config, settings, task, source, folder, tokenizer, labels, weights, parts, runtime)
+
+
+def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
+    """The settings of the training loop. A step takes the rows that hold about `global_batch_size` examples."""
+    examples = len(batches.lengths)
+    rows = max(1, round(train.global_batch_size * batches.rows / examples))
+    epoch = max(1, round(batches.rows / rows))
+    steps = train.max_steps or max(1, round(train.num_train_epochs * batches.rows / rows))
+    every = train.eval_steps or epoch
+    shared = {name: getattr(train, name) for name in Optimization.model_fields} | {"global_batch_size": rows}
+    return TrainSettings(
+        **shared, max_steps=steps, seed=seed, logging_steps=train.logging_steps, eval_steps=every, save_steps=every
+    )
+
+
+def first_model(work: FineTuning, kernel: str, seed: int) -> Classifier:
+    """A new head, by `seed`, on the encoder of the model to begin from."""
+    architecture = read_architecture(work.source).model_copy(update=work.config.model.model_dump(exclude={"init_from"}))
+    model = work.task.head(architecture, work.labels, kernel, work.task.problem_type)
+    initialize(model, architecture.initializer_range, seed)
+    begin_from(model, work.source)
+    return model
+
+
+def learning_rate_scale(decay: float, layers: int) -> Callable[[str], float]:
+    """By which factor the rate of a parameter is lower: `decay` once for each layer between it and the head."""
+
+    def scale(name: str) -> float:
+        if name.startswith("encoder.embeddings."):
+            return decay ** (layers + 1)
+        return decay ** (layers - int(name.split(".")[2])) if name.startswith("encoder.layers.") else 1.0
+
+    return scale
+
+
+def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
+    """Train with one seed, and measure its best checkpoint; what is done already is read."""
+    folder = work.folder / f"seed-{seed}"
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    folder.mkdir(exist_ok=True)
+    runtime, train, kernel = work.runtime, work.config.train, best_kernel(work.runtime.device)
+    batches = work.parts["train"].batches
+    batches = ExampleBatches(batches.examples, work.task.head, batches.pad_id, seed, batches.length)
+    settings = steps_of(train, batches, seed)
+    checkpoint = newest_checkpoint(folder) if resume else None
+    model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(work, kernel, seed)
+    model.encoder.gradient_checkpointing = train.gradient_checkpointing
+    if train.frozen_layers:
+        model.encoder.embeddings.requires_grad_(False)
+        model.encoder.layers[: train.frozen_layers].requires_grad_(False)
+    model.to(runtime.device)
+    optimizer = Optimizer(model, settings, learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers)))
+    micro_batch = rows_at_a_time(settings, model, batches.length, 0, runtime)
+    facts = {"text": _digest(work), **runtime.facts()}
+    progress, selection = Progress(), Selection()
+    if checkpoint is not None:
+        tensors, state = load_training_state(checkpoint)
+        optimizer.load_state(tensors)
+        progress, selection = Progress(**state["progress"]), Selection(**state["selection"])
+        micro_batch = train.per_device_train_batch_size or state["facts"]["rows at a time"]
+        compare_facts(facts | {"rows at a time": micro_batch}, state["facts"], folder)
+        say(f"resuming from {checkpoint}")
+    say(
+        f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
+        f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
+        f"{len(batches.lengths) * settings.global_batch_size / batches.rows:.1f} examples on average"
+    )
+    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
+    loss = work.task.loss
+    if loss is label_loss:
+        weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
+        loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
+
+    def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
+        state = {"progress": asdict(progress), "selection": asdict(selection)}
+        state["facts"] = facts | {"rows at a time": micro_batch}
+        best = selection.step
+        save_checkpoint(folder, progress.step, model, work.tokenizer, optimizer_state, state, keep=1, spare=best)
+
+    def evaluate_now() -> dict[str, float]:
+        scores = _measure(work, model, "validation", compute)[0]
+        selection.since += 1
+        if not selection.scores or scores[work.metric] > selection.scores[work.metric]:
+            selection.step, selection.scores, selection.since = progress.step, scores, 0
+        return scores
+
+    def train_loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        return loss(compute(model, batch), batch)
+
+    patience = train.early_stopping_patience
+    Training(
+        folder=folder,
+        model=model,
+        loss=train_loss,
+        make_batch=batches.training,
+        evaluate=evaluate_now,
+        save=save,
+        settings=settings,
+        runtime=runtime,
+        micro_batch=micro_batch,
+        progress=progress,
+        optimizer=optimizer,
+        stop_early=lambda: patience is not None and selection.since >= patience,
+    ).run()
+    barrier()
+    best: Any = load_model(checkpoint_folder(folder, selection.step), kernel)
+    best.to(runtime.device)
+    scores, predictions, outputs = _measure(work, best, work.measured_on)
+    results = {**scores, **{f"validation_{name}": value for name, value in selection.scores.items()}}
+    results["best_step"] = selection.step
+    if runtime.rank == 0:
+        _write_findings(work, folder, predictions, outputs)
+        save_final_model(folder, best, work.tokenizer)
+        write_json(folder / "results.json", results)
+        shutil.rmtree(folder / "checkpoints")
+    barrier()
+    return results
+
+
+def _digest(work: FineTuning) -> str:
+    return fingerprint(
+        [[part.examples.ids, [np.asarray(target).tolist() for target in part.examples.targets]]
+         for part in work.parts.values()]
+    )  # fmt: skip
+
+
+def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:
+    """A weight for each label: as set, 1 where nothing is said, or so that each label counts the same."""
+    wanted = settings.class_weights
+    if wanted is None:
+        return None
+    if isinstance(wanted, dict):
+        if unknown := set(wanted) - set(labels):
+            raise UserError(f"task.class_weights: {min(unknown)!r} is no label; they are {', '.join(labels)}")
+        return torch.tensor([wanted.get(label, 1.0) for label in labels])
+    targets = np.concatenate([np.ravel(target) for target in examples.targets])
+    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def _measure(
+    work: FineTuning, model: Classifier, name: str, compute: Callable[..., Tensor] = compute_scores
+) -> tuple[dict[str, float], list[Any], list[Any]]:
+    """All metrics and the mean loss (unweighted) on a part; the predictions; the outputs."""
+    part, task = work.parts[name], work.task
+    outputs, loss = compute_outputs(model, part.batches, work.runtime, compute, task.loss)
+    predictions = task.decode(outputs, part.examples, part.rows, work.labels, work.settings)
+    references = task.references(part.rows, part.examples, work.settings)
+    scores = {metric: float(measure(references, predictions)) for metric, measure in task.metrics.items()}
+    return {**scores, "loss": loss}, predictions, outputs
+
+
+def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], outputs: list[Any]) -> None:
+    """Write the examples of the largest loss and, for labels, the confusion matrix."""
+    part, task = work.parts[work.measured_on], work.task
+    losses = np.zeros(len(part.rows))
+    for number, output in enumerate(outputs):
+        single = Examples(*([column[number]] for column in list(vars(part.examples).values())[:5]), 0)
+        batches = ExampleBatches(single, task.head, 0)
+        scores = np.zeros((1, batches.places if output.ndim == 1 else batches.length, output.shape[-1]), np.float32)
+        scores[0, : 1 if output.ndim == 1 else len(output)] = output
+        total, count = task.loss(torch.from_numpy(scores), batches.batch([np.array([0])]))
+        losses[part.examples.owners[number]] += (total / count.clamp(min=1)).item()
+    lines = []
+    for number in np.argsort(-losses, kind="stable")[:WORST].tolist():
+        predicted = predictions[number]
+        if task.metrics is CLASSIFICATION:
+            predicted = work.labels[predicted]
+        elif isinstance(predicted, np.ndarray):
+            predicted = [label for label, given in zip(work.labels, predicted, strict=True) if given]
+        row = part.rows[number]
+        about = {"where": row.where, **row.columns, "predicted": predicted, "loss": losses[number]}
+        lines.append(json.dumps(about, ensure_ascii=False, default=str) + "\n")
+    write_whole(folder / "worst.jsonl", "".join(lines))
+    if task.metrics is CLASSIFICATION:
+        _draw_confusion(folder / "confusion.png", part.examples.targets, predictions, work.labels)
+
+
+def _draw_confusion(path: Path, references: list[int], predictions: list[int], labels: list[str]) -> None:
+    """Which label is taken for which, as a share of each label's examples."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 4 + 0.35 * len(labels)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    ConfusionMatrixDisplay.from_predictions(
+        references, predictions, labels=range(len(labels)), display_labels=labels, normalize="true",
+        include_values=len(labels) <= 20, values_format=".2f", xticks_rotation="vertical", cmap="Blues", colorbar=False,
+        ax=figure.subplots(),
+    )  # fmt: skip
+    figure.savefig(path)

@@ -1,0 +1,133 @@
+"""`bertlite predict`: what a fine-tuned model says about texts, as Hugging Face's pipelines would."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.attention import best_kernel
+from bertlite.config import TaskSettings
+from bertlite.errors import UserError
+from bertlite.finetune import compute_outputs
+from bertlite.hf import load_model, load_tokenizer_of
+from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
+from bertlite.runtime import Runtime
+from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
+
+TEXTS_AT_A_TIME = 64
+
+
+def load_classifier(folder: Path, runtime: Runtime) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """A fine-tuned model and its tokenizer. Raises UserError when the folder holds another kind of model."""
+    model = load_model(folder, best_kernel(runtime.device))
+    if not isinstance(model, Classifier):
+        raise UserError(f"{folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune")
+    return model.to(runtime.device), load_tokenizer_of(folder, model)
+
+
+def predict(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    runtime: Runtime,
+    pairs: bool = False,
+    top_k: int = 1,
+) -> Iterator[Any]:
+    """What the model says about each text, one after the other, in Hugging Face's form.
+
+    Labels: `label, score`, or a list of the `top_k` best. Tokens: a list of entities, `entity_group, score, word,
+    start, end`. Questions: `score, start, end, answer`. With `pairs`, and for questions, each text is two with a tab
+    between. Raises UserError for a text that is not.
+    """
+    two = pairs or isinstance(model, QuestionAnswerer)
+    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    settings = TaskSettings(train={"path": "-"}, max_length=length, doc_stride=min(64, length // 4))
+    waiting = iter(texts)
+    for first in count(1, TEXTS_AT_A_TIME):
+        chunk = list(islice(waiting, TEXTS_AT_A_TIME))
+        if not chunk:
+            return
+        parts = [tuple(text.split("\t")) if two else (text,) for text in chunk]
+        for place, one in enumerate(parts, first):
+            if two and len(one) != 2:
+                what = "a question and its context" if isinstance(model, QuestionAnswerer) else "two texts"
+                raise UserError(f"text {place}: should be {what}, with a tab between: {chr(9).join(one)[:60]!r}")
+        encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
+        examples = encode(parts, tokenizer, settings)
+        batches = ExampleBatches(examples, type(model), model.config.pad_token_id)
+        outputs, _ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
+        if isinstance(model, QuestionAnswerer):
+            yield from best_answers(outputs, examples, [one[1] for one in parts], settings.max_answer_length)
+        elif isinstance(model, TokenClassifier):
+            for output, encoding, (text,) in zip(outputs, examples.spans, parts, strict=True):
+                yield entities(softmax(output, axis=-1), encoding, text, model.labels)
+        else:
+            for output in outputs:
+                yield _labels(output, model, top_k)
+
+
+def entities(scores: NDArray[np.float32], encoding: Encoding, text: str, labels: list[str]) -> list[dict[str, Any]]:
+    """Words of one entity together, each word by its first piece: Hugging Face's aggregation "first"."""
+    found: list[dict[str, Any]] = []
+    parts: list[list[float]] = []
+    before, seen = "", None
+    for place, word in enumerate(encoding.word_ids):
+        if word is None:
+            continue
+        start, end = encoding.offsets[place]
+        if word == seen:
+            if before:
+                found[-1] |= {"end": end, "word": text[found[-1]["start"] : end]}
+            continue
+        seen = word
+        prefix, _, kind = labels[int(scores[place].argmax())].rpartition("-")
+        kind = "" if kind == "O" else kind
+        if kind and (prefix == "B" or kind != before):
+            found.append({"entity_group": kind, "start": start})
+            parts.append([])
+        if kind:
+            parts[-1].append(float(scores[place].max()))
+            found[-1] |= {"score": float(np.mean(parts[-1])), "end": end, "word": text[found[-1]["start"] : end]}
+        before = kind
+    return [{key: one[key] for key in ("entity_group", "score", "word", "start", "end")} for one in found]
+
+
+def read_lines(file: Path | None) -> Iterator[str]:
+    """The lines of a text file, or of standard input. Raises UserError for what is not UTF-8 text."""
+    try:
+        with sys.stdin.buffer if file is None else file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{file or 'standard input'}:{number}: not UTF-8") from None
+    except FileNotFoundError:
+        raise UserError(f"--file: {file}: there is no such file") from None
+
+
+def as_text(result: Any) -> str:
+    """A prediction as a line for people."""
+    answers = result if isinstance(result, list) else [result]
+    names = ("label", "entity_group", "word", "answer")
+    return (
+        "; ".join("  ".join([f"{one['score']:.4f}", *(one[name] for name in names if name in one)]) for one in answers)
+        or "-"
+    )
+
+
+def _labels(output: NDArray[np.float32], model: Classifier, top_k: int) -> Any:
+    if model.problem_type == "regression":
+        scores = output
+    elif model.problem_type == "multi_label_classification" or len(model.labels) == 1:
+        scores = expit(output)
+    else:
+        scores = softmax(output)
+    order = np.argsort(-scores, kind="stable")[:top_k].tolist()
+    answers = [{"label": model.labels[number], "score": float(scores[number])} for number in order]
+    return answers[0] if top_k == 1 else answers

@@ -1,0 +1,206 @@
+"""Tables of labelled examples in whatever form they lie, as rows of named columns."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from bertlite.config import Place, TaskSettings
+from bertlite.errors import UserError
+from bertlite.sources import DAMAGED, DECOMPRESSORS, quiet_datasets
+
+csv.field_size_limit(1 << 30)
+
+
+class Row(NamedTuple):
+    """A row: where it stands, for people, and its columns."""
+
+    where: str
+    columns: dict[str, Any]
+
+
+def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
+    """All rows of a file or a dataset; `sample` is the sample's part that `setting` ends with.
+
+    The file's ending says what it is: .parquet, .jsonl, .json (SQuAD's own, or a list of objects), .csv or .tsv; all
+    else is lines of columns or, for token classification, a word a line with a blank line between sentences. Raises
+    UserError, naming file and line, for what cannot be read.
+    """
+    if place.dataset is not None:
+        return list(_dataset(place, setting))
+    path = Path(str(place.path)).expanduser()
+    if place.path == "sample":
+        part = {"validation": "dev"}.get(setting.split(".")[-1], setting.split(".")[-1])
+        path = Path(str(files("bertlite") / "sample" / f"subject_{part}.tsv"))
+    if not path.is_file():
+        raise UserError(f"{setting}: {path}: there is no such file (paths are relative to the current directory)")
+    kind = Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
+    if kind == ".parquet":
+        rows = list(_parquet(path))
+    else:
+        text = _decoded(path, settings.encoding)
+        if kind in (".jsonl", ".ndjson"):
+            rows = [Row(f"{path}:{number}", _json(line, f"{path}:{number}")) for number, line in _lines(text)]
+        elif kind == ".json":
+            rows = list(_json_document(_json(text, str(path)), path))
+        elif settings.type == "token-classification":
+            rows = list(_sentences(text, path, settings))
+        else:
+            rows = list(_fields(text, path, kind, settings))
+    if not rows:
+        raise UserError(f"{setting}: {path} holds no rows")
+    for row in rows:
+        if not isinstance(row.columns, dict):
+            raise UserError(f'{row.where}: should hold an object with named columns, such as {{"text": …}}')
+    return rows
+
+
+def column(row: Row, name: str, setting: str) -> Any:
+    """A row's value in a column. Raises UserError, listing the columns there are, when there is none."""
+    if name not in row.columns:
+        there = ", ".join(map(repr, row.columns))
+        raise UserError(f"{row.where}: {setting}: there is no column {name!r}; there are {there}")
+    return row.columns[name]
+
+
+def _decoded(path: Path, encoding: str) -> str:
+    try:
+        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
+            content: bytes = file.read()
+        return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except LookupError:
+        raise UserError(f"task.encoding is {encoding!r}, which Python does not know; it is utf-8, latin-1, …") from None
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{number}: not {encoding} (byte 0x{content[error.start]:02x}); set task.encoding, such as latin-1"
+        ) from None
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged or cut off: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def _fields(text: str, path: Path, kind: str, settings: TaskSettings) -> Iterator[Row]:
+    """Delimited columns. Without quoting, the last of `columns` takes what is left of its line."""
+    delimiter = settings.delimiter or ("," if kind == ".csv" else "\t")
+    names = settings.columns
+    if settings.quoting if settings.quoting is not None else kind == ".csv":
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        numbered: Iterator[tuple[int, list[str]]] = ((reader.line_num, fields) for fields in reader if fields)
+    else:
+        splits = len(names) - 1 if names else -1
+        numbered = ((number, line.split(delimiter, splits)) for number, line in _lines(text))
+    if names is None:
+        names = next(numbered, (0, []))[1]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column's name stands there twice: {', '.join(names)}; set task.columns")
+    for number, fields in numbered:
+        if len(fields) != len(names):
+            raise UserError(
+                f"{path}:{number}: {len(fields)} columns, but {len(names)} are named ({', '.join(names)}); "
+                "see task.columns, task.delimiter and task.quoting"
+            )
+        yield Row(f"{path}:{number}", dict(zip(names, fields, strict=True)))
+
+
+def _sentences(text: str, path: Path, settings: TaskSettings) -> Iterator[Row]:
+    """CoNLL's form: a word a line, its tag in the last column or in that which `columns` calls the label."""
+    words: list[str] = []
+    tags: list[str] = []
+    names = settings.columns or [settings.text[0], settings.label]
+    word, tag = (names.index(name) if name in names else None for name in (settings.text[0], settings.label))
+    if word is None or tag is None:
+        raise UserError(f"task.columns should name {settings.text[0]!r} and {settings.label!r} (task.text, task.label)")
+    first = 0
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        line = line.strip("\r\n ")
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            if words:
+                yield Row(f"{path}:{first}", {settings.text[0]: words, settings.label: tags})
+            words, tags = [], []
+            continue
+        fields = (
+            re.split("[\t]" if "\t" in line else " +", line)
+            if not settings.delimiter
+            else line.split(settings.delimiter)
+        )
+        if len(fields) < 2 or (settings.columns and len(fields) != len(names)):
+            raise UserError(f"{path}:{number}: {line!r} should be {' '.join(names)}")
+        first = first if words else number
+        words.append(fields[word])
+        tags.append(fields[tag if settings.columns else -1])
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def _json_document(content: Any, path: Path) -> Iterator[Row]:
+    """A list of objects, or SQuAD's articles, paragraphs and questions (Rajpurkar et al. 2016) as flat rows."""
+    articles = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(articles, list):
+        raise UserError(f"{path}: should be a list of objects, or have one under the key data, as SQuAD does")
+    for number, article in enumerate(articles, 1):
+        if not (isinstance(article, dict) and "paragraphs" in article):
+            yield Row(f"{path}: object {number}", article)
+            continue
+        try:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+                    columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+                    yield Row(f"{path}: question {question['id']}", {**columns, "answers": answers})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: article {number} is not as SQuAD's: {error} is missing or of another kind"
+            ) from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    for number, columns in enumerate(table.to_pylist(), 1):
+        yield Row(f"{path}: row {number}", columns)
+
+
+def _dataset(place: Place, setting: str) -> Iterator[Row]:
+    """A dataset of the hub or on the disk; numbers that have names become their names."""
+    name = str(place.dataset)
+    datasets = quiet_datasets(name)
+    try:
+        if (Path(name) / "dataset_dict.json").exists():
+            table = datasets.load_from_disk(name)[place.split]
+        elif (Path(name) / "state.json").exists():
+            table = datasets.load_from_disk(name)
+        else:
+            table = datasets.load_dataset(name, place.name, split=place.split, revision=place.revision)
+    except Exception as error:  # the library lets through whatever its readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{setting}: {name}: cannot be read as a dataset: {reason}") from None
+    for number, columns in enumerate(table, 1):
+        for key, feature in table.features.items():
+            names = getattr(feature, "feature", feature)  # of a list, its members
+            if hasattr(names, "int2str") and columns[key] != -1:
+                columns[key] = names.int2str(columns[key])
+        yield Row(f"{name}, {place.split}: row {number}", columns)

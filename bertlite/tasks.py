@@ -1,0 +1,480 @@
+"""What can be learnt on top of the encoder: for each type of task its head, labels, examples, loss and metrics."""
+
+# Shapes: R rows, T positions of a row, P places of a row for an example, L labels.
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.batches import Batch, pack
+from bertlite.config import TaskSettings
+from bertlite.errors import UserError
+from bertlite.masking import IGNORED
+from bertlite.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION, Measure
+from bertlite.model import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from bertlite.philox import ROW_ORDER, permute
+from bertlite.runtime import say
+from bertlite.tables import Row, column
+
+MOST_PADDING = 0.05  # of the positions; longer rows pack better
+
+
+@dataclass
+class Examples:
+    """Tokenised examples. A target is a number, a vector, a tag number for each piece, or where an answer starts and
+    ends. `owners` says which row of the table an example is from; `spans` is what decoding needs to know."""
+
+    ids: list[list[int]]
+    types: list[list[int]]
+    spans: list[Any]
+    owners: list[int]
+    targets: list[Any]
+    cut: int  # examples of which `max_length` left a part out
+
+
+@dataclass(frozen=True)
+class TaskBatch(Batch):
+    """Packed examples. `prediction_positions` (R,P) are where they begin; labels are (R,P) or (R,P,·), one for each
+    example, or (R,T), one for each token; places without an example have the label IGNORED or, among numbers, NaN."""
+
+    token_type_ids: Tensor  # (R,T)
+
+
+class ExampleBatches:
+    """Batches of examples packed into rows of one length, like those of pretraining: a pure function of the seed and
+    the number of the first row, with hardly any padding and always of one shape.
+
+    `length` is a length of rows to keep to; where examples are longer, or without it, the shortest that packs well.
+    """
+
+    def __init__(self, examples: Examples, head: type[nn.Module], pad_id: int, seed: int = 0, length: int = 0) -> None:
+        self.examples, self.head, self.pad_id, self.seed = examples, head, pad_id, seed
+        self.lengths = np.array([len(ids) for ids in examples.ids])
+        longest = int(self.lengths.max())
+        for self.length in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in range(1, 9)]:
+            self.rows = len(pack(self.lengths, self.length)[1]) - 1
+            self.padding = 1 - self.lengths.sum() / (self.rows * self.length)
+            if self.padding <= MOST_PADDING:
+                break
+        self.places = self.length // self.lengths.min()
+        self.packings: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def training(self, first: int, count: int) -> TaskBatch:
+        """Rows `first` to `first + count` of the endless stream; each epoch packs and shuffles the examples anew."""
+        samples = np.arange(first, first + count)
+        epochs = samples // self.rows
+        places = permute(samples % self.rows, self.rows, (self.seed, ROW_ORDER), epochs)
+        return self.batch([self.members(*one) for one in zip(epochs.tolist(), places.tolist(), strict=True)])
+
+    def members(self, epoch: int, row: int) -> NDArray[np.int64]:
+        """The examples of a row in an epoch's packing; past the last row, none."""
+        if epoch not in self.packings:
+            self.packings = {number: kept for number, kept in self.packings.items() if number >= epoch - 1}
+            self.packings[epoch] = pack(self.lengths, self.length, self.seed, epoch)
+        order, starts = self.packings[epoch]
+        return order[starts[row] : starts[row + 1]] if row < self.rows else order[:0]
+
+    def batch(self, rows: list[NDArray[np.int64]]) -> TaskBatch:
+        """A batch of rows that hold these examples."""
+        examples, shape = self.examples, (len(rows), self.length)
+        ids, types = np.full(shape, self.pad_id), np.zeros(shape, np.int64)
+        positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        firsts = np.zeros((len(rows), self.places), np.int64)
+        by_token = self.head is TokenClassifier
+        target = np.asarray(examples.targets[0])
+        none = math.nan if target.dtype.kind == "f" else IGNORED
+        labels = np.full(shape if by_token else (*firsts.shape, *target.shape), none, target.dtype)
+        for out, members in enumerate(rows):
+            at = 0
+            for place, member in enumerate(members):
+                end = at + len(examples.ids[member])
+                ids[out, at:end], types[out, at:end] = examples.ids[member], examples.types[member]
+                positions[out, at:end], documents[out, at:end] = np.arange(end - at), place + 1
+                firsts[out, place] = at
+                if by_token:
+                    labels[out, at:end] = examples.targets[member]
+                else:
+                    labels[out, place] = examples.targets[member]
+                if self.head is QuestionAnswerer:
+                    labels[out, place] += np.where(labels[out, place] == IGNORED, 0, at)
+                at = end
+        return TaskBatch(*map(torch.from_numpy, (ids, positions, documents, firsts, labels, types)))
+
+    def outputs(self, scores: Tensor, rows: list[NDArray[np.int64]]) -> dict[int, NDArray[np.float32]]:
+        """Each example's own scores, cut out of a batch's: (L,), or (n,L) for its n tokens."""
+        found = {}
+        for members, row in zip(rows, scores.float().cpu().numpy(), strict=True):
+            at = 0
+            for place, member in enumerate(members.tolist()):
+                end = at + self.lengths[member]
+                found[member] = row[place] if self.head is SequenceClassifier else row[at:end]
+                at = end
+        return found
+
+
+def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
+    """The head's scores: (R,P,L), one for each example, or (R,T,L), one for each token."""
+    hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids)
+    if not isinstance(model, SequenceClassifier):
+        return model.classify(hidden)
+    firsts = hidden.gather(1, batch.prediction_positions[..., None].expand(-1, -1, hidden.shape[-1]))
+    return model.classify(firsts.flatten(0, 1)[:, None]).unflatten(0, batch.prediction_positions.shape)
+
+
+# Losses take scores and a batch, and return a sum and how many it sums.
+def label_loss(
+    scores: Tensor, batch: TaskBatch, weights: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of one label each, in nats, weighted by label; `smoothing` spreads a share over all labels."""
+    labels = batch.labels.flatten()
+    loss = F.cross_entropy(
+        scores.flatten(0, 1).float(), labels, weights, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
+    return loss, (labels != IGNORED).sum()
+
+
+def multilabel_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Binary cross entropy, in nats, averaged over the labels of an example."""
+    real = ~batch.labels[..., 0].isnan()
+    losses = F.binary_cross_entropy_with_logits(scores.float(), batch.labels.nan_to_num(), reduction="none").mean(-1)
+    return torch.where(real, losses, 0).sum(), real.sum()
+
+
+def regression_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """The squared error."""
+    real = ~batch.labels.isnan()
+    return torch.where(real, (scores[..., 0].float() - batch.labels.nan_to_num()).square(), 0).sum(), real.sum()
+
+
+def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of start and end, averaged, among the tokens of the example (Devlin et al. 2018, section 4.2)."""
+    numbers = torch.arange(1, batch.prediction_positions.shape[1] + 1, device=scores.device)
+    inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (R,P,1,T)
+    scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (R,P,2,T)
+    labels = batch.labels.flatten()
+    loss = F.cross_entropy(scores.flatten(0, 2), labels, ignore_index=IGNORED, reduction="sum") / 2
+    return loss, (labels != IGNORED).sum() // 2
+
+
+def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Nothing, where labels are not known."""
+    return scores.new_zeros(()), scores.new_zeros(())
+
+
+def encode_texts(texts: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> Examples:
+    """Single texts or pairs, cut to `max_length`; the spans are the tokenizer's own encodings."""
+    columns = map(list, zip(*texts, strict=True))
+    found = tokenizer(*columns, truncation=True, max_length=settings.max_length, verbose=False).encodings
+    return _examples(found, found, list(range(len(found))), tokenizer)
+
+
+def encode_words(words: list[list[str]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> Examples:
+    """Sentences of words, cut to `max_length`; the spans are the first piece of each word, by its number."""
+    found = tokenizer(
+        words, is_split_into_words=True, truncation=True, max_length=settings.max_length, verbose=False
+    ).encodings
+    firsts: list[dict[int, int]] = []
+    for one in found:
+        firsts.append({})
+        for place, word in enumerate(one.word_ids):
+            if word is not None:
+                firsts[-1].setdefault(word, place)
+    return _examples(found, firsts, list(range(len(found))), tokenizer)
+
+
+def encode_questions(
+    texts: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+) -> Examples:
+    """Questions with their contexts, long ones in pieces that overlap by `doc_stride`; the spans are the characters of
+    the context that a piece stands for, None outside of it."""
+    room = settings.max_length - settings.doc_stride - 4  # for the question, and a token beyond what overlaps
+    if room < 1:
+        raise UserError(
+            f"task.doc_stride is {settings.doc_stride}, which leaves no room for the question in task.max_length "
+            f"{settings.max_length}; raise the second"
+        )
+    questions = []
+    for (question, _), pieces in zip(
+        texts, tokenizer([text for text, _ in texts], add_special_tokens=False, verbose=False).encodings, strict=True
+    ):
+        questions.append(question[: pieces.offsets[room - 1][1]] if len(pieces) > room else question)
+    found = tokenizer(
+        questions,
+        [context for _, context in texts],
+        truncation="only_second",
+        max_length=settings.max_length,
+        stride=settings.doc_stride,
+        return_overflowing_tokens=True,
+        verbose=False,
+    )
+    spans = [
+        [offset if part == 1 else None for offset, part in zip(one.offsets, one.sequence_ids, strict=True)]
+        for one in found.encodings
+    ]
+    return _examples(found.encodings, spans, found["overflow_to_sample_mapping"], tokenizer)
+
+
+def _examples(found: list[Any], spans: list[Any], owners: list[int], tokenizer: PreTrainedTokenizerBase) -> Examples:
+    tokenizer.backend_tokenizer.no_truncation()  # it would be saved with the tokenizer
+    ids, types = [one.ids for one in found], [one.type_ids for one in found]
+    cut = 0 if len(set(owners)) < len(owners) else sum(bool(one.overflowing) for one in found)
+    return Examples(ids, types, spans, owners, [IGNORED] * len(found), cut)
+
+
+def texts_of(rows: list[Row], settings: TaskSettings) -> list[tuple[str, ...]]:
+    """The texts of the rows' columns. Raises UserError for one that is empty or no text."""
+    texts = []
+    for row in rows:
+        values = tuple(column(row, name, "task.text") for name in settings.text)
+        for name, value in zip(settings.text, values, strict=True):
+            if not isinstance(value, str) or not value.strip():
+                what = "is empty" if value is None or value == "" or isinstance(value, str) else "holds no text"
+                raise UserError(f"{row.where}: the column {name!r} {what}: {value!r}")
+        texts.append(values)
+    return texts
+
+
+def sorted_labels(labels: set[str]) -> list[str]:
+    """Labels in the order of their numbers, if they are numbers, or of the alphabet."""
+    return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
+
+
+def one_label(row: Row, settings: TaskSettings) -> str:
+    value = column(row, settings.label, "task.label")
+    if value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() == "":
+        raise UserError(f"{row.where}: the label in column {settings.label!r} is empty: {value!r}")
+    return str(value)
+
+
+def several_labels(row: Row, settings: TaskSettings) -> list[str]:
+    """A list, or a text cut at `label_separator`; it may be empty."""
+    value = column(row, settings.label, "task.label")
+    parts = value if isinstance(value, list) else str(value or "").split(settings.label_separator)
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def one_number(row: Row, settings: TaskSettings) -> float:
+    value = column(row, settings.label, "task.label")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{row.where}: the target in column {settings.label!r} is {value!r}, which is no finite number")
+    return number
+
+
+def words_and_tags(row: Row, settings: TaskSettings) -> tuple[list[str], list[str]]:
+    """A sentence's words and tags, the tags as IOB2: in IOB1, IOB2 and BMES alike, what follows no part of its own
+    kind begins an entity, and so do B and S."""
+    words, tags = (column(row, name, "task") for name in (settings.text[0], settings.label))
+    if not isinstance(words, list) or not isinstance(tags, list):
+        raise UserError(
+            f"{row.where}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
+        )
+    if len(words) != len(tags):
+        raise UserError(f"{row.where}: {len(words)} words, but {len(tags)} tags")
+    if not words:
+        raise UserError(f"{row.where}: the sentence is empty")
+    result, before = [], ""
+    for tag in map(str, tags):
+        place, _, kind = tag.partition("-")
+        if tag != "O" and (place not in ("B", "I", "M", "E", "S", "L", "U") or not kind):
+            raise UserError(f"{row.where}: {tag!r} is no tag; they are O, B-KIND, I-KIND, or M-, E-, S-KIND in BMES")
+        begins = place in ("B", "S", "U") or kind != before
+        result.append("O" if tag == "O" else f"{'B' if begins else 'I'}-{kind}")
+        before = "" if place in ("E", "S", "L", "U") else kind
+    return [str(word) for word in words], result
+
+
+def answers_of(row: Row) -> tuple[list[str], list[int]]:
+    """The texts and starts of a question's answers."""
+    answers = column(row, "answers", "SQuAD's form")
+    try:
+        return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{row.where}: answers should hold the lists text and answer_start") from None
+
+
+def class_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+    labels = sorted_labels({one_label(row, settings) for row in rows})
+    if len(labels) < 2:
+        raise UserError(
+            f"task.train: all {len(rows):,} rows have the label {labels[0]!r}; there is nothing to tell apart"
+        )
+    return labels
+
+
+def multilabel_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+    labels = sorted_labels({label for row in rows for label in several_labels(row, settings)})
+    if not labels:
+        raise UserError(f"task.train: no row has a label in column {settings.label!r}")
+    return labels
+
+
+def tag_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+    kinds = sorted({tag[2:] for row in rows for tag in words_and_tags(row, settings)[1]} - {""})
+    if not kinds:
+        raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is nothing to find")
+    return ["O", *(f"{place}-{kind}" for kind in kinds for place in "BI")]
+
+
+def _numbers(labels: list[str], wanted: list[str], row: Row) -> list[int]:
+    for label in wanted:
+        if label not in labels:
+            shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+            raise UserError(f"{row.where}: the label {label!r} does not occur in task.train, which has {shown}")
+    return [labels.index(label) for label in wanted]
+
+
+def class_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
+    examples.targets = [_numbers(labels, [one_label(row, settings)], row)[0] for row in rows]
+    return examples
+
+
+def multilabel_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
+    examples.targets = [np.zeros(len(labels), np.float32) for _ in rows]
+    for row, target in zip(rows, examples.targets, strict=True):
+        target[_numbers(labels, several_labels(row, settings), row)] = 1
+    return examples
+
+
+def regression_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
+    examples.targets = [np.float32(one_number(row, settings)) for row in rows]
+    return examples
+
+
+def tag_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    sentences = [words_and_tags(row, settings) for row in rows]
+    examples = encode_words([words for words, _ in sentences], tokenizer, settings)
+    examples.targets = [np.full(len(ids), IGNORED) for ids in examples.ids]
+    for row, (_, tags), firsts, target in zip(rows, sentences, examples.spans, examples.targets, strict=True):
+        numbers = _numbers(labels, tags, row)
+        for word, place in firsts.items():
+            target[place] = numbers[word]
+    return examples
+
+
+def answer_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    """Where a piece of the context does not hold the answer, its target is [CLS]."""
+    examples = encode_questions(texts_of(rows, settings), tokenizer, settings)
+    astray = {number for number, row in enumerate(rows) if not _answer_is_in_context(row, settings)}
+    if astray:
+        say(
+            f"{len(astray):,} of {len(rows):,} questions have no answer where answer_start says, such as "
+            f"{rows[min(astray)].where}; they are left out of the loss"
+        )
+    for number, (owner, spans) in enumerate(zip(examples.owners, examples.spans, strict=True)):
+        texts, starts = answers_of(rows[owner])
+        target = np.full(2, IGNORED if owner in astray else 0)
+        if owner not in astray:
+            start, end = starts[0], starts[0] + len(texts[0])
+            inside = [place for place, span in enumerate(spans) if span and span[0] < end and span[1] > start]
+            if inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end:
+                target[:] = inside[0], inside[-1]
+        examples.targets[number] = target
+    return examples
+
+
+def _answer_is_in_context(row: Row, settings: TaskSettings) -> bool:
+    texts, starts = answers_of(row)
+    context = row.columns[settings.text[1]]
+    return bool(texts and starts) and context[starts[0] : starts[0] + len(texts[0])] == texts[0] != ""
+
+
+def decode_tags(
+    outputs: list[NDArray[np.float32]], examples: Examples, rows: list[Row], labels: list[str], settings: TaskSettings
+) -> list[list[str]]:
+    """A tag for each word; O for words that were cut off."""
+    results = []
+    for output, firsts, row in zip(outputs, examples.spans, rows, strict=True):
+        tags = ["O"] * len(row.columns[settings.text[0]])
+        for word, place in firsts.items():
+            tags[word] = labels[int(output[place].argmax())]
+        results.append(tags)
+    return results
+
+
+def best_answers(
+    outputs: list[NDArray[np.float32]], examples: Examples, contexts: list[str], most: int
+) -> list[dict[str, Any]]:
+    """The likeliest answer of at most `most` tokens in any piece of each context: `score`, `start`, `end`, `answer`.
+
+    Spans are compared by the sum of their scores, as in Devlin et al. 2018, section 4.2; `score` is their
+    probability within the piece.
+    """
+    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, {})] * len(contexts)
+    for output, owner, spans in zip(outputs, examples.owners, examples.spans, strict=True):
+        allowed = np.array([span is not None and span[1] > span[0] for span in spans])
+        sums = np.where(allowed, output[:, 0], -np.inf)[:, None] + np.where(allowed, output[:, 1], -np.inf)[None]
+        sums = np.where(np.tril(np.triu(np.ones_like(sums)), most - 1) > 0, sums, -np.inf)
+        start, end = np.unravel_index(int(sums.argmax()), sums.shape)
+        if sums[start, end] > best[owner][0]:
+            normal = np.logaddexp.reduce(output[:, 0]) + np.logaddexp.reduce(output[:, 1])
+            first, last = spans[start][0], spans[end][1]
+            answer = {"score": float(np.exp(sums[start, end] - normal)), "start": first, "end": last}
+            best[owner] = float(sums[start, end]), {**answer, "answer": contexts[owner][first:last]}
+    return [answer for _, answer in best]
+
+
+def _decode_answers(
+    outputs: list[Any], examples: Examples, rows: list[Row], labels: list[str], settings: TaskSettings
+) -> list[str]:
+    contexts = [row.columns[settings.text[1]] for row in rows]
+    return [found["answer"] for found in best_answers(outputs, examples, contexts, settings.max_answer_length)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A type of task. `labels` names the head's outputs; `decode` turns outputs into what `metrics` compare with
+    `references`, one for each row."""
+
+    head: type[Classifier]
+    problem_type: str | None
+    metrics: dict[str, Measure]
+    labels: Callable[[list[Row], TaskSettings], list[str]]
+    examples: Callable[[list[Row], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
+    loss: Callable[..., tuple[Tensor, Tensor]]
+    decode: Callable[[list[Any], Examples, list[Row], list[str], TaskSettings], list[Any]]
+    references: Callable[[list[Row], Examples, TaskSettings], list[Any]]
+
+
+# Keys of task.type.
+TASKS = {
+    "classification": Task(
+        SequenceClassifier, "single_label_classification", CLASSIFICATION, class_labels, class_examples, label_loss,
+        decode=lambda outputs, *_: [int(output.argmax()) for output in outputs],
+        references=lambda rows, examples, settings: examples.targets,
+    ),
+    "multilabel": Task(
+        SequenceClassifier, "multi_label_classification", MULTILABEL, multilabel_labels, multilabel_examples,
+        multilabel_loss,
+        decode=lambda outputs, *_: [(output > 0).astype(int) for output in outputs],
+        references=lambda rows, examples, settings: [target.astype(int) for target in examples.targets],
+    ),
+    "regression": Task(
+        SequenceClassifier, "regression", REGRESSION, lambda rows, settings: [settings.label], regression_examples,
+        regression_loss,
+        decode=lambda outputs, *_: [float(output[0]) for output in outputs],
+        references=lambda rows, examples, settings: [float(target) for target in examples.targets],
+    ),
+    "token-classification": Task(
+        TokenClassifier, None, ENTITIES, tag_labels, tag_examples, label_loss, decode_tags,
+        references=lambda rows, examples, settings: [words_and_tags(row, settings)[1] for row in rows],
+    ),
+    "question-answering": Task(
+        QuestionAnswerer, None, ANSWERS, lambda rows, settings: ["start", "end"], answer_examples, answer_loss,
+        _decode_answers,
+        references=lambda rows, examples, settings: [answers_of(row)[0] or [""] for row in rows],
+    ),
+}  # fmt: skip

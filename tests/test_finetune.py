@@ -1,0 +1,610 @@
+"""Fine-tuning against transformers and against itself: training, evaluation, prediction, and every setting."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_parity import randomize
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    pipeline,
+)
+from transformers.trainer_pt_utils import LabelSmoother
+
+from bertlite import finetune
+from bertlite.batches import Batch
+from bertlite.config import FinetuneConfig, FinetuneTrainSettings, load_config
+from bertlite.errors import UserError
+from bertlite.finetune import compute_outputs, learning_rate_scale, run, steps_of
+from bertlite.hf import load_model
+from bertlite.masking import IGNORED
+from bertlite.model import SequenceClassifier
+from bertlite.optim import Optimizer, learning_rate_factor
+from bertlite.predict import load_classifier, predict
+from bertlite.runtime import start
+from bertlite.signals import Stopped, stop_request
+from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss
+from bertlite.tokenizer import train_word_piece, wrap
+
+SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample"
+SENTENCES = [line.split("\t") for line in (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SUBJECTS = sorted({label for label, _ in SENTENCES})
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    """Tables of each type of task, out of the sample's sentences."""
+    rows: list[dict[str, Any]] = []
+    for number, (label, text) in enumerate(SENTENCES[:120]):
+        words = text.split()[:15]
+        capital = [word[:1].isupper() for word in words]
+        tags = [
+            f"{'I' if place and capital[place - 1] else 'B'}-CAP" if one else "O" for place, one in enumerate(capital)
+        ]
+        start = text.index(words[3])
+        rows.append(
+            {
+                "classification": {"text": text, "label": label},
+                "multilabel": {"text": text, "label": [word for word in ("the", "of", "a") if word in text.split()]},
+                "regression": {"text": text, "label": len(text) / 100},
+                "token-classification": {"text": words, "label": tags},
+                "question-answering": {
+                    "question": f"What follows {words[2]}?",
+                    "context": text,
+                    "answers": {"text": [words[3]], "answer_start": [start]},
+                    "id": str(number),
+                },
+            }[kind]
+        )
+    return rows
+
+
+# What transformers' configuration says of each, so that our head is its head.
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "classification": (BertForSequenceClassification, {"id2label": dict(enumerate(SUBJECTS))}),
+    "multilabel": (BertForSequenceClassification, {"id2label": {0: "a", 1: "of", 2: "the"}}),
+    "regression": (BertForSequenceClassification, {"id2label": {0: "label"}}),
+    "token-classification": (BertForTokenClassification, {"id2label": {0: "O", 1: "B-CAP", 2: "I-CAP"}}),
+    "question-answering": (BertForQuestionAnswering, {"id2label": {0: "start", 1: "end"}}),
+}
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> Path:
+    """A tiny Hugging Face BERT of random weights with a tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+    wrap(train_word_piece(texts, 1000, True)).save_pretrained(folder)
+    return folder
+
+
+def with_head(bert: Path, kind: str, out: Path, std: float = 0.1) -> Path:
+    """`bert` as transformers' class for a type of task."""
+    shutil.copytree(bert, out, dirs_exist_ok=True)
+    theirs, labels = HEADS.get(kind, (BertModel, {}))
+    config = BertConfig(**TINY, vocab_size=1000, max_position_embeddings=128, **labels)
+    config.problem_type = TASKS[kind].problem_type if kind in TASKS else None
+    randomize(theirs(config), std).save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def write(bert, tmp_path):
+    """Write the tables and the YAML of a run of seconds, with changes by dotted names; return the configuration."""
+
+    def make(kind: str = "classification", rows: list[dict[str, Any]] | None = None, name: str = "run", **changes):
+        rows = rows_of(kind) if rows is None else rows
+        for part, these in {"train": rows[24:], "validation": rows[:24]}.items():
+            lines = "".join(json.dumps(row) + "\n" for row in these)
+            (tmp_path / f"{part}.jsonl").write_text(lines)
+        model = tmp_path / "bert"
+        if not model.exists():
+            with_head(bert, "", model)
+        values: dict[str, Any] = {
+            "model": {"init_from": str(model)},
+            "task": {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+            | {"type": kind, "max_length": 48 if kind != "question-answering" else 64, "doc_stride": 16},
+            "train": {"max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"},
+            "output_dir": str(tmp_path / name),
+        }
+        values["train"] |= {"logging_steps": 1, "eval_steps": 3}
+        for key, value in changes.items():
+            section, _, setting = key.partition("__")
+            values[section][setting] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return load_config(FinetuneConfig, path)
+
+    return make
+
+
+def prepared(config: FinetuneConfig) -> finetune.FineTuning:
+    return finetune._prepare(config, config.task, Path(str(config.model.init_from)), start("fp32"))
+
+
+def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
+    lines = map(json.loads, (Path(folder) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
+    """transformers' own loss of one example by itself, and how many it is the mean of."""
+    target = torch.as_tensor(np.asarray(examples.targets[member]))
+    inputs = {
+        "input_ids": torch.tensor([examples.ids[member]]),
+        "token_type_ids": torch.tensor([examples.types[member]]),
+    }
+    if kind == "question-answering":
+        return model(**inputs, start_positions=target[:1], end_positions=target[1:]).loss, 1
+    if kind == "classification":
+        target = target.view(1)
+    elif kind == "regression":
+        target = target.view(1, 1)
+    else:
+        target = target[None]
+    scored = int((target != IGNORED).sum()) if kind == "token-classification" else 1
+    return model(**inputs, labels=target).loss, scored
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_twenty_steps_are_those_of_transformers(kind, write, bert, tmp_path):
+    model = with_head(bert, kind, tmp_path / "start", std=0.2)
+    changes = {
+        "train__max_steps": 20,
+        "train__learning_rate": 5e-5,
+        "train__eval_steps": 20,
+        "model__init_from": str(model),
+    }
+    no_dropout = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    config = write(kind, **changes, **no_dropout)
+    run(config)
+
+    work = prepared(config)
+    train = work.parts["train"]
+    batches = ExampleBatches(train.examples, work.task.head, 0, seed=0, length=train.batches.length)
+    settings = steps_of(config.train, batches, 0)
+    theirs = HEADS[kind][0].from_pretrained(model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    groups = [
+        {"params": [one for one in theirs.parameters() if one.ndim > 1], "weight_decay": 0.01},
+        {"params": [one for one in theirs.parameters() if one.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8)
+    expected = []
+    for step in range(20):
+        samples = np.arange(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
+        epochs = samples // batches.rows
+        places = finetune_places(samples, batches, epochs)
+        members = [int(one) for pair in zip(epochs, places, strict=True) for one in batches.members(*map(int, pair))]
+        losses = [their_loss(theirs, kind, train.examples, member) for member in members]
+        loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-5 * learning_rate_factor(step, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert expected[0] != pytest.approx(expected[-1], abs=1e-3)
+    assert log(config.output_dir) == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+def finetune_places(samples, batches, epochs):
+    from bertlite.philox import ROW_ORDER, permute
+
+    return permute(samples % batches.rows, batches.rows, (batches.seed, ROW_ORDER), epochs)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, bert, tmp_path):
+    model = with_head(bert, kind, tmp_path / "start", std=0.2)
+    work = prepared(write(kind, model__init_from=str(model)))
+    ours, theirs = load_model(model), HEADS[kind][0].from_pretrained(model).eval()
+    part = work.parts["validation"]
+    outputs, loss = compute_outputs(ours, part.batches, work.runtime, compute_scores, work.task.loss)
+    total = scored = 0.0
+    for member, output in enumerate(outputs):
+        ids, types = (torch.tensor([column[member]]) for column in (part.examples.ids, part.examples.types))
+        result = theirs(input_ids=ids, token_type_ids=types)
+        logits = result.logits if "logits" in result else torch.stack([result.start_logits, result.end_logits], -1)
+        np.testing.assert_allclose(output, logits[0].detach(), atol=1e-5)
+        one, count = their_loss(theirs, kind, part.examples, member)
+        total, scored = total + one.item() * count, scored + count
+    assert loss == pytest.approx(total / scored, abs=1e-5)
+
+
+def test_batches_are_a_pure_function_of_seed_and_row_and_waste_little(write):
+    work = prepared(write(task__train="sample", task__validation="sample", task__max_length=64))
+    batches = work.parts["train"].batches
+    again = ExampleBatches(batches.examples, batches.head, 0, batches.seed, batches.length)
+    assert batches.padding <= 0.05
+    assert batches.lengths.sum() / (batches.rows * batches.length) == pytest.approx(1 - batches.padding)
+    for first in (3 * batches.rows + 5, 0, batches.rows - 1):  # in any order, across the ends of epochs
+        one, other = batches.training(first, 3), again.training(first, 3)
+        assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+        assert one.input_ids.shape == (3, batches.length)
+    seen = []
+    for epoch in range(2):
+        batch = batches.training(epoch * batches.rows, batches.rows)
+        assert batch.tokens() == batches.lengths.sum()
+        counts = torch.bincount(batch.labels[batch.labels != IGNORED], minlength=7)
+        assert counts.tolist() == np.bincount(batches.examples.targets, minlength=7).tolist()
+        members = [sorted(batches.members(epoch, row).tolist()) for row in range(batches.rows)]
+        assert sorted(one for row in members for one in row) == list(range(1330))
+        seen.append(sorted(map(tuple, members)))
+    assert len(set(seen[0]) & set(seen[1])) < batches.rows / 2  # other mates in each epoch
+    other = ExampleBatches(batches.examples, batches.head, 0, 1, batches.length).training(0, 3)
+    assert not torch.equal(other.input_ids, batches.training(0, 3).input_ids)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_run_leaves_results_and_a_model_that_gives_them(kind, write):
+    config = write(kind, train__seeds=[0, 1], train__max_steps=12)
+    results = run(config)
+    folder = Path(config.output_dir)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert set(results["seeds"]) == {"0", "1"} and results["metric"] == next(iter(TASKS[kind].metrics))
+    values = [seed[results["metric"]] for seed in results["seeds"].values()]
+    assert results["mean"] == pytest.approx(sum(values) / 2)
+    assert results["std"] == pytest.approx(np.std(values, ddof=1))
+    best = max(results["seeds"], key=lambda seed: results["seeds"][seed]["validation_" + results["metric"]])
+    assert max(log(folder, f"eval_{results['metric']}", int(best))) == results["seeds"][best][results["metric"]]
+    work = prepared(config)
+    scores, *_ = finetune._measure(work, load_model(folder / "model"), "validation")
+    assert scores == pytest.approx({name: results["seeds"][best][name] for name in scores}, abs=1e-4)
+    worst = [json.loads(line) for line in (folder / "worst.jsonl").read_text().splitlines()]
+    assert len(worst) == 24 and worst == sorted(worst, key=lambda line: -line["loss"]) and "predicted" in worst[0]
+    mean = sum(line["loss"] for line in worst) / 24
+    if kind not in ("token-classification", "question-answering"):  # those have means over tokens and pieces
+        assert mean == pytest.approx(scores["loss"], rel=1e-4)
+    assert (folder / "confusion.png").exists() == (kind == "classification")
+    assert not list(folder.rglob("checkpoints"))
+
+
+PIPELINES = {
+    "classification": ("text-classification", {}),
+    "multilabel": ("text-classification", {}),
+    "regression": ("text-classification", {}),
+    "token-classification": ("token-classification", {"aggregation_strategy": "first"}),
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_predictions_are_those_of_the_pipeline(kind, bert, tmp_path):
+    folder = with_head(bert, kind, tmp_path, std=0.3)
+    texts = [text for _, text in SENTENCES[200:270]]
+    name, options = PIPELINES[kind]
+    expected = pipeline(name, model=str(folder), device="cpu")(texts, **options)
+    model, tokenizer = load_classifier(folder, start("fp32"))
+    found = list(predict(model, tokenizer, texts, start("fp32")))
+    assert len(found) == len(expected) == 70  # more than are computed at a time, in their order
+    for ours, theirs, text in zip(found, expected, texts, strict=True):
+        for one, other in zip(*([ours], [theirs]) if isinstance(ours, dict) else (ours, theirs), strict=True):
+            keys = ("label",) if "label" in one else ("entity_group", "start", "end")
+            assert [one[key] for key in keys] == [other[key] for key in keys]
+            assert one["score"] == pytest.approx(float(other["score"]), abs=1e-5)
+            assert "word" not in one or one["word"] == text[one["start"] : one["end"]]
+    if name == "text-classification":
+        every = pipeline(name, model=str(folder), device="cpu")(texts[:1], top_k=3)[0]
+        (ours,) = predict(model, tokenizer, texts[:1], start("fp32"), top_k=3)
+        for one, other in zip(*((ours, every) if isinstance(ours, list) else ([ours], every)), strict=True):
+            assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_answers_are_the_likeliest_spans_of_the_context(bert, tmp_path):
+    folder = with_head(bert, "question-answering", tmp_path, std=0.3)
+    model, tokenizer = load_classifier(folder, start("fp32"))
+    tokenizer.model_max_length = 64  # so that contexts are read in pieces
+    theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
+    context = " ".join(text for _, text in SENTENCES[:4])
+    (answer,) = predict(model, tokenizer, [f"What is it?\t{context}"], start("fp32"))
+    assert context[answer["start"] : answer["end"]] == answer["answer"]
+    pieces = tokenizer("What is it?", context, truncation="only_second", max_length=64, stride=16,
+                       return_overflowing_tokens=True)  # fmt: skip
+    assert len(pieces.encodings) > 2
+    best = (-math.inf, 0, 0)
+    for one in pieces.encodings:
+        result = theirs(torch.tensor([one.ids]), token_type_ids=torch.tensor([one.type_ids]))
+        places = [place for place, part in enumerate(one.sequence_ids) if part == 1]
+        for first in places:
+            for last in range(first, min(first + 30, places[-1] + 1)):
+                score = (result.start_logits[0, first] + result.end_logits[0, last]).item()
+                best = max(best, (score, one.offsets[first][0], one.offsets[last][1]))
+    assert (answer["start"], answer["end"]) == best[1:]
+    with pytest.raises(UserError, match="text 2: should be a question and its context, with a tab between"):
+        list(predict(model, tokenizer, ["a\tb", "no tab"], start("fp32")))
+
+
+def test_pairs(write, tmp_path):
+    rows = [{"a": text, "b": other, "label": str(number % 2)} for number, ((_, text), (_, other)) in
+            enumerate(zip(SENTENCES[:60], SENTENCES[60:120], strict=True))]  # fmt: skip
+    config = write(rows=rows, task__text=["a", "b"])
+    run(config)
+    batch = prepared(config).parts["train"].batches.training(0, 2)
+    assert batch.token_type_ids.max() == 1
+    model, tokenizer = load_classifier(tmp_path / "run" / "model", start("fp32"))
+    (ours,) = predict(model, tokenizer, ["one text\tanother one"], start("fp32"), pairs=True)
+    theirs = pipeline("text-classification", model=str(tmp_path / "run" / "model"), device="cpu")
+    expected = theirs({"text": "one text", "text_pair": "another one"})
+    assert ours["label"] == expected["label"] and ours["score"] == pytest.approx(expected["score"], abs=1e-5)
+
+
+def test_resuming_is_bit_for_bit(write, tmp_path):
+    whole, cut = write(name="whole", train__seeds=[0, 1]), write(name="cut", train__seeds=[0, 1])
+    run(whole)
+    measured = finetune.ExampleBatches.training
+
+    def interrupted(self: ExampleBatches, first: int, count: int) -> Batch:
+        if self.seed == 1 and first >= 4 * count:
+            stop_request.number = 15
+        return measured(self, first, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.ExampleBatches, "training", interrupted)
+        with pytest.raises(Stopped):
+            run(cut)
+    stop_request.number = 0
+    assert (tmp_path / "cut/seed-0/results.json").exists() and list((tmp_path / "cut/seed-1/checkpoints").iterdir())
+    assert not (tmp_path / "cut" / "results.json").exists()
+    results = run(cut, resume=True)
+    assert results == json.loads((tmp_path / "whole/results.json").read_text())
+    assert log(tmp_path / "cut", seed=1) == log(tmp_path / "whole", seed=1)
+    one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert run(cut, resume=True) == results  # it has finished
+    with pytest.raises(UserError, match="already holds a run"):
+        run(cut)
+    with pytest.raises(UserError, match=r"train\.max_steps is 7, but the run there has 6"):
+        run(write(name="cut", train__seeds=[0, 1], train__max_steps=7), resume=True)
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_training(write, monkeypatch):
+    config = write(train__max_steps=12, train__eval_steps=1, train__early_stopping_patience=3)
+    values = iter([0.2, 0.5, 0.4, 0.3, 0.5, 0.9, 0.9])
+    accuracies = []
+    measure = finetune._measure
+
+    def scripted(*arguments: Any, **options: Any) -> Any:
+        scores, predictions, outputs = measure(*arguments, **options)
+        accuracies.append(scores["accuracy"])
+        return {**scores, "accuracy": next(values)}, predictions, outputs
+
+    monkeypatch.setattr(finetune, "_measure", scripted)
+    results = run(config)
+    assert results["seeds"]["0"]["best_step"] == 2  # 0.5 again is not better
+    assert log(config.output_dir, "eval_accuracy") == [0.2, 0.5, 0.4, 0.3, 0.5]
+    assert accuracies[5] == accuracies[1]  # what is measured at the end is the model of step 2
+
+
+CHANGES: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "max_steps": 7,
+    "global_batch_size": 16,
+    "gradient_checkpointing": None,
+    "optim": "muon",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 1e-2,
+    "warmup_ratio": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.01,
+    "precision": "bf16",
+    "seeds": [3],
+    "label_smoothing_factor": 0.3,
+    "layerwise_lr_decay": 0.5,
+    "frozen_layers": 1,
+    "class_weights": "balanced",
+    "hidden_dropout_prob": 0.5,
+    "attention_probs_dropout_prob": 0.5,
+    "max_length": 16,
+    "validation_split": 0.5,
+}
+
+
+@pytest.fixture
+def usual(write) -> list[float]:
+    config = write(name="usual", train__max_steps=None, train__num_train_epochs=0.5, task__validation=None)
+    run(config)
+    return log(config.output_dir)
+
+
+def test_every_setting_changes_the_training(write, usual):
+    for name, value in CHANGES.items():
+        if value is None:  # which may change no number
+            continue
+        section = "task" if name in ("class_weights", "max_length", "validation_split") else "train"
+        section = "model" if "dropout" in name else section
+        changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
+        config = write(name=name, **(changes | {f"{section}__{name}": value}))
+        run(config)
+        assert log(config.output_dir, seed=3 if name == "seeds" else 0) != usual, name
+    untested = FinetuneTrainSettings.model_fields.keys() - CHANGES.keys()
+    assert untested == {"per_device_train_batch_size", "muon_learning_rate", "compile", "logging_steps", "eval_steps",
+                        "early_stopping_patience"}  # fmt: skip
+
+
+def test_settings_that_may_change_no_loss(write, usual):
+    changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
+    for name, value in {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "compile": True}.items():
+        if name == "compile":
+            continue  # tests of pretraining compile
+        config = write(name=name, **changes, **{f"train__{name}": value})
+        run(config)
+        assert log(config.output_dir) == pytest.approx(usual, rel=0.2)
+    config = write(name="muon", **changes, train__optim="muon")
+    faster = write(name="faster", **changes, train__optim="muon", train__muon_learning_rate=0.1)
+    run(config), run(faster)
+    assert log(config.output_dir) != log(faster.output_dir)
+    config = write(name="intervals", train__logging_steps=2, train__eval_steps=2, train__max_steps=4)
+    run(config)
+    assert len(log(config.output_dir)) == len(log(config.output_dir, "eval_accuracy")) == 2
+
+
+def test_layerwise_rates_and_frozen_layers(write):
+    config = write(train__frozen_layers=1, train__max_steps=2)
+    run(config)
+    before, after = load_file(Path(str(config.model.init_from)) / "model.safetensors"), weights(config.output_dir)
+    for name, weight in before.items():
+        frozen = name.startswith(("embeddings.", "encoder.layer.0."))
+        assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
+    work = prepared(config)
+    model = finetune.first_model(work, "sdpa", 0)
+    optimizer = Optimizer(model, steps_of(config.train, work.parts["train"].batches, 0), learning_rate_scale(0.5, 2))
+    rates = {
+        name: group["lr"] / 1e-3
+        for part in optimizer.parts
+        for group in part.param_groups
+        for name, tensor in optimizer.tensors.items()
+        if any(tensor is one for one in group["params"])
+    }
+    for start_of_name, rate in {"encoder.embeddings.word": 0.125, "encoder.layers.0.attention.qkv.weight.q": 0.25,
+                                "encoder.layers.1.norm.bias": 0.5, "encoder.pooler": 1, "classifier": 1,
+                                }.items():  # fmt: skip
+        found = {value for name, value in rates.items() if name.startswith(start_of_name)}
+        assert {round(one, 9) for one in found} == {rate}, start_of_name
+    assert rates.keys() == optimizer.tensors.keys()
+    optimizer.step(1.0)
+    assert optimizer.learning_rate() == pytest.approx(1e-3)
+
+
+def test_label_smoothing_is_that_of_transformers(write):
+    batch = prepared(write()).parts["train"].batches.training(0, 3)
+    scores = torch.randn(*batch.labels.shape, 7)
+    loss, count = label_loss(scores, batch, smoothing=0.2)
+    expected = LabelSmoother(epsilon=0.2)({"logits": scores}, batch.labels)
+    assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_class_weights(write):
+    config = write(task__class_weights={SUBJECTS[0]: 3.0})
+    work = prepared(config)
+    weights = work.class_weights
+    assert weights.tolist() == [3.0] + [1.0] * 6
+    balanced = prepared(write(task__class_weights="balanced")).class_weights
+    counts = np.bincount(work.parts["train"].examples.targets)
+    assert (balanced.numpy() * counts).tolist() == pytest.approx([96 / 7] * 7)
+    batch = work.parts["train"].batches.training(0, 3)
+    scores = torch.randn(*batch.labels.shape, 7)
+    real = batch.labels != IGNORED
+    each = torch.nn.functional.cross_entropy(scores[real], batch.labels[real], reduction="none")
+    expected = (each * torch.where(batch.labels[real] == 0, 3.0, 1.0)).sum()
+    assert label_loss(scores, batch, weights)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_several_tasks_and_their_table(write, tmp_path, capsys):
+    config = write()
+    other = config.task.model_copy(update={"metric": "macro_f1"})
+    suite = FinetuneConfig(model=config.model, tasks={"one": config.task, "two": other}, train=config.train,
+                           output_dir=str(tmp_path / "suite"))  # fmt: skip
+    results = run(suite)
+    assert json.loads((tmp_path / "suite" / "results.json").read_text()) == results
+    lines = finetune.table(results).splitlines()
+    assert (
+        lines[0].startswith("one") and "accuracy" in lines[0] and lines[1].startswith("two") and "macro_f1" in lines[1]
+    )
+    shutil.rmtree(tmp_path / "suite" / "two")
+    assert run(suite, resume=True) == results
+
+
+def bad_rows(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
+    rows = rows_of(kind)
+    rows[number] |= changes
+    return rows
+
+
+C, R, T, Q = "classification", "regression", "token-classification", "question-answering"
+BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
+    "label in dev alone": (C, bad_rows(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
+    "one class": (C, [row | {"label": "a"} for row in rows_of(C)], {}, r"all 96 rows have the label 'a'"),
+    "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
+    "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
+    "empty": (C, bad_rows(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
+    "no label": (C, bad_rows(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
+    "NaN": (R, bad_rows(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
+    "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', which is no finite number"),
+    "tags": (T, bad_rows(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
+    "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is no tag"),
+    "no entity": (T, [row | {"label": ["O"] * len(row["text"])} for row in rows_of(T)], {}, "all tags .* are O"),
+    "answers": (Q, bad_rows(Q, 30, answers="x"), {}, r"answers should hold the lists text and answer_start"),
+    "stride": (Q, None, {"task__doc_stride": 62}, r"task\.doc_stride is 62, which leaves no room"),
+    "length": (C, None, {"task__max_length": 200}, r"task\.max_length is 200, more than the 128 positions"),
+    "type": (
+        C,
+        None,
+        {"task__type": "klassification"},
+        r"task\.type is 'klassification'.* Did you mean classification",
+    ),
+    "metric": (C, None, {"task__metric": "pearson"}, r"task\.metric is 'pearson', which is not one of accuracy"),
+    "weights": (R, None, {"task__class_weights": "balanced"}, r"task\.class_weights .* regression has no such thing"),
+    "weight": (C, None, {"task__class_weights": {"x": 2}}, r"task\.class_weights: 'x' is no label"),
+    "smoothing": (R, None, {"train__label_smoothing_factor": 0.1}, r"regression has no such thing"),
+    "layers": (C, None, {"train__frozen_layers": 5}, r"train\.frozen_layers is 5; the model has 2"),
+    "texts": (T, None, {"task__text": ["a", "b"]}, r"task\.text names 2 columns; token-classification reads 1"),
+    "model": (C, None, {"model__init_from": None}, r"no model to begin from: name it by --model"),
+    "no model": (C, None, {"model__init_from": "/nowhere"}, r"/nowhere: no such model folder"),
+    "one row": (C, rows_of(C)[:25], {"task__validation": None}, "all 1 rows have the label"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_leaves_nothing_behind(name, write, tmp_path):
+    kind, rows, changes, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        run(write(kind, rows, **changes))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
+
+
+def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, capsys):
+    rows = rows_of(Q)
+    for number in (30, 31):
+        rows[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
+    config = write(Q, rows)
+    work = prepared(config)
+    assert "2 of 96 questions have no answer where answer_start says, such as" in capsys.readouterr().err
+    examples = work.parts["train"].examples
+    ignored = {owner for owner, target in zip(examples.owners, examples.targets, strict=True) if target[0] == IGNORED}
+    assert ignored == {6, 7}
+    texts = {number: row["answers"]["text"][0] for number, row in enumerate(rows[24:])}
+    found = set()
+    for ids, spans, owner, target in zip(*list(vars(examples).values())[:1], examples.spans, examples.owners,
+                                         examples.targets, strict=True):  # fmt: skip
+        if target[0] > 0:
+            context = rows[24 + owner]["context"]
+            covered = context[spans[target[0]][0] : spans[target[1]][1]]
+            assert texts[owner] in covered and len(ids) >= target[1]
+            found.add(owner)
+    assert len(found) > 80
+
+
+def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
+    config = write()
+    with pytest.raises(UserError, match="the model is not fine-tuned"):
+        load_classifier(Path(str(config.model.init_from)), start("fp32"))
+
+
+def test_sequence_heads_read_each_example_of_a_row(write):
+    """A wrong place for an example's first token would be seen."""
+    work = prepared(write())
+    model = finetune.first_model(work, "sdpa", 0)
+    assert isinstance(model, SequenceClassifier)
+    batch = work.parts["train"].batches.training(0, 2)
+    scores = compute_scores(model.eval(), batch)
+    assert scores.shape == (*batch.labels.shape, 7)
+    real = batch.labels != IGNORED
+    assert len(scores[real].unique(dim=0)) == int(real.sum())

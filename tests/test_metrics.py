@@ -1,0 +1,80 @@
+"""Metrics against published scores and against the libraries that define them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import IOB1, IOB2, IOBES, Entities
+from sklearn.metrics import f1_score
+
+from bertlite import metrics
+from bertlite.config import TaskSettings
+from bertlite.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
+from bertlite.tables import Row
+from bertlite.tasks import words_and_tags
+
+CHECK = Path(__file__).parent.parent.parent / "shared" / "data" / "qa" / "evaluator_check"
+# As the leaderboard and the predictions' own authors give them for the dev set: exact match, F1.
+PUBLISHED = {
+    "BERT_ensemble": (86.2, 92.2),
+    "Logistic": (40.1, 51.0),
+    "Match_LSTM": (67.6, 76.8),
+    "r_net": (82.5, 88.5),
+}
+
+
+@pytest.mark.skipif(not CHECK.exists(), reason="the development data are not here")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_answers_score_as_published(name):
+    articles = json.loads((CHECK / "dev-v1.1.rebuilt.json").read_text())["data"]
+    questions = {
+        question["id"]: [answer["text"] for answer in question["answers"]]
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    }
+    (path,) = CHECK.glob(f"pred_{name}*.json")
+    predictions = json.loads(path.read_text())
+    given = [predictions.get(identity, "") for identity in questions]
+    scores = {metric: measure(list(questions.values()), given) for metric, measure in ANSWERS.items()}
+    assert (round(scores["exact_match"], 1), round(scores["f1"], 1)) == PUBLISHED[name]
+
+
+def test_answers_are_compared_without_case_articles_and_punctuation():
+    assert metrics.normalized_answer("  The U.S.-based   an Apple! ") == "usbased apple"
+    assert ANSWERS["exact_match"]([["the Cat.", "x"], ["y"]], ["cat", "z"]) == 50
+    assert ANSWERS["f1"]([["the big cat"]], ["a cat sat"]) == pytest.approx(50)
+
+
+def test_labels_and_numbers():
+    assert CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 0]) == f1_score([0, 1, 1], [0, 1, 0])
+    assert CLASSIFICATION["f1"]([0, 1, 2], [0, 1, 0]) == CLASSIFICATION["macro_f1"]([0, 1, 2], [0, 1, 0])
+    assert CLASSIFICATION["f1"]([0, 0], [0, 0]) == 0  # no warning, no error
+    assert CLASSIFICATION["matthews_correlation"]([0, 1, 0, 1], [0, 1, 0, 1]) == 1
+    assert MULTILABEL["accuracy"]([[0, 1], [1, 1]], [[0, 1], [1, 0]]) == 0.5
+    assert REGRESSION["pearson"]([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1)
+    assert REGRESSION["spearmanr"]([1.0, 2.0, 3.0], [1.0, 10.0, 5.0]) == pytest.approx(0.5)
+    assert REGRESSION["pearson"]([1.0, 2.0], [3.0, 3.0]) == 0
+    assert ENTITIES["f1"]([["B-A", "I-A", "O", "B-B"]], [["B-A", "I-A", "O", "O"]]) == pytest.approx(2 / 3)
+
+
+TAGS = {
+    IOB1: "I-A I-A O I-A B-A I-B O I-B B-B I-A",
+    IOB2: "B-A I-A O B-A B-A B-B O B-B B-B B-A",
+    IOBES: "B-A E-A O S-A S-A B-B I-B E-B S-B B-A I-A I-A E-A",
+}
+
+
+@pytest.mark.parametrize("scheme", TAGS)
+def test_tags_of_every_scheme_become_iob2(scheme):
+    tags = TAGS[scheme].split()
+    expected = [one.to_tuple()[1:] for one in Entities([tags], scheme).entities[0]]
+    forms = [tags, [tag.replace("I-", "M-") for tag in tags]] if scheme is IOBES else [tags]  # M as BMES has it
+    for form in forms:
+        settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
+        row = Row("here", {"text": ["word"] * len(form), "label": form})
+        _, converted = words_and_tags(row, settings)
+        assert {tag[0] for tag in converted} <= set("BIO")
+        assert [(kind, start, end + 1) for kind, start, end in get_entities(converted)] == expected
+        assert [one.to_tuple()[1:] for one in Entities([converted], IOB2).entities[0]] == expected
