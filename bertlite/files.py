@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from bertlite.errors import Failure
+from bertlite.errors import Failure, UserError
 
 
 @contextmanager
@@ -65,8 +65,11 @@ def locked(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
 
-    Readers see the old file or the new one. Raises Failure when the disk is full.
+    Readers see the old file or the new one. Raises UserError when its folder is not there, and Failure when the disk
+    is full.
     """
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: there is no such folder; make it first")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with full_disk_named(path.parent):

@@ -91,7 +91,12 @@ def run(folder: Path, graph: str, text) -> tuple[list[np.ndarray], dict[str, np.
     return onnxruntime.InferenceSession(str(folder / graph)).run(None, dict(inputs)), inputs
 
 
-@pytest.mark.parametrize("head", HEADS)
+OFTEN = ("BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering")
+
+
+@pytest.mark.parametrize(
+    "head", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
 def test_onnxruntime_computes_what_transformers_computes(every_head, tmp_path, head):
     """With dynamic axes: other rows, other lengths, padding and pairs."""
     pytest.importorskip("onnxruntime")
