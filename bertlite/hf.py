@@ -123,7 +123,7 @@ def to_hf(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_model(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and model.safetensors into an existing folder.
 
     Raises UserError for a weight that `dtype` cannot express.
@@ -140,7 +140,7 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_config(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json, the architecture and the labels as Hugging Face has them."""
     about = {
         "architectures": [ARCHITECTURES[type(model)][0]],

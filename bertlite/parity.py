@@ -86,7 +86,7 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     return theirs.eval(), [str(name) for name in names if not UNUSED.match(str(name))]
 
 
-def compare_weights(ours: nn.Module, theirs: nn.Module) -> Check:
+def compare_weights(ours: Model, theirs: nn.Module) -> Check:
     """How many weights differ in any bit, by their Hugging Face names."""
     reference = dict(theirs.named_parameters())
     differing = 0
@@ -126,7 +126,7 @@ def make_inputs(config: Architecture) -> dict[str, Inputs]:
     return result
 
 
-def compare(ours: nn.Module, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
+def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
     """The largest relative differences of hidden states, outputs, loss and gradients, at real positions."""
     real = inputs.document_ids > 0
     ours.eval()
@@ -227,7 +227,7 @@ def _relative(mine: Tensor, reference: Tensor) -> float:
     return ((mine - reference).abs().max() / max(1.0, reference.abs().max().item())).item()
 
 
-def _gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
+def _gradient_difference(ours: Model, theirs: nn.Module) -> float:
     reference = {name: weight.grad for name, weight in theirs.named_parameters()}
     zeros = {name: torch.zeros_like(weight) for name, weight in ours.named_parameters()}
     gradients = {name: zeros[name] if weight.grad is None else weight.grad for name, weight in ours.named_parameters()}
