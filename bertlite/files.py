@@ -65,11 +65,13 @@ def locked(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
 
-    Readers see the old file or the new one. Raises UserError when its folder is not there, and Failure when the disk
-    is full.
+    Readers see the old file or the new one. Raises UserError when its folder is not there or it is one, and Failure
+    when the disk is full.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: there is no such folder; make it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with full_disk_named(path.parent):

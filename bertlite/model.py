@@ -154,7 +154,7 @@ class Encoder(nn.Module):
         """The output of the embeddings and of each layer, or of the first `depth` layers, (B,T,D) each."""
         mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]  # (B,1,T,T)
         states = [self.embeddings(input_ids, position_ids, token_type_ids)]
-        for layer in self.layers[:depth]:
+        for layer in self.layers if depth is None else self.layers[:depth]:
             if self.gradient_checkpointing and self.training:
                 states.append(checkpoint(layer, states[-1], mask, use_reentrant=False))
             else:

@@ -297,6 +297,7 @@ def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tm
         (("embed", "{broken}", "{text}", "--out", "{new}"), "model.safetensors: damaged"),
         (("embed", "{trained}", "{none}", "--out", "{new}"), "FILE: "),
         (("embed", "{trained}", "{text}", "--out", "{none}/v.npy"), "none: there is no such folder"),
+        (("embed", "{trained}", "{text}", "--out", "{empty}"), "empty: is a folder; name a file"),
         (("embed", "{trained}", "{text}", "--out", "{new}", "--pooling", "sum"), "--pooling is 'sum'"),
         (("fill", "org/name", "a [MASK]"), "org/name"),
         (("pretrain", "nowhere.yaml"), "nowhere.yaml"),
