@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -125,24 +125,46 @@ def batch(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Held-out text; may be repeated.")],
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text; may be repeated.")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs as BLiMP has them; may be repeated.")
+    ] = None,
+    pseudo_perplexity: Annotated[
+        bool, typer.Option("--pseudo-perplexity", help="Also mask every token of the text in turn; takes long.")
+    ] = False,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
     document: Annotated[Document, typer.Option(help="What ends a document.")] = Document.BLANK_LINE,
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     precision: Precision = Compute.FP32,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss and accuracy of a masked language model on held-out text, with fixed masks."""
+    """Measure a masked language model: loss and accuracy on held-out text, and which sentence of a pair it prefers."""
     from bertlite.attention import best_kernel
-    from bertlite.evaluate import evaluate_text
+    from bertlite.errors import UserError
+    from bertlite.evaluate import evaluate_pairs, evaluate_text
     from bertlite.hf import load_masked_lm
     from bertlite.run_folder import model_folder
     from bertlite.runtime import start
 
+    if not data and (not pairs or pseudo_perplexity):
+        raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
     runtime = start(precision.value)
     loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
-    result = evaluate_text(loaded, tokenizer, data, runtime, sequence_length, document.value, column)
-    print(json.dumps(result) if as_json else "\n".join(f"{name:13}  {value:.4f}" for name, value in result.items()))
+    result: dict[str, Any] = {}
+    if data:
+        result |= evaluate_text(
+            loaded, tokenizer, data, runtime, sequence_length, document.value, column, pseudo_perplexity
+        )
+    if pairs:
+        result |= evaluate_pairs(loaded, tokenizer, pairs, runtime)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print("\n".join(f"{name:17}  {value:.4f}" for name, value in result.items() if isinstance(value, float)))
+    for phenomenon, counts in result.get("phenomena", {}).items():
+        print(f"\n{phenomenon:50}  {counts['accuracy']:6.1%} of {counts['pairs']:,}")
+        for paradigm, share in counts["paradigms"].items():
+            print(f"  {paradigm:48}  {share['accuracy']:6.1%} of {share['pairs']:,}")
 
 
 @app.command()
@@ -232,16 +254,53 @@ def fill(
 
 
 @app.command()
+def embed(
+    model: Model,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text a line, or a table; compressed or not.")],
+    out: Annotated[Path, typer.Option("--out", metavar="VECTORS.npy", help="The vectors, a row for each text.")],
+    pooling: Annotated[str, typer.Option(help="How a text's vectors become one: mean, cls or max.")] = "mean",
+    layer: Annotated[int, typer.Option(help="Which layer's output; 0 is the embeddings', -1 the last.")] = -1,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Give every vector the length 1.")] = False,
+    sequence_length: Annotated[int | None, typer.Option(help="Where texts are cut; as trained if unset.")] = None,
+    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
+    precision: Precision = Compute.FP32,
+) -> None:
+    """Turn each line of a file into a vector."""
+    from bertlite.attention import best_kernel
+    from bertlite.config import Source
+    from bertlite.embed import Embedder
+    from bertlite.hf import load_encoder
+    from bertlite.inference import for_use
+    from bertlite.run_folder import model_folder
+    from bertlite.runtime import start
+    from bertlite.sources import read_rows, source_files
+
+    runtime = start(precision.value)
+    encoder, tokenizer = load_encoder(model_folder(model), best_kernel(runtime.device))
+    files = source_files(Source(path=file), "FILE")
+    embedder = Embedder(for_use(encoder, runtime), tokenizer, pooling, layer, normalize, sequence_length)
+    with runtime.autocast():
+        rows, size = embedder.file((text for path in files for text in read_rows(path, column)), out)
+    print(f"{out}: {rows:,} vectors of {size}")
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    format: Annotated[str, typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf, onnx or sentence-transformers.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="Numbers: for hf fp32, bf16 or fp16; for onnx fp32 or int8, both if unset.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="For sentence-transformers: mean, cls or max.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
 ) -> None:
-    """Write a model for other programs, after checking it against Hugging Face."""
+    """Write a model for other programs, after checking it against Hugging Face, with a model card."""
+    from bertlite.export import Options
     from bertlite.export import export as write_export
     from bertlite.run_folder import model_folder
 
-    write_export(model_folder(model), out, format)
+    write_export(model_folder(model), out, format, Options(dtype, pooling, licence))
     print(out)
 
 

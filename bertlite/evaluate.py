@@ -1,14 +1,18 @@
 """`bertlite evaluate`: the loss and accuracy of a masked language model on held-out text."""
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.batches import Batches, make_plan
 from bertlite.config import DataSettings
 from bertlite.corpus import prepare_corpus
 from bertlite.errors import UserError
+from bertlite.inference import for_use
 from bertlite.model import MaskedLanguageModel
 from bertlite.pretrain import masked_lm_scores
 from bertlite.runtime import Runtime
+from bertlite.scoring import minimal_pairs, pseudo_perplexity, read_pairs
 from bertlite.train import evaluate
 
 ROWS_AT_A_TIME = 32
@@ -22,11 +26,13 @@ def evaluate_text(
     sequence_length: int | None = None,
     document: str = "blank-line",
     column: str = "text",
+    pseudo: bool = False,
 ) -> dict[str, float]:
     """`eval_loss` (nats per prediction) and `eval_accuracy` on text files, by the masks that training evaluates with.
 
     Rows are as long as the tokenizer's `model_max_length`, which bertlite sets to the length trained with, and never
-    longer than the model's positions. Raises UserError for text that cannot be used.
+    longer than the model's positions. With `pseudo`, also `pseudo_perplexity`, for which every token is masked in turn.
+    Raises UserError for text that cannot be used.
     """
     limit = model.config.max_position_embeddings
     length = min(sequence_length or tokenizer.model_max_length, limit)
@@ -37,6 +43,20 @@ def evaluate_text(
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
-    model.to(runtime.device)
+    for_use(model, runtime)
     scores = evaluate(model, masked_lm_scores, batches.evaluation, len(plan), ROWS_AT_A_TIME, runtime)
-    return {f"eval_{name}": value for name, value in scores.items()}
+    result = {f"eval_{name}": value for name, value in scores.items()}
+    if pseudo:
+        with runtime.autocast():
+            result["pseudo_perplexity"] = pseudo_perplexity(model, tokenizer, data.train, document, length)
+    return result
+
+
+def evaluate_pairs(
+    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, files: list[str], runtime: Runtime
+) -> dict[str, Any]:
+    """`pairs_accuracy`, and under `phenomena` the accuracy of each and of its paradigms. Raises UserError."""
+    for_use(model, runtime)
+    with runtime.autocast():
+        result = minimal_pairs(model, tokenizer, read_pairs(files))
+    return {"pairs_accuracy": result["accuracy"], "phenomena": result["phenomena"]}

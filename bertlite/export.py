@@ -1,44 +1,135 @@
 """`bertlite export`: a model folder for the world, checked before it gets its name."""
 
+import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from bertlite.config import choose
+from bertlite.card import model_card
+from bertlite.config import Source, choose
+from bertlite.embed import POOLINGS, Embedder
 from bertlite.errors import Failure, UserError
+from bertlite.export_onnx import write_onnx
 from bertlite.files import new_folder
-from bertlite.hf import load_model, load_tokenizer_of, save_model
-from bertlite.model import Encoder, MaskedLanguageModel
-from bertlite.parity import check_parity
+from bertlite.hf import Model, load_model, load_tokenizer_of, save_model
+from bertlite.model import Classifier, Encoder
+from bertlite.parity import TOLERANCES, check_parity
+from bertlite.sources import read_documents
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def hugging_face(model: MaskedLanguageModel | Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen of an export: numbers (None: the format's own), pooling, and the licence in its card."""
+
+    dtype: str | None = None
+    pooling: str | None = None
+    licence: str = "unknown"
+
+
+def hugging_face(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options) -> list[str]:
     """A Hugging Face folder: config.json, model.safetensors and the tokenizer, equal to transformers in all numbers."""
-    save_model(model, folder)
+    save_model(model, folder, DTYPES[options.dtype or "fp32"])
     tokenizer.save_pretrained(folder)
-    failed = [check for check in check_parity(folder) if not check.ok]
-    if failed:
-        worst = failed[0]
-        raise Failure(f"the exported model differs from transformers: {worst.inputs}: {worst.quantity}; see verify")
+    return [f"The weights are stored in {options.dtype or 'fp32'}."]
 
 
-# Each format takes a model, its tokenizer and an empty folder, and raises Failure when its own check does not hold.
-FORMATS: dict[str, Callable[[MaskedLanguageModel | Encoder, PreTrainedTokenizerBase, Path], None]] = {
-    "hf": hugging_face
+def sentence_transformers(
+    model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options
+) -> list[str]:
+    """A folder that SentenceTransformer(path) loads, whose vectors are those of `bertlite embed`."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if isinstance(model, Classifier):
+        raise UserError(
+            f"--format sentence-transformers cannot express a {type(model).__name__}: it knows no labels; "
+            "export the pretrained model"
+        )
+    encoder, pooling = model if isinstance(model, Encoder) else model.encoder, options.pooling or "mean"
+    # Older versions of the library know these by this name, and newer ones read it.
+    loading = {} if encoder.pooler else {"model_args": {"add_pooling_layer": False}}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        save_model(encoder, Path(aside))
+        tokenizer.save_pretrained(aside)
+        transformer = Transformer(aside, model_kwargs=dict(*loading.values()))
+        modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode=pooling)]
+        SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    about = folder / "sentence_bert_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | loading, indent=2) + "\n")
+    texts = ["a", *islice(read_documents(Source(path="sample"), "line", "sample"), 15)]
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False)
+    difference = np.abs(Embedder(encoder.eval(), tokenizer, pooling)(texts) - theirs).max() / max(
+        1, np.abs(theirs).max()
+    )
+    if not difference <= TOLERANCES["fp32"]["outputs"]:
+        raise Failure(f"the vectors of sentence-transformers differ from those of bertlite by {difference:.1g}")
+    return [f"`SentenceTransformer` against `bertlite embed`, {pooling} pooling, {len(texts)} texts: {difference:.1e}"]
+
+
+def onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options) -> list[str]:
+    """Graphs for onnxruntime in fp32 and int8."""
+    return write_onnx(model, tokenizer, folder, options.dtype)
+
+
+class Format(NamedTuple):
+    """How a format is written, what it can express, and what it needs.
+
+    `write` takes a model, its tokenizer, an empty folder and options, raises Failure when its own check does not
+    hold, and returns what it found, for the model card.
+    """
+
+    write: Callable[[Model, PreTrainedTokenizerBase, Path, Options], list[str]]
+    dtypes: tuple[str, ...]
+    poolings: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Format(hugging_face, tuple(DTYPES), (), ()),
+    "onnx": Format(onnx, ("fp32", "int8"), (), ("onnx", "onnxscript", "onnxruntime")),
+    "sentence-transformers": Format(sentence_transformers, ("fp32",), tuple(POOLINGS), ("sentence_transformers",)),
 }
 
 
-def export(source: Path, out: Path, format: str) -> None:
-    """Write the model in folder `source` to `out`, which must not exist or be empty.
+def export(source: Path, out: Path, format: str, options: Options = Options()) -> None:
+    """Write the model in folder `source` to `out`, which must not exist or be empty, with a model card.
 
-    Raises UserError for an unknown format or a folder in use, Failure when the check of the result does not hold;
-    nothing is written then.
+    Raises UserError for an unknown format, for what it cannot express, or for a folder in use, and Failure when a
+    check does not hold; nothing is written then.
     """
-    write = choose(FORMATS, format, "--format")
+    target: Format = choose(FORMATS, format, "--format")
+    for setting, value, known in (
+        ("dtype", options.dtype, target.dtypes),
+        ("pooling", options.pooling, target.poolings),
+    ):
+        if value is not None and value not in known:
+            raise UserError(f"--{setting} is {value!r}; --format {format} has {', '.join(known) or f'no {setting}'}")
+    missing = [name for name in target.packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install 'bertlite[{format}]'")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
     tokenizer = load_tokenizer_of(source, model)
     with new_folder(out) as aside:
-        write(model, tokenizer, aside)
+        found = target.write(model, tokenizer, aside, options)
+        checks = check_parity(aside if format == "hf" else source)
+        for check in checks:
+            if not check.ok:
+                raise Failure(f"the model differs from transformers: {check.inputs}: {check.quantity}; see verify")
+        graph = "model.onnx" if (aside / "model.onnx").exists() else "model_int8.onnx"
+        card = model_card(source, out.name, model, format, options.licence, checks, found, graph)
+        (aside / "README.md").write_text(card, encoding="utf-8")

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -63,12 +63,22 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
+
+    Readers see the old file or the new one. Raises UserError when its folder is not there or it is one, and Failure
+    when the disk is full.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: there is no such folder; make it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with full_disk_named(path.parent):
-            aside.write_text(text, encoding="utf-8")
+            with aside.open("wb") as file:
+                yield file
             sync(aside)
             aside.replace(path)
             sync(path.parent)
@@ -76,6 +86,12 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(FileNotFoundError):
             aside.unlink()
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

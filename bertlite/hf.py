@@ -124,15 +124,31 @@ def to_hf(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """Write config.json and model.safetensors (fp32) into an existing folder."""
-    config: Architecture = model.config
+def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json and model.safetensors into an existing folder.
+
+    Raises UserError for a weight that `dtype` cannot express.
+    """
+    save_config(model, folder, dtype)
+    weights = to_hf(model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    largest = torch.finfo(dtype).max
+    for name, tensor in weights.items():
+        if tensor.abs().max() > largest:
+            raise UserError(
+                f"{name} holds {tensor.abs().max():.3g}, more than {dtype}'s {largest:.3g}; use bf16 or fp32"
+            )
+    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json, the architecture and the labels as Hugging Face has them."""
     about = {
         "architectures": [ARCHITECTURES[type(model)][0]],
         "model_type": "bert",
-        **config.model_dump(),
+        **model.config.model_dump(),
         "position_embedding_type": "absolute",
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if isinstance(model, Classifier):
         about["id2label"] = {str(number): label for number, label in enumerate(model.labels)}
@@ -140,9 +156,6 @@ def save_model(model: nn.Module, folder: Path) -> None:
         about["problem_type"] = model.problem_type
     text = json.dumps(about, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    weights = to_hf(model, {name: tensor.detach() for name, tensor in model.state_dict().items()})
-    weights = {name: tensor.float().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_model(folder: Path, kernel: str = "sdpa") -> Model:
@@ -221,6 +234,12 @@ def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageMo
     if not isinstance(model, MaskedLanguageModel):
         raise UserError(f"{folder}: the model has no masked language modelling head")
     return model, load_tokenizer_of(folder, model)
+
+
+def load_encoder(folder: Path, kernel: str = "sdpa") -> tuple[Encoder, PreTrainedTokenizerBase]:
+    """The encoder of any model, with the pooler if it has one, and its tokenizer."""
+    model = load_model(folder, kernel)
+    return model if isinstance(model, Encoder) else model.encoder, load_tokenizer_of(folder, model)
 
 
 def read_architecture(folder: Path) -> Architecture:

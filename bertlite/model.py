@@ -145,18 +145,28 @@ class Encoder(nn.Module):
         self.pooler = Pooler(config) if pooler else None
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        depth: int | None = None,
     ) -> Tensor:
-        """The last layer's output (B,T,D)."""
-        return self.hidden_states(input_ids, position_ids, document_ids, token_type_ids)[-1]
+        """The output (B,T,D) of the last layer, or of the first `depth` layers."""
+        return self.hidden_states(input_ids, position_ids, document_ids, token_type_ids, depth)[-1]
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        depth: int | None = None,
     ) -> list[Tensor]:
-        """The output of the embeddings and of each layer, (B,T,D) each."""
+        """The output of the embeddings and of each layer, or of the first `depth` layers, (B,T,D) each."""
         mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]  # (B,1,T,T)
         states = [self.embeddings(input_ids, position_ids, token_type_ids)]
-        for layer in self.layers:
+        for layer in self.layers if depth is None else self.layers[:depth]:
             if self.gradient_checkpointing and self.training:
                 states.append(checkpoint(layer, states[-1], mask, use_reentrant=False))
             else:

@@ -150,6 +150,12 @@ def read_documents(
         yield from _read_dataset(source, setting)
 
 
+def read_rows(path: Path, column: str) -> Iterator[str]:
+    """Each line of a text file, or `column` of each row of a table, also when it is empty; raises as above."""
+    kind = _kind(path)
+    yield from _read_table(path, kind, column) if kind in TABLES else read_lines(path)
+
+
 def _kind(path: Path) -> str:
     """The ending that says what a file holds: without that of its compression."""
     return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
@@ -157,7 +163,7 @@ def _kind(path: Path) -> str:
 
 def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iterator[str]:
     lines: list[str] = []
-    for line in _read_lines(path, report):
+    for line in read_lines(path, report):
         if line.strip():
             lines.append(line)
             if document == "blank-line":
@@ -169,7 +175,8 @@ def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iter
         yield "\n".join(lines)
 
 
-def _read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    """The lines of a text file, compressed or not; `report` and errors as for `read_documents`."""
     number = done = 0
     try:
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
@@ -245,7 +252,7 @@ def _column(table: Any, column: str, name: str) -> Iterator[str]:
 
 def _broken_line(path: Path) -> str | None:
     """Where a JSON lines file breaks, found by reading it line by line; None when each line is valid."""
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             if line.strip():
                 json.loads(line)

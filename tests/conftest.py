@@ -63,3 +63,36 @@ def write_config(tmp_path, cache, text_files):
         return path
 
     return write
+
+
+HEADS = {
+    "BertModel": {},
+    "BertForMaskedLM": {},
+    "BertForSequenceClassification": {"num_labels": 3, "problem_type": "single_label_classification"},
+    "BertForTokenClassification": {"num_labels": 5},
+    "BertForQuestionAnswering": {},
+    "multi-label": {"num_labels": 4, "problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+}
+
+
+@pytest.fixture(scope="session")
+def every_head(tmp_path_factory, text_files) -> dict[str, Path]:
+    """Folders with tiny random models of every head, by transformers, and a tokenizer; not to be changed."""
+    import transformers
+    from test_parity import SHAPE, randomize
+
+    from bertlite.tokenizer import train_word_piece, wrap
+
+    documents = Path(text_files["train"]).read_text(encoding="utf-8").split("\n\n")
+    tokenizer = wrap(train_word_piece(documents, SHAPE["vocab_size"], lowercase=True))
+    tokenizer.model_max_length = 32
+    folders = {}
+    for name, changes in HEADS.items():
+        kind = name if name.startswith("Bert") else "BertForSequenceClassification"
+        config = transformers.BertConfig(**{**SHAPE, **changes})
+        model = randomize(getattr(transformers, kind)(config), 0.3)
+        folders[name] = tmp_path_factory.mktemp("head")
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders

@@ -16,12 +16,13 @@ config files runtime
 attention masking optim words sources metrics
 tokenizer model corpus tables plateau
 batches hf
-parity checkpoint tasks
-run_folder
-train
+parity checkpoint inference tasks
+run_folder embed scoring export_onnx
+train card
 pretrain fill export
 evaluate plan bench finetune
 predict sweep
+api
 cli
 __main__
 """.strip().splitlines()

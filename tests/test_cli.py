@@ -1,15 +1,18 @@
 """The command line as a user meets it: results, help, and what it says about mistakes."""
 
+import gzip
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel, pipeline
 
-from bertlite import __version__, cli
+from bertlite import __version__, cli, load
 
 COMMANDS = [
     "prepare",
@@ -22,6 +25,7 @@ COMMANDS = [
     "sweep",
     "predict",
     "fill",
+    "embed",
     "export",
     "verify",
 ]
@@ -153,6 +157,53 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
         assert result["eval_accuracy"] == pytest.approx(accuracy, abs=1e-9)
 
 
+def test_evaluate_of_minimal_pairs(bertlite, trained, tmp_path):
+    lines = [{"sentence_good": good, "sentence_bad": bad, "linguistics_term": "order", "UID": uid}
+             for good, bad, uid in [("The state is here.", "State the here is.", "first"),
+                                    ("Of the people.", "People the of.", "second")]]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = bertlite("evaluate", trained, "--pairs", tmp_path / "pairs.jsonl")
+    assert code == 0 and re.search(r"^pairs_accuracy +[01]\.\d{4}$", out, re.MULTILINE)
+    assert re.search(r"^order +\S+% of 2$", out, re.MULTILINE) and re.search(
+        r"^  second +\S+% of 1$", out, re.MULTILINE
+    )
+    result = json.loads(bertlite("evaluate", trained, "--pairs", tmp_path / "pairs.jsonl", "--json")[1])
+    assert result.keys() == {"pairs_accuracy", "phenomena"} and result["phenomena"]["order"]["pairs"] == 2
+    bf16 = bertlite("evaluate", trained, "--pairs", tmp_path / "pairs.jsonl", "--precision", "bf16", "--json")
+    assert bf16[0] == 0
+
+
+def test_evaluate_of_pseudo_perplexity(bertlite, trained, tmp_path):
+    (tmp_path / "text.txt").write_text("The state of the union.")
+    result = json.loads(
+        bertlite("evaluate", trained, "--data", tmp_path / "text.txt", "--pseudo-perplexity", "--json")[1]
+    )
+    assert result.keys() == {"eval_loss", "eval_accuracy", "pseudo_perplexity"}
+    assert 1 < result["pseudo_perplexity"] < 1e5
+
+
+@pytest.mark.parametrize("options", [(), ("--pooling", "cls", "--layer", "1", "--normalize", "--sequence-length", "8")])
+def test_embed_writes_a_row_a_line(bertlite, trained, tmp_path, options):
+    (tmp_path / "text.txt").write_text("The state.\n\nOf the people, by the people and for the people.\n")
+    code, out, _ = bertlite("embed", trained, tmp_path / "text.txt", "--out", tmp_path / "v.npy", *options)
+    assert (code, out) == (0, f"{tmp_path}/v.npy: 3 vectors of 64\n")
+    texts = (tmp_path / "text.txt").read_text().splitlines()
+    settings = {"pooling": "cls", "layer": 1, "normalize": True, "sequence_length": 8} if options else {}
+    assert np.allclose(np.load(tmp_path / "v.npy"), load(trained).encode(texts, **settings), atol=1e-6)
+
+
+def test_embed_reads_tables_and_compressed_files(bertlite, trained, tmp_path):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write('{"body": "The state."}\n{"body": ""}\n{"body": "a"}\n')
+    for precision in ("fp32", "bf16"):
+        code, _, err = bertlite("embed", trained, tmp_path / "rows.jsonl.gz", "--out", tmp_path / f"{precision}.npy",
+                                "--column", "body", "--precision", precision)  # fmt: skip
+        assert code == 0, err
+    exact, rounded = (np.load(tmp_path / f"{precision}.npy") for precision in ("fp32", "bf16"))
+    assert exact.shape == (3, 64) and exact.dtype == rounded.dtype == np.float32
+    assert 0 < np.abs(exact - rounded).max() < 0.1
+
+
 def test_export_is_a_folder_that_transformers_loads(bertlite, trained, tmp_path):
     assert bertlite("export", trained, tmp_path / "out", "--format", "hf")[:2] == (0, f"{tmp_path}/out\n")
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -252,6 +303,16 @@ def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tm
         (("fill", "{encoder}", "a [MASK]"), "no masked language modelling head"),
         (("export", "{trained}", "{new}", "--format", "gguf"), "--format is 'gguf'"),
         (("export", "{none}", "{new}"), "none"),
+        (("export", "{broken}", "{new}"), "model.safetensors: damaged"),
+        (("export", "{trained}", "{new}", "--dtype", "int4"), "--dtype is 'int4'"),
+        (("evaluate", "{trained}"), "--pairs FILE"),
+        (("evaluate", "{trained}", "--pairs", "{text}"), ":1: not a JSON object"),
+        (("evaluate", "{trained}", "--pairs", "{text}", "--pseudo-perplexity"), "needs --data FILE"),
+        (("embed", "{broken}", "{text}", "--out", "{new}"), "model.safetensors: damaged"),
+        (("embed", "{trained}", "{none}", "--out", "{new}"), "FILE: "),
+        (("embed", "{trained}", "{text}", "--out", "{none}/v.npy"), "none: there is no such folder"),
+        (("embed", "{trained}", "{text}", "--out", "{empty}"), "empty: is a folder; name a file"),
+        (("embed", "{trained}", "{text}", "--out", "{new}", "--pooling", "sum"), "--pooling is 'sum'"),
         (("fill", "org/name", "a [MASK]"), "org/name"),
         (("pretrain", "nowhere.yaml"), "nowhere.yaml"),
     ],
@@ -260,7 +321,10 @@ def test_a_wrong_argument_is_named(bertlite, trained, tmp_path, text_files, argu
     (tmp_path / "empty").mkdir()
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=1000)
     BertModel(config).save_pretrained(tmp_path / "encoder")
-    places = {name: tmp_path / name for name in ("none", "empty", "new", "encoder")}
+    shutil.copytree(tmp_path / "encoder", tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    places = {name: tmp_path / name for name in ("none", "empty", "new", "encoder", "broken")}
     filled = [part.format(trained=trained, text=text_files["train"], **places) for part in arguments]
     code, out, err = bertlite(*filled)
     assert (code, out) == (2, "") and expected in err
@@ -274,5 +338,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_p
     BertForMaskedLM(config).save_pretrained(tmp_path / "small")
     for file in (trained / "model").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "small")
-    code, _, err = bertlite("fill", tmp_path / "small", "a [MASK]")
-    assert code == 2 and "1,000 pieces" in err and "900" in err
+    (tmp_path / "text.txt").write_text("a")
+    for command in (("fill", "a [MASK]"), ("export", tmp_path / "out"),
+                    ("embed", tmp_path / "text.txt", "--out", tmp_path / "v.npy")):  # fmt: skip
+        code, _, err = bertlite(command[0], tmp_path / "small", *command[1:])
+        assert code == 2 and "1,000 pieces" in err and "900" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "v.npy").exists()

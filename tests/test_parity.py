@@ -129,6 +129,24 @@ def test_models_of_odd_shapes_compute_the_same_here(tmp_path, kind, shape):
     assert failures(tmp_path) == []
 
 
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("kind", ["masked language model", "encoder with pooler"])
+def test_models_of_odd_shapes_come_out_as_they_went_in(tmp_path, kind, shape):
+    theirs = make_theirs(kind, **ODD_SHAPES[shape])
+    theirs.save_pretrained(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    save_model(load_model(tmp_path / "in"), tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(
+        weight.dtype == after[name].dtype and torch.equal(weight, after[name]) for name, weight in before.items()
+    )
+    again = type(theirs).from_pretrained(tmp_path / "out")
+    assert_same_weights(again, theirs)
+    kept = read_architecture(tmp_path / "in")
+    assert all(getattr(again.config, name) == value for name, value in kept.model_dump().items())
+
+
 def test_the_table_compares_every_quantity_for_every_kind_of_input(folders):
     quantities = {
         "masked language model": ["hidden states", "logits", "loss", "gradients"],
@@ -363,6 +381,9 @@ def test_folders_as_older_tools_wrote_them_are_read(folder, change):
     change_weights(folder, change)
     assert_same_weights(load_model(folder), expected)
     assert failures(folder) == []
+    (folder / "out").mkdir()
+    save_model(load_model(folder), folder / "out")
+    assert_same_weights(BertForMaskedLM.from_pretrained(folder / "out"), make_theirs())
 
 
 def test_an_encoder_saved_with_other_heads_keeps_its_pooler(tmp_path):

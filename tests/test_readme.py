@@ -1,6 +1,7 @@
 """What the README tells people to write is valid, and what it tells them to run exists."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_the_attention_example_of_the_readme_runs():
     (example,) = [text for text in blocks("python") if "MultiHeadAttention" in text]
     exec(example, scope)
     assert scope["output"].shape == (2, 5, 64) and scope["weights"].shape == (2, 4, 5, 9)
+
+
+def test_the_python_example_of_the_readme_runs(every_head, tmp_path, monkeypatch):
+    for name, head in {"mine": "BertForMaskedLM", "reviews": "BertForSequenceClassification"}.items():
+        shutil.copytree(every_head[head], tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    (example,) = [text for text in blocks("python") if "from bertlite import load" in text]
+    exec(example, scope)
+    assert scope["vectors"].shape == (2, 24) and scope["answers"][0].keys() >= {"score", "token_str"}
+    several = scope["film"].predict(["A film.", "Another."])
+    assert [set(one) for one in several] == [{"label", "score"}] * 2 and scope["film"].predict("A film.") == several[0]
 
 
 def test_commands_and_files_in_the_readme_exist():

@@ -1,0 +1,144 @@
+"""Sentences as a masked language model scores them: pseudo-perplexity and minimal pairs (Salazar et al. 2020)."""
+
+# Shapes: N sentences, B masked copies that are computed together, T positions, V vocabulary.
+import json
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.config import Source
+from bertlite.errors import UserError
+from bertlite.inference import like_lengths, padded
+from bertlite.model import MaskedLanguageModel
+from bertlite.sources import read_documents, read_lines, source_files
+
+SENTENCES_AT_A_TIME = 512
+
+Item = TypeVar("Item")
+
+
+class Pair(NamedTuple):
+    """Two sentences that differ in one thing (Warstadt et al. 2020); the first is the acceptable one."""
+
+    good: str
+    bad: str
+    phenomenon: str
+    paradigm: str
+
+
+def pseudo_log_likelihoods(
+    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
+) -> Tensor:
+    """How likely the model finds each row of token ids: (N,), in nats, in fp64 (Salazar et al. 2020, section 2).
+
+    Each token but the first and last, [CLS] and [SEP], is masked in turn, and what the model gives it is summed.
+    """
+    device = model.head.bias.device
+    tokens, positions, documents = padded(rows, tokenizer.pad_token_id, device)
+    lengths = torch.tensor([len(row) for row in rows])
+    sentence = torch.repeat_interleave(lengths - 2)
+    first = (lengths - 2).cumsum(0) - (lengths - 2)
+    masked = torch.arange(len(sentence)) - first[sentence] + 1
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    with torch.inference_mode():
+        for numbers in like_lengths(lengths[sentence].tolist(), device):
+            row, place = sentence[numbers], masked[numbers]
+            width = int(lengths[row].max())
+            inputs = tokens[row, :width]  # (B,T), a copy
+            wanted = inputs[torch.arange(len(row)), place]
+            inputs[torch.arange(len(row)), place] = tokenizer.mask_token_id
+            place = place[:, None].to(device)
+            scores = model(inputs, positions[row, :width], documents[row, :width], place)[:, 0]  # (B,V)
+            sums.index_add_(0, row, -F.cross_entropy(scores.float(), wanted, reduction="none").double().cpu())
+    return sums
+
+
+def pseudo_perplexity(
+    model: MaskedLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[Source],
+    document: str,
+    sequence_length: int,
+) -> float:
+    """exp of the mean negative pseudo-log-likelihood of a token; documents are cut into pieces that fit a row."""
+    texts = (text for source in sources for text in read_documents(source, document, "--data"))
+    total, count = 0.0, 0
+    for part in _parts(texts, "documents"):
+        rows = []
+        for ids in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]:
+            pieces = range(0, len(ids), sequence_length - 2)
+            rows += [_framed(ids[start : start + sequence_length - 2], tokenizer) for start in pieces]
+        if rows:
+            total += pseudo_log_likelihoods(model, tokenizer, rows).sum().item()
+            count += sum(len(row) - 2 for row in rows)
+    return math.exp(-total / count) if total > -700 * count else math.inf
+
+
+def minimal_pairs(
+    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Pair]
+) -> dict[str, Any]:
+    """How often the model finds the acceptable sentence the likelier one, overall, by phenomenon and by paradigm.
+
+    Raises UserError for a sentence that is empty or longer than the model's positions.
+    """
+    right: dict[str, dict[str, list[int]]] = {}
+    limit = model.config.max_position_embeddings
+    for part in _parts(pairs, "pairs"):
+        sentences = [sentence for pair in part for sentence in (pair.good, pair.bad)]
+        ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
+        for sentence, row in zip(sentences, ids, strict=True):
+            if not 0 < len(row) <= limit - 2:
+                raise UserError(
+                    f"--pairs: {len(row)} tokens, not 1 to {limit - 2} as the model takes: {sentence[:60]!r}"
+                )
+        scores = pseudo_log_likelihoods(model, tokenizer, [_framed(row, tokenizer) for row in ids])
+        for pair, (good, bad) in zip(part, scores.view(-1, 2).tolist(), strict=True):
+            right.setdefault(pair.phenomenon, {}).setdefault(pair.paradigm, []).append(good > bad)
+    phenomena = {
+        phenomenon: _share([choice for choices in paradigms.values() for choice in choices])
+        | {"paradigms": {name: _share(choices) for name, choices in sorted(paradigms.items())}}
+        for phenomenon, paradigms in sorted(right.items())
+    }
+    everything = [choice for paradigms in right.values() for choices in paradigms.values() for choice in choices]
+    return {**_share(everything), "phenomena": phenomena}
+
+
+def read_pairs(files: list[str]) -> Iterator[Pair]:
+    """The pairs of JSON lines as BLiMP has them. Raises UserError, naming file and line, for any other."""
+    for path in (path for file in files for path in source_files(Source(path=file), "--pairs")):
+        for number, text in enumerate(read_lines(path), 1):
+            try:
+                line = json.loads(text)
+                good, bad = line["sentence_good"], line["sentence_bad"]
+                if not isinstance(good, str) or not isinstance(bad, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path}:{number}: not a JSON object with the texts sentence_good and sentence_bad"
+                ) from None
+            paradigm = str(line.get("UID", Path(path).stem))
+            yield Pair(good, bad, str(line.get("linguistics_term", paradigm)), paradigm)
+
+
+def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+
+
+def _parts(items: Iterable[Item], unit: str) -> Iterator[list[Item]]:
+    stream = iter(items)
+    with tqdm(disable=None, unit=f" {unit}") as bar:
+        while part := list(islice(stream, SENTENCES_AT_A_TIME)):
+            yield part
+            bar.update(len(part))
+
+
+def _share(choices: list[int]) -> dict[str, Any]:
+    return {"accuracy": sum(choices) / len(choices), "pairs": len(choices)}
