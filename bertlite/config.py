@@ -242,8 +242,9 @@ Table = Annotated[Place, BeforeValidator(lambda value: {"path": value} if isinst
 
 
 ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("name")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
-    Discriminator(lambda value: "weights" if isinstance(value, dict) else "name"),
+    Annotated[Literal["balanced"], Tag("balanced")]
+    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
+    Discriminator(lambda value: "weights" if isinstance(value, dict) else "balanced"),
 ]
 
 
@@ -497,7 +498,7 @@ def _did_you_mean(name: str, choices: Any) -> str:
 
 
 # Names that pydantic gives to the branches of a choice between types; no keys of the YAML.
-_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "name", "weights", "int", "float")
+_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "balanced", "weights", "int", "float")
 
 
 def _shown(value: Any) -> str:
