@@ -322,6 +322,13 @@ class Range(Section):
     high: int | float
     log: bool = False
 
+    @model_validator(mode="after")
+    def numbers_lie_between(self) -> "Range":
+        if self.low >= self.high or (self.log and self.low <= 0):
+            limit = f"high {self.high}" if self.low >= self.high else "0, as log needs"
+            raise ValueError(f"low is {self.low}, not {'below' if self.low >= self.high else 'above'} {limit}")
+        return self
+
 
 class SweepSettings(Section):
     """How many trials, and what they choose from: a list of values, or a range, for each setting by its name."""
