@@ -244,8 +244,9 @@ Table = Annotated[Place, BeforeValidator(lambda value: {"path": value} if isinst
 
 
 ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("name")] | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
-    Discriminator(lambda value: "weights" if isinstance(value, dict) else "name"),
+    Annotated[Literal["balanced"], Tag("balanced")]
+    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
+    Discriminator(lambda value: "weights" if isinstance(value, dict) else "balanced"),
 ]
 
 
@@ -322,6 +323,13 @@ class Range(Section):
     low: int | float
     high: int | float
     log: bool = False
+
+    @model_validator(mode="after")
+    def numbers_lie_between(self) -> "Range":
+        if self.low >= self.high or (self.log and self.low <= 0):
+            limit = f"high {self.high}" if self.low >= self.high else "0, as log needs"
+            raise ValueError(f"low is {self.low}, not {'below' if self.low >= self.high else 'above'} {limit}")
+        return self
 
 
 class SweepSettings(Section):
@@ -501,7 +509,7 @@ def _did_you_mean(name: str, choices: Any) -> str:
 
 
 # Names that pydantic gives to the branches of a choice between types; no keys of the YAML.
-_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "name", "weights", "int", "float")
+_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "balanced", "weights", "int", "float")
 
 
 def _shown(value: Any) -> str:

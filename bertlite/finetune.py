@@ -132,9 +132,12 @@ def check_settings(config: FinetuneConfig) -> None:
 
 
 def held_out(rows: list[Row], share: float) -> list[bool]:
-    """Which rows are kept for validation: each with the same chance, at least one, the same every time."""
+    """Which rows are kept for validation: each with the same chance, not none and not all, the same every time."""
     random = philox((0, HELD_OUT), (*split64(np.arange(len(rows))), 0, 0))[:, 0]
-    return ((random < np.uint64(share * 2**32)) | (random == random.min())).tolist()
+    apart = random < np.uint64(share * 2**32)
+    apart[np.argmin(random)] = True
+    apart[np.argmax(random)] = False
+    return apart.tolist()
 
 
 def compute_outputs(
@@ -364,7 +367,8 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     results["best_step"] = selection.step
     if runtime.rank == 0:
         _write_findings(work, folder, predictions, outputs)
-        save_final_model(folder, best, work.tokenizer)
+        if not (folder / "model").exists():  # of a process that was killed right after
+            save_final_model(folder, best, work.tokenizer)
         write_json(folder / "results.json", results)
         shutil.rmtree(folder / "checkpoints")
     barrier()

@@ -76,6 +76,8 @@ def test_a_sweep_goes_on_as_if_it_had_not_stopped(write_sweep, tmp_path):
         ({"train.learning_rat": [1e-3]}, r"sweep\.space: train\.learning_rat is not a setting. Did you mean"),
         ({"train.learning_rate": [-1.0]}, r"sweep\.space: train\.learning_rate is -1\.0"),
         ({"task.metric": ["accurcy"]}, r"task\.metric is 'accurcy'"),
+        ({"train.learning_rate": {"low": 2, "high": 1}}, r"train\.learning_rate\.low is 2, not below high 1"),
+        ({"train.warmup_ratio": {"low": 0, "high": 1, "log": True}}, r"low is 0, not above 0, as log needs"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused_before_anything_runs(space, message, write_sweep, tmp_path):
