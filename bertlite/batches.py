@@ -10,6 +10,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -40,6 +41,7 @@ from bertlite.words import word_start_table
 
 PLAN_VERSION = 3  # raise it when the same corpus would give other rows
 LEAST_PIECE = 8  # tokens of a long document that are worth a piece of their own
+COUNTED_ROWS = 10_000  # that tell how often tokens occur
 DEFAULTS = TrainSettings()
 EVALUATION_MASKING = MaskingSettings()  # held-out text is masked alike whatever the training does: losses compare
 
@@ -312,15 +314,17 @@ class Batches:
         )
         return Batch(*map(torch.from_numpy, (inputs, positions, documents, places, labels)))
 
-    def token_counts(self, rows: int = 10_000) -> NDArray[np.int64]:
-        """How often each token that is not special occurs in the first `rows` samples: (V,)."""
-        counts = np.bincount(self._rows(self.rows(np.arange(rows)))[0].ravel(), minlength=self.vocabulary.size)
+    @cached_property
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token that is not special occurs in the first samples: (V,)."""
+        first = self._rows(self.rows(np.arange(COUNTED_ROWS)))[0]
+        counts = np.bincount(first.ravel(), minlength=self.vocabulary.size)
         counts[self.vocabulary.special_ids] = 0
         return counts
 
-    def unigram_entropy(self, rows: int = 10_000) -> float:
+    def unigram_entropy(self) -> float:
         """The loss, in nats, of predicting tokens by their frequencies alone."""
-        counts = self.token_counts(rows)
+        counts = self.token_counts
         frequencies = counts[counts > 0] / counts.sum()
         return float(-(frequencies * np.log(frequencies)).sum())
 

@@ -39,6 +39,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
         laps: list[tuple[float, int, dict[str, float]]] = []  # after each step: time, tokens and seconds so far
         training.watch = lambda *_: laps.append((perf_counter(), training.progress.tokens, dict(training.seconds)))
         training.run()
+        memory = peak_memory(runtime.device)
     pairs = list(pairwise(laps[WARM_UP - 1 :]))
     step = median(now - before for (before, *_), (now, *_) in pairs)
     T = config.data.sequence_length
@@ -51,7 +52,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
         "flops_per_second": flops / step,
         "peak_flops_per_second": peak,
         "share_of_peak": flops / step / peak,
-        "peak_memory_bytes": peak_memory(runtime.device),
+        "peak_memory_bytes": memory,
         "device": str(runtime.facts()["device"]),
         "precision": str(runtime.facts()["precision"]),
     }

@@ -369,7 +369,9 @@ def main() -> None:
     except Failure as error:
         sys.exit(_say(str(error), 1))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's own for CPUs
+        from bertlite.runtime import out_of_memory
+
+        if not out_of_memory(error):
             raise
         sys.exit(_say("the memory is exhausted; lower the rows computed at a time, or the size of the model", 1))
     except OSError as error:  # a folder that cannot be written, a file that vanished

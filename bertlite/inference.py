@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from bertlite.model import MaskedLMHead
+from bertlite.model import Linear, MaskedLMHead
 from bertlite.runtime import Runtime
 
 # Positions that are computed together: few enough for a processor's cache, many enough to fill a GPU.
@@ -32,7 +32,11 @@ class OneDnnHead(MaskedLMHead):
         return _linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)
 
 
-ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OneDnnLinear, MaskedLMHead: OneDnnHead}
+ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: OneDnnLinear,
+    Linear: OneDnnLinear,
+    MaskedLMHead: OneDnnHead,
+}
 
 
 def for_use(model: Module, runtime: Runtime) -> Module:

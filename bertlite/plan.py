@@ -49,9 +49,11 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         rows = rows_at_a_time(settings, model, T, slots, runtime)
         tokens_of_a_row = prepared.plan.tokens() / len(prepared.plan)
         epoch = _rows(prepared.corpus, prepared.plan, parts, [source.weight for source in config.data.train])
-        held_out = _rows(prepared.validation_corpus, prepared.validation_plan, validation_parts)
-        if epoch and not config.data.validation:
-            epoch, held_out = epoch * (1 - config.data.validation_split), epoch * config.data.validation_split
+        if config.data.validation:
+            held_out = _rows(prepared.validation_corpus, prepared.validation_plan, validation_parts)
+        else:
+            split, every = config.data.validation_split, _rows(prepared.corpus, prepared.plan, parts)
+            epoch, held_out = (epoch and epoch * (1 - split)), (every and every * split)
         trained = settings.max_steps * settings.global_batch_size  # rows
         weights, moments = 4 * parameters, 8 * parameters  # AdamW has two moments, Muon one
         kept = min(settings.save_total_limit, math.ceil(settings.max_steps / settings.save_steps))
@@ -94,7 +96,7 @@ def described(result: dict[str, Any]) -> str:
     duration = "not measured"
     if result["seconds"] is not None:
         hours = timedelta(seconds=round(result["seconds"]))
-        duration = f"about {hours} hours, {result['seconds_per_step']:.3g} s a step, as measured here"
+        duration = f"about {hours}, {result['seconds_per_step']:.3g} s a step, as measured here"
     lines = {
         "parameters": f"{result['parameters']:,}",
         "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
@@ -157,6 +159,7 @@ def _measure(config: PretrainConfig, prepared: Prepared, runtime: Runtime, folde
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     training = new_training(config, prepared, folder, runtime)
     training.evaluate, training.save = None, lambda state, progress: None
+    training.synchronize = runtime.device.type == "cuda"
     laps: list[tuple[float, float]] = []
     training.watch = lambda *_: laps.append((time.perf_counter(), training.seconds["forward"]))
     training.run()

@@ -162,7 +162,7 @@ def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> Masked
     if settings.init_from is None:
         model = MaskedLanguageModel(architecture(config, tokenizer), kernel)
         initialize(model, settings.initializer_range, config.train.seed, settings.position_init)
-        counts = torch.from_numpy(batches.token_counts() + 1.0)
+        counts = torch.from_numpy(batches.token_counts + 1.0)
         model.head.bias.data.copy_(torch.log(counts / counts.sum()))
         return model
     source = model_folder(settings.init_from)

@@ -230,7 +230,7 @@ class Training:
         line = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "loss": progress.loss_sum / progress.scored if progress.scored else None,
+            "loss": progress.loss_sum / progress.scored if progress.scored else math.nan,
             "lr": self.optimizer.learning_rate(),
             "grad_norm": self.norm,
             "tokens_per_second": (progress.tokens - tokens) / (now - since),
@@ -249,9 +249,8 @@ class Training:
 
     def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
-        stop_request.deferred = self.runtime.world_size > 1  # it changes nothing, so one rank may leave it at once
-        if stop_request.number and not stop_request.deferred:
-            raise Stopped(stop_request.number)
+        # It changes nothing, so one rank may leave it at once where nothing has to be saved, and else after a batch.
+        stop_request.deferred = self.runtime.world_size > 1 or self.saved != self.progress.step
         scores = evaluate()
         stop_request.deferred = True
         progress = self.progress
@@ -296,6 +295,8 @@ def evaluate(
     with torch.inference_mode(), runtime.autocast():
         # Every rank makes as many batches as the others; those past the last row are empty.
         for first in range(0, rows, micro_batch * runtime.world_size):
+            if stop_request.number and runtime.world_size == 1:
+                raise Stopped(stop_request.number)
             batch = make_batch(first + runtime.rank * micro_batch, micro_batch).to(runtime.device)
             for name, value in scores(model, batch).items():
                 sums[name] = sums.get(name, 0) + value.double()

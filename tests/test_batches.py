@@ -582,7 +582,13 @@ def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_pa
 )
 def test_rows_are_seen_as_often_as_their_weight_says(groups, epochs, seed, data, batches, tokenizer):
     """A group has its turns in every epoch, and sees all of its rows before one comes again."""
-    twin = Batches(batches.corpus, SimpleNamespace(groups=groups, folder=batches.plan.folder), tokenizer, 32, train=TrainSettings(seed=seed))
+    twin = Batches(
+        batches.corpus,
+        SimpleNamespace(groups=groups, folder=batches.plan.folder),
+        tokenizer,
+        32,
+        train=TrainSettings(seed=seed),
+    )
     turns = [max(1, round(weight * rows)) for weight, rows in groups]
     samples = np.arange(epochs * sum(turns))
     seen = twin.rows(samples)

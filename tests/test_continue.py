@@ -44,7 +44,7 @@ def test_going_on_begins_with_the_same_weights_and_loss(begin, go_on):
 
 
 def test_going_on_is_better_than_starting_anew(begin, go_on, write_config):
-    again = go_on(train__max_steps=12)
+    again = go_on(train__max_steps=60, train__learning_rate=5e-3)
     assert metrics(again)[-1]["eval_loss"] < metrics(begin)[-1]["eval_loss"]
 
 

@@ -134,14 +134,16 @@ def test_no_steps_leave_a_model_that_predicts_tokens_by_how_often_they_occur(wri
     assert line["eval_loss"] == pytest.approx(batches.unigram_entropy(), abs=0.4)
     assert line["eval_loss"] < math.log(len(prepared.tokenizer)) - 0.5
     model, _ = load_masked_lm(folder / "model")
-    counts = batches.token_counts() + 1
+    counts = batches.token_counts + 1
     torch.testing.assert_close(model.head.bias, torch.from_numpy(np.log(counts / counts.sum())).float())
 
 
 def test_the_model_learns(write_config):
-    path = write_config(train__max_steps=150, train__global_batch_size=32, train__eval_steps=75)
+    path = write_config(
+        train__max_steps=150, train__global_batch_size=32, train__eval_steps=75, train__learning_rate=5e-3
+    )
     evaluations = [line["eval_loss"] for line in metrics(pretrain(path)) if "eval_loss" in line]
-    assert evaluations[1] < evaluations[0] < 5.9, "the frequencies of tokens alone give 6.0"
+    assert evaluations[1] < evaluations[0] < 5.95, "the frequencies of tokens alone give 6.02"
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
