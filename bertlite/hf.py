@@ -139,6 +139,8 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -
             )
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes files that others may not read; this one is to be read like those beside it.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
