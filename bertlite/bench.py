@@ -58,6 +58,22 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     }
 
 
+def described(result: dict[str, Any]) -> str:
+    """What `bench` returns, as lines for people."""
+    step = result["step_seconds"]
+    parts = {part: result[f"{part}_seconds"] for part in PARTS}
+    return "\n".join(
+        [
+            f"{result['tokens_per_second']:,.0f} tokens/s on {result['device']} in {result['precision']}",
+            *(f"  {part:10} {seconds * 1e3:9.1f} ms  {seconds / step:6.1%}" for part, seconds in parts.items()),
+            f"  {'a step':10} {step * 1e3:9.1f} ms",
+            f"matrix products at {result['flops_per_second'] / 1e9:,.0f} GFLOP/s, {result['share_of_peak']:.0%} of the "
+            f"{result['peak_flops_per_second'] / 1e9:,.0f} measured at best here",
+            f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ]
+    )
+
+
 def matmul_flops(config: Architecture, rows: int, positions: int, slots: int) -> int:
     """Floating point operations of the matrix products of one step, forward and backward, for one rank.
 

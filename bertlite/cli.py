@@ -74,14 +74,13 @@ def pretrain(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train an encoder on raw text by masked language modelling."""
     from bertlite import pretrain as pretraining
     from bertlite.config import PretrainConfig, load_config
 
-    folder = [f"output_dir={json.dumps(str(out))}"] if out else []
-    model = pretraining.run(load_config(PretrainConfig, config, [*(overrides or []), *folder]), resume=resume)
+    model = pretraining.run(load_config(PretrainConfig, config, _changes(overrides, out)), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(model)
 
@@ -98,8 +97,7 @@ def plan(
     from bertlite import plan as planning
     from bertlite.config import PretrainConfig, load_config
 
-    folder = [f"output_dir={json.dumps(str(out))}"] if out else []
-    result = planning.plan(load_config(PretrainConfig, config, [*(overrides or []), *folder]), measure)
+    result = planning.plan(load_config(PretrainConfig, config, _changes(overrides, out)), measure)
     print(json.dumps(result) if as_json else planning.described(result))
 
 
@@ -335,23 +333,11 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure the training of a configuration on this machine: tokens/s, where the time goes, share of peak, memory."""
-    from bertlite.bench import bench as measure
+    from bertlite import bench as benching
     from bertlite.config import PretrainConfig, load_config
 
-    result = measure(load_config(PretrainConfig, config, overrides or []), steps)
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{result['tokens_per_second']:,.0f} tokens/s on {result['device']} in {result['precision']}")
-    for part in ("data", "forward", "backward", "optimizer"):
-        seconds = result[f"{part}_seconds"]
-        print(f"  {part:10} {seconds * 1e3:9.1f} ms  {seconds / result['step_seconds']:6.1%}")
-    print(f"  {'a step':10} {result['step_seconds'] * 1e3:9.1f} ms")
-    print(
-        f"matrix products at {result['flops_per_second'] / 1e9:,.0f} GFLOP/s, {result['share_of_peak']:.0%} of the "
-        f"{result['peak_flops_per_second'] / 1e9:,.0f} measured at best here"
-    )
-    print(f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    result = benching.bench(load_config(PretrainConfig, config, overrides or []), steps)
+    print(json.dumps(result) if as_json else benching.described(result))
 
 
 def main() -> None:
@@ -380,7 +366,7 @@ def main() -> None:
         sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
 
 
-def _changes(overrides: list[str] | None, out: Path | None, model: str | None) -> list[str]:
+def _changes(overrides: list[str] | None, out: Path | None, model: str | None = None) -> list[str]:
     """--set, --model and --out as changes of settings."""
     named = {"model.init_from": model, "output_dir": out and str(out)}
     return [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]

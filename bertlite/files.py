@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,17 +30,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        aside.chmod(0o777 & ~_umask())
         with full_disk_named(path.parent):
             yield aside
-            for file in aside.rglob("*"):
-                sync(file)
-            sync(aside)
+            mask = _umask()
+            for inner in (aside, *aside.rglob("*")):  # mkdtemp and safetensors make what others may not read
+                inner.chmod((0o777 if inner.is_dir() else 0o666) & ~mask)
+                sync(inner)
             aside.rename(path)
             sync(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is gone when all went well
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -82,10 +81,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             sync(aside)
             aside.replace(path)
             sync(path.parent)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            aside.unlink()
-        raise
+    finally:
+        aside.unlink(missing_ok=True)  # it is gone when all went well
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -139,8 +139,6 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -
             )
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes files that others may not read; this one is to be read like those beside it.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -165,11 +163,7 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
 
     Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
     """
-    config = read_architecture(folder)
-    weights = _read_weights(folder)
-    _check_size(config, weights, folder)
-    _check_layers(weights, config, folder)
-    about = _read_config(folder)
+    about, config, weights = _read_folder(folder)
     with torch.device("meta"):
         model: Model
         if any(name.startswith("cls.predictions.") for name in weights):
@@ -196,8 +190,7 @@ def begin_from(model: Classifier, folder: Path) -> None:
     The head is taken when it is of the same kind for the same labels. Raises UserError, naming the file, when the
     folder holds no such encoder.
     """
-    config, weights, about = read_architecture(folder), _read_weights(folder), _read_config(folder)
-    _check_layers(weights, config, folder)
+    about, _, weights = _read_folder(folder)
     if not any(name.startswith("bert.") for name in weights):
         weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
     head = ARCHITECTURES[type(model)][1]
@@ -246,7 +239,10 @@ def load_encoder(folder: Path, kernel: str = "sdpa") -> tuple[Encoder, PreTraine
 
 def read_architecture(folder: Path) -> Architecture:
     """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
-    path, about = folder / "config.json", _read_config(folder)
+    return _architecture(_read_config(folder), folder / "config.json")
+
+
+def _architecture(about: Any, path: Path) -> Architecture:
     if not isinstance(about, dict) or about.get("model_type") != "bert":
         kind = about.get("model_type") if isinstance(about, dict) else None
         raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
@@ -280,6 +276,15 @@ def local_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
 
 
+def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tensor]]:
+    """config.json, the encoder that it describes, and all weights, which are as many and in as many layers."""
+    about = _read_config(folder)
+    config, weights = _architecture(about, folder / "config.json"), _read_weights(folder)
+    _check_size(config, weights, folder)
+    _check_layers(weights, config, folder)
+    return about, config, weights
+
+
 def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if folder.is_dir():
@@ -304,7 +309,7 @@ def _classifier(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Class
     """Which head the weights hold; config.json tells a sequence's from a token's, or the pooler does."""
     if "qa_outputs.weight" in weights:
         return QuestionAnswerer
-    if ARCHITECTURES[TokenClassifier][0] in (about.get("architectures") or []):
+    if about.get("architectures") == [ARCHITECTURES[TokenClassifier][0]]:
         return TokenClassifier
     return SequenceClassifier if "bert.pooler.dense.weight" in weights else TokenClassifier
 
@@ -333,7 +338,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, the file is no dict
-                    weights[_modern_name(key)] = file.get_tensor(key)
+                    # Checkpoints that came from TensorFlow call a layer norm's weight gamma and its bias beta.
+                    modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+                    weights[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", modern)] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name}: damaged, or not a safetensors file: {error}") from None
     return weights
@@ -347,14 +354,6 @@ def _check_size(config: Architecture, weights: dict[str, Tensor], folder: Path) 
     held = sum(tensor.numel() for tensor in weights.values())
     if meant > 10 * held:  # less of a difference is named weight by weight
         raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
-
-
-def _modern_name(name: str) -> str:
-    """Checkpoints that came from TensorFlow call a layer norm's weight gamma and its bias beta."""
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda end: f"LayerNorm.{_GREEK[end[1]]}", name)
-
-
-_GREEK = {"gamma": "weight", "beta": "bias"}
 
 
 def _check_decoder(weights: dict[str, Tensor], folder: Path) -> None:

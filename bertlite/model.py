@@ -36,10 +36,11 @@ class Linear(nn.Linear):
     """x Wᵀ + b, the bias by itself: compiled, it joins what follows; inside the product it costs a copy on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b of x (…,D), weight (E,D) and bias (E,), with the bias added apart: (…,E)."""
     y = F.linear(x, weight)
     return y + bias.to(y.dtype)  # under autocast the product is in bf16, and so remains the sum
 
@@ -95,7 +96,7 @@ class MultiHeadAttention(nn.Module):
             projected = self.qkv(query).chunk(3, dim=-1)
         else:
             weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-            projected = tuple(map(product, (query, key, value), weights, biases))
+            projected = tuple(map(linear, (query, key, value), weights, biases))
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)  # (B,H,·,K) each
 
 
@@ -185,7 +186,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        return product(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
+        return linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
 
 
 class MaskedLanguageModel(nn.Module):

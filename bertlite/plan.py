@@ -18,12 +18,7 @@ from bertlite.config import PretrainConfig, Source
 from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
 from bertlite.model import MaskedLanguageModel, parameter_count
-from bertlite.pretrain import (
-    Prepared,
-    architecture,
-    new_training,
-    prepare,
-)
+from bertlite.pretrain import Prepared, architecture, new_training, prepare
 from bertlite.runtime import Runtime, free_memory, start
 from bertlite.sources import read_documents, source_files
 from bertlite.train import bytes_of_a_row, rows_at_a_time

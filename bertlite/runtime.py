@@ -165,10 +165,11 @@ def _can_compile(device: torch.device, setting: str | bool) -> bool:
 def _keep_memory() -> None:
     """Let the C library reuse the memory of large tensors, where it would return it to the system and fetch it anew,
     zeroed page by page, several times a step. See mallopt(3); other C libraries than glibc have no such switch."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside of the heap
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        library.mallopt(M_MMAP_MAX, 0)  # no blocks outside of the heap
+        library.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def _processor() -> str:
