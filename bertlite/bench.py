@@ -7,19 +7,27 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bertlite.config import Architecture, PretrainConfig
 from bertlite.masking import prediction_slots
-from bertlite.pretrain import new_training, prepare
-from bertlite.runtime import start
-from bertlite.train import PARTS
+from bertlite.pretrain import Prepared, new_training, prepare
+from bertlite.runtime import Runtime, start
+from bertlite.train import PARTS, Training
 
 WARM_UP = 5  # steps that compile and fill caches, and are not measured
 # Shapes (rows, inner, columns) of matrix products: the fastest of them is the machine's peak.
 PEAK_SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096)]
+
+
+class Lap(NamedTuple):
+    """The end of a step: when it was, and the tokens and the seconds of each part up to then."""
+
+    at: float
+    tokens: int
+    seconds: dict[str, float]
 
 
 def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
@@ -28,27 +36,18 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     Returns medians over the steps: tokens and seconds by part; the share of the peak that the model's matrix products
     reach (padding and unused prediction slots count as work); and peak memory in bytes.
     """
-    changes = {"max_steps": WARM_UP + steps, "logging_steps": 1, "save_steps": WARM_UP + steps}
-    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     runtime = start(config.train.precision, config.train.compile)
-    prepared = prepare(config)
-    with TemporaryDirectory() as folder:
-        training = new_training(config, prepared, Path(folder), runtime)
-        training.evaluate, training.save = None, lambda state, progress: None
-        training.synchronize = runtime.device.type == "cuda"
-        laps: list[tuple[float, int, dict[str, float]]] = []  # after each step: time, tokens and seconds so far
-        training.watch = lambda *_: laps.append((perf_counter(), training.progress.tokens, dict(training.seconds)))
-        training.run()
-        memory = peak_memory(runtime.device)
+    training, laps = rehearse(config, prepare(config), runtime, WARM_UP + steps)
+    memory = peak_memory(runtime.device)
     pairs = list(pairwise(laps[WARM_UP - 1 :]))
-    step = median(now - before for (before, *_), (now, *_) in pairs)
+    step = median(now.at - before.at for before, now in pairs)
     T = config.data.sequence_length
     flops = matmul_flops(training.model.config, config.train.global_batch_size, T, prediction_slots(T, config.masking))
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
-        "tokens_per_second": median((b - a) / (now - before) for (before, a, _), (now, b, _) in pairs),
+        "tokens_per_second": median((b.tokens - a.tokens) / (b.at - a.at) for a, b in pairs),
         "step_seconds": step,
-        **{f"{part}_seconds": median(b[part] - a[part] for (*_, a), (*_, b) in pairs) for part in PARTS},
+        **{f"{part}_seconds": median(b.seconds[part] - a.seconds[part] for a, b in pairs) for part in PARTS},
         "flops_per_second": flops / step,
         "peak_flops_per_second": peak,
         "share_of_peak": flops / step / peak,
@@ -56,6 +55,20 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
         "device": str(runtime.facts()["device"]),
         "precision": str(runtime.facts()["precision"]),
     }
+
+
+def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps: int) -> tuple[Training, list[Lap]]:
+    """Train as configured for some steps, without evaluation or saving, and see when each of them ends."""
+    changes = {"max_steps": steps, "logging_steps": 1, "save_steps": steps, "save_minutes": None}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    laps: list[Lap] = []
+    with TemporaryDirectory() as folder:
+        training = new_training(config, prepared, Path(folder), runtime)
+        training.evaluate, training.save = None, lambda state, progress: None
+        training.synchronize = runtime.device.type == "cuda"
+        training.watch = lambda *_: laps.append(Lap(perf_counter(), training.progress.tokens, dict(training.seconds)))
+        training.run()
+    return training, laps
 
 
 def described(result: dict[str, Any]) -> str:

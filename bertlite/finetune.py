@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.checkpoint import (
-    checkpoint_folder,
-    load_training_state,
-    newest_checkpoint,
-    save_checkpoint,
-    save_final_model,
-)
+from bertlite.checkpoint import checkpoint_folder, newest_checkpoint, save_checkpoint, save_final_model
 from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings, choose
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, new_folder, write_json, write_whole
@@ -30,12 +24,11 @@ from bertlite.metrics import CLASSIFICATION
 from bertlite.model import Classifier, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.philox import HELD_OUT, philox, split64
-from bertlite.pretrain import compare_facts
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.tables import Row, read_rows, table_file
 from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss
-from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+from bertlite.train import Progress, Training, evaluate, resume_from, rows_at_a_time
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
 WORST = 100  # examples of the largest loss that are written down
@@ -48,15 +41,6 @@ class Part:
     rows: list[Row]
     examples: Examples
     batches: ExampleBatches
-
-
-@dataclass
-class Selection:
-    """The best evaluation so far, and how many came after it."""
-
-    step: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
-    since: int = 0
 
 
 @dataclass
@@ -294,9 +278,33 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
+    runtime = work.runtime
+    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
+    training = _new_training(work, folder, seed, resume, compute)
+    training.run()
+    barrier()
+    progress = training.progress
+    best: Any = load_model(checkpoint_folder(folder, progress.best_step), best_kernel(runtime.device))
+    barrier()
+    best.to(runtime.device)
+    scores, predictions, outputs = _measure(work, best, work.measured_on)
+    results = {**scores, **{f"validation_{name}": value for name, value in progress.best.items()}}
+    results["best_step"] = progress.best_step
+    if runtime.rank == 0:
+        _write_findings(work, folder, predictions, outputs)
+        if not (folder / "model").exists():  # of a process that was killed right after
+            save_final_model(folder, best, work.tokenizer)
+        write_json(folder / "results.json", results)
+        shutil.rmtree(folder / "checkpoints")
+    barrier()
+    return results
+
+
+def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool, compute: Callable[..., Tensor]) -> Training:
+    """A training with one seed, ready to begin or to go on from the newest valid checkpoint."""
     runtime, train, kernel = work.runtime, work.config.train, best_kernel(work.runtime.device)
-    batches = work.parts["train"].batches
-    batches = ExampleBatches(batches.examples, work.task.head, batches.pad_id, seed, batches.length)
+    examples = work.parts["train"].batches
+    batches = ExampleBatches(examples.examples, work.task.head, examples.pad_id, seed, examples.length)
     settings = steps_of(train, batches, seed)
     checkpoint = newest_checkpoint(folder) if resume else None
     model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(work, kernel, seed)
@@ -308,71 +316,39 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     optimizer = Optimizer(model, settings, learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers)))
     micro_batch = rows_at_a_time(settings, model, batches.length, 0, runtime)
     facts = {"text": _digest(work), **runtime.facts()}
-    progress, selection = Progress(), Selection()
+    progress = Progress()
     if checkpoint is not None:
-        tensors, state = load_training_state(checkpoint)
-        optimizer.load_state(tensors)
-        progress, selection = Progress(**state["progress"]), Selection(**state["selection"])
-        micro_batch = train.per_device_train_batch_size or state["facts"]["rows at a time"]
-        compare_facts(facts | {"rows at a time": micro_batch}, state["facts"], folder)
-        say(f"resuming from {checkpoint}")
+        progress, micro_batch = resume_from(checkpoint, optimizer, settings, facts, runtime)
     say(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
         f"{len(batches.lengths) * settings.global_batch_size / batches.rows:.1f} examples on average"
     )
-    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
     loss = work.task.loss
     if loss is label_loss:
         weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
         loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
 
     def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
-        state = {"progress": asdict(progress), "selection": asdict(selection)}
-        state["facts"] = facts | {"rows at a time": micro_batch}
-        best = selection.step
+        state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
+        best = progress.best_step
         save_checkpoint(folder, progress.step, model, work.tokenizer, optimizer_state, state, keep=1, spare=best)
 
-    def evaluate_now() -> dict[str, float]:
-        scores = _measure(work, model, "validation", compute)[0]
-        selection.since += 1
-        if not selection.scores or scores[work.metric] > selection.scores[work.metric]:
-            selection.step, selection.scores, selection.since = progress.step, scores, 0
-        return scores
-
-    def train_loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        return loss(compute(model, batch), batch)
-
-    patience = train.early_stopping_patience
-    Training(
+    return Training(
         folder=folder,
         model=model,
-        loss=train_loss,
+        loss=lambda model, batch: loss(compute(model, batch), batch),
         make_batch=batches.training,
-        evaluate=evaluate_now,
+        evaluate=lambda: _measure(work, model, "validation", compute)[0],
         save=save,
         settings=settings,
         runtime=runtime,
         micro_batch=micro_batch,
         progress=progress,
         optimizer=optimizer,
-        stop_early=lambda: patience is not None and selection.since >= patience,
-    ).run()
-    barrier()
-    best: Any = load_model(checkpoint_folder(folder, selection.step), kernel)
-    barrier()
-    best.to(runtime.device)
-    scores, predictions, outputs = _measure(work, best, work.measured_on)
-    results = {**scores, **{f"validation_{name}": value for name, value in selection.scores.items()}}
-    results["best_step"] = selection.step
-    if runtime.rank == 0:
-        _write_findings(work, folder, predictions, outputs)
-        if not (folder / "model").exists():  # of a process that was killed right after
-            save_final_model(folder, best, work.tokenizer)
-        write_json(folder / "results.json", results)
-        shutil.rmtree(folder / "checkpoints")
-    barrier()
-    return results
+        metric=work.metric,
+        patience=train.early_stopping_patience,
+    )
 
 
 def _digest(work: FineTuning) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 
 from bertlite.attention import best_kernel
 from bertlite.batches import Plan
+from bertlite.bench import rehearse
 from bertlite.config import PretrainConfig, Source
 from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
 from bertlite.model import MaskedLanguageModel, parameter_count
-from bertlite.pretrain import Prepared, architecture, new_training, prepare
-from bertlite.runtime import Runtime, free_memory, start
+from bertlite.pretrain import architecture, prepare
+from bertlite.runtime import free_memory, start
 from bertlite.sources import read_documents, source_files
 from bertlite.train import bytes_of_a_row, rows_at_a_time
 
@@ -68,10 +68,11 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         }
         fits = result["memory"] <= result["memory_free"]
         if measure and fits:
-            step, row = _measure(sampled, prepared, runtime, Path(name))
-            evaluations = math.ceil(settings.max_steps / settings.eval_steps)
-            result["seconds_per_step"] = step
-            result["seconds"] = step * settings.max_steps + row * evaluations * (held_out or 0)
+            laps = rehearse(sampled, prepared, runtime, MEASURED_STEPS)[1]
+            step, forward = np.median(np.diff([(lap.at, lap.seconds["forward"]) for lap in laps], axis=0), axis=0)
+            evaluated = math.ceil(settings.max_steps / settings.eval_steps) * (held_out or 0)  # rows
+            result["seconds_per_step"] = float(step)
+            result["seconds"] = float(step * settings.max_steps + forward * evaluated / settings.global_batch_size)
     result["warnings"] = []
     if not fits:
         result["warnings"].append(
@@ -146,17 +147,3 @@ def _rows(
         return None
     tokens = np.diff(corpus.starts[np.cumsum([0, *corpus.summary.source_documents])]) / np.array(parts)
     return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.piece_lengths.sum())
-
-
-def _measure(config: PretrainConfig, prepared: Prepared, runtime: Runtime, folder: Path) -> tuple[float, float]:
-    """Seconds of a step, and of a row in the evaluation: those of a row's forward pass."""
-    changes = {"max_steps": MEASURED_STEPS, "save_minutes": None}
-    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-    training = new_training(config, prepared, folder, runtime)
-    training.evaluate, training.save = None, lambda state, progress: None
-    training.synchronize = runtime.device.type == "cuda"
-    laps: list[tuple[float, float]] = []
-    training.watch = lambda *_: laps.append((time.perf_counter(), training.seconds["forward"]))
-    training.run()
-    step, forward = np.median(np.diff(np.array(laps), axis=0), axis=0)
-    return float(step), float(forward) / config.train.global_batch_size

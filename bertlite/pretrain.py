@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
 from bertlite.batches import Batch, Batches, Plan, make_plan
-from bertlite.checkpoint import load_training_state, newest_checkpoint, save_checkpoint, save_final_model
+from bertlite.checkpoint import newest_checkpoint, save_checkpoint, save_final_model
 from bertlite.config import Architecture, PretrainConfig, Shape, choose
 from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
@@ -24,7 +24,7 @@ from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.sources import read_documents, source_digest
 from bertlite.tokenizer import configured_tokenizer, pieces_before
-from bertlite.train import Progress, Training, evaluate, rows_at_a_time
+from bertlite.train import Progress, Training, evaluate, resume_from, rows_at_a_time
 from bertlite.words import SEGMENTERS
 
 # What a model to begin from does not bring along.
@@ -236,18 +236,7 @@ def new_training(
     facts = {"text": [part.folder.name for part in texts], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:
-        try:
-            tensors, state = load_training_state(checkpoint)
-            optimizer.load_state(tensors)
-            progress, before = Progress(**state["progress"]), state["facts"]["rows at a time"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
-            ) from None
-        if not settings.per_device_train_batch_size:
-            micro_batch = min(before, -(-settings.global_batch_size // runtime.world_size))
-        compare_facts(facts | {"rows at a time": micro_batch}, state["facts"], folder)
-        say(f"resuming from {checkpoint}")
+        progress, micro_batch = resume_from(checkpoint, optimizer, settings, facts, runtime)
     say(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
         f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
@@ -276,14 +265,3 @@ def new_training(
         optimizer=optimizer,
         watch=PlateauWatch(settings, batches.unigram_entropy),
     )
-
-
-def compare_facts(now: dict[str, object], before: dict[str, object], folder: Path) -> None:
-    """Refuse other text; announce another machine."""
-    if now["text"] != before["text"]:
-        raise UserError(f"{folder}: the text or the tokenizer has changed since the run began; start another run")
-    for name in now:
-        if now[name] != before.get(name):
-            say(
-                f"{name}: {now[name]}, but was {before.get(name)}: the batches are the same, the last digits may not be"
-            )

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bertlite.batches import Batch
+from bertlite.checkpoint import load_training_state
 from bertlite.config import Architecture, TrainSettings
 from bertlite.errors import DataLost, Failure, UserError
 from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
@@ -56,6 +57,9 @@ class Progress:
     evaluated: int = -1  # the last step with an evaluation
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
+    best_step: int = 0  # that of the best evaluation so far, …
+    best: dict[str, float] = field(default_factory=dict)  # … its results, …
+    since_best: int = 0  # … and how many evaluations came after it
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Training:
     optimizer: Optimizer
     watch: Watch = lambda step, loss_sum, scored: None
     synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
-    stop_early: Callable[[], bool] = lambda: False  # asked after each evaluation and save
+    metric: str | None = None  # which result of an evaluation says what is best
+    patience: int | None = None  # evaluations without a better one after which the training ends
 
     def run(self) -> None:
         """Train to the last step; at each step train, log, evaluate and save, in this order.
@@ -121,7 +126,7 @@ class Training:
                 self._save()
             if stop := agreed_stop(self.runtime):
                 raise Stopped(stop)
-            if progress.step == settings.max_steps or self.stop_early():
+            if progress.step == settings.max_steps or (self.patience and progress.since_best >= self.patience):
                 return
             self.part_began = time.perf_counter()
             batch = share.result()
@@ -265,6 +270,9 @@ class Training:
         results = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         say(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
         progress.evaluated = progress.step
+        progress.since_best += 1
+        if self.metric and (not progress.best or scores[self.metric] > progress.best[self.metric]):
+            progress.best_step, progress.best, progress.since_best = progress.step, scores, 0
         self._pass_over(began)
 
     def _save(self) -> None:
@@ -284,6 +292,35 @@ class Training:
     def _write(self, line: dict[str, Any]) -> None:
         if self.runtime.rank == 0:
             self.metrics.write(line)
+
+
+def resume_from(
+    checkpoint: Path, optimizer: Optimizer, settings: TrainSettings, facts: dict[str, Any], runtime: Runtime
+) -> tuple[Progress, int]:
+    """Take up the training state of a checkpoint: how far it came, and the rows at a time, the same unless set anew.
+
+    `facts` are what has to be equal for equal results. Raises UserError for another text than before; another machine
+    is announced.
+    """
+    try:
+        tensors, state = load_training_state(checkpoint)
+        optimizer.load_state(tensors)
+        progress, before = Progress(**state["progress"]), state["facts"]
+        rows = settings.per_device_train_batch_size or before["rows at a time"]
+        text = before["text"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
+        ) from None
+    if facts["text"] != text:
+        raise UserError(f"{checkpoint.parent.parent}: the text or the tokenizer has changed since the run began; "
+                        "start another run")  # fmt: skip
+    rows = min(rows, math.ceil(settings.global_batch_size / runtime.world_size))
+    for name, now in {**facts, "rows at a time": rows}.items():
+        if now != before.get(name):
+            say(f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be")
+    say(f"resuming from {checkpoint}")
+    return progress, rows
 
 
 def evaluate(

@@ -20,8 +20,8 @@ parity checkpoint inference tasks
 run_folder embed scoring export_onnx
 train card
 pretrain fill export
-evaluate plan bench finetune
-predict sweep
+evaluate bench finetune
+plan predict sweep
 api
 cli
 __main__
