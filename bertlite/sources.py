@@ -10,14 +10,14 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
-from bertlite.config import Source
+from bertlite.config import Place, Source
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, sha256, write_json
 from bertlite.runtime import say
@@ -198,46 +198,54 @@ def read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -
 
 
 def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
-    datasets = quiet_datasets(str(path))
     builder, options = TABLES[kind]
     try:
-        table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
-        yield from _column(table, column, str(path))
+        with datasets_library(str(path)) as datasets:
+            table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
+            yield from _column(table, column, str(path))
     except UserError:
+        if builder == "json" and (broken := _broken_line(path)):
+            raise UserError(broken) from None
         raise
-    except Exception as error:  # the library lets through whatever its readers raise
-        reason = _broken_line(path) if builder == "json" else None
-        raise UserError(f"{path}{reason or f': cannot be read: {_first_line(error)}'}") from None
 
 
 def _read_dataset(source: Source, setting: str) -> Iterator[str]:
-    name = str(source.dataset)
-    datasets = quiet_datasets(name)
-    try:
-        if (Path(name) / "state.json").exists():
-            table = datasets.load_from_disk(name)
-        elif (Path(name) / "dataset_dict.json").exists():
-            table = datasets.load_from_disk(name)[source.split]
-        else:
-            table = datasets.load_dataset(
-                name, source.name, split=source.split, revision=source.revision, streaming=source.streaming
-            )
-        yield from _column(table, source.column, f"{setting}: {name}")
-    except UserError:
-        raise
-    except Exception as error:  # the library lets through whatever its readers raise
-        raise UserError(f"{setting}: {name}: cannot be read as a dataset: {_first_line(error)}") from None
+    name = f"{setting}: {source.dataset}"
+    with datasets_library(name) as datasets:
+        yield from _column(load_dataset(datasets, source, source.streaming), source.column, name)
 
 
-def quiet_datasets(name: str) -> Any:
-    """The datasets library, quiet; only sources that need it import it."""
+@contextmanager
+def datasets_library(name: str) -> Iterator[Any]:
+    """The datasets library, quiet, to read `name`: whatever its readers raise becomes a UserError of one line.
+
+    Only data that need it import it.
+    """
     try:
         import datasets
     except ImportError:
         raise UserError(f"{name}: the datasets library reads it, and is not installed: pip install datasets") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error comes back as an exception
-    return datasets
+    try:
+        yield datasets
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever its readers do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
+
+
+def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:
+    """The dataset that a place means: one that was saved to a folder, alone or with others, or one of the hub."""
+    folder = Path(str(place.dataset))
+    if (folder / "dataset_dict.json").exists():
+        return datasets.load_from_disk(str(folder))[place.split]
+    if (folder / "state.json").exists():
+        return datasets.load_from_disk(str(folder))
+    return datasets.load_dataset(
+        place.dataset, place.name, split=place.split, revision=place.revision, streaming=streaming
+    )
 
 
 def _column(table: Any, column: str, name: str) -> Iterator[str]:
@@ -257,9 +265,5 @@ def _broken_line(path: Path) -> str | None:
             if line.strip():
                 json.loads(line)
         except ValueError as error:
-            return f":{number}: not valid JSON: {error}"
+            return f"{path}:{number}: not valid JSON: {error}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
-from bertlite.sources import DAMAGED, DECOMPRESSORS, quiet_datasets
+from bertlite.sources import DAMAGED, DECOMPRESSORS, datasets_library, load_dataset
 
 csv.field_size_limit(1 << 30)
 
@@ -192,21 +192,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _dataset(place: Place, setting: str) -> Iterator[Row]:
     """A dataset of the hub or on the disk; numbers that have names become their names."""
-    name = str(place.dataset)
-    datasets = quiet_datasets(name)
-    try:
-        if (Path(name) / "dataset_dict.json").exists():
-            table = datasets.load_from_disk(name)[place.split]
-        elif (Path(name) / "state.json").exists():
-            table = datasets.load_from_disk(name)
-        else:
-            table = datasets.load_dataset(name, place.name, split=place.split, revision=place.revision)
-    except Exception as error:  # the library lets through whatever its readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{setting}: {name}: cannot be read as a dataset: {reason}") from None
-    for number, columns in enumerate(table, 1):
-        for key, feature in table.features.items():
-            names = getattr(feature, "feature", feature)  # of a list, its members
-            if hasattr(names, "int2str") and columns[key] != -1:
-                columns[key] = names.int2str(columns[key])
-        yield Row(f"{name}, {place.split}: row {number}", columns)
+    with datasets_library(f"{setting}: {place.dataset}") as datasets:
+        table = load_dataset(datasets, place)
+        for number, columns in enumerate(table, 1):
+            for key, feature in table.features.items():
+                names = getattr(feature, "feature", feature)  # of a list, its members
+                if hasattr(names, "int2str") and columns[key] != -1:
+                    columns[key] = names.int2str(columns[key])
+            yield Row(f"{place.dataset}, {place.split}: row {number}", columns)
