@@ -64,7 +64,8 @@ def bertlite(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the tokenizer and the corpus of a configuration, if they are not in the cache yet."""
     from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
 
     pretraining.prepare(load_config(PretrainConfig, config, overrides or []))
 
@@ -78,7 +79,8 @@ def pretrain(
 ) -> None:
     """Train an encoder on raw text by masked language modelling."""
     from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
 
     model = pretraining.run(load_config(PretrainConfig, config, _changes(overrides, out)), resume=resume)
     if os.environ.get("RANK", "0") == "0":
@@ -95,7 +97,8 @@ def plan(
 ) -> None:
     """Tell what a run will take: parameters, memory, tokens, time, disk."""
     from bertlite import plan as planning
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
 
     result = planning.plan(load_config(PretrainConfig, config, _changes(overrides, out)), measure)
     print(json.dumps(result) if as_json else planning.described(result))
@@ -109,7 +112,8 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Print the batch of one step: its documents, and what is hidden in them."""
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
     from bertlite.pretrain import batch_of_step
 
     rows = batch_of_step(load_config(PretrainConfig, config, overrides or []), step)
@@ -176,7 +180,8 @@ def finetune(
 ) -> None:
     """Fine-tune a BERT for a task, or several: labels, numbers, entities, answers."""
     from bertlite import finetune as finetuning
-    from bertlite.config import FinetuneConfig, load_config
+    from bertlite.config import FinetuneConfig
+    from bertlite.config_file import load_config
 
     results = finetuning.run(load_config(FinetuneConfig, config, _changes(overrides, out, model)), resume=resume)
     if os.environ.get("RANK", "0") == "0":
@@ -194,7 +199,8 @@ def sweep(
 ) -> None:
     """Search the best settings of a fine-tuning, over the ranges under sweep.space."""
     from bertlite import sweep as sweeping
-    from bertlite.config import SweepConfig, load_config
+    from bertlite.config import SweepConfig
+    from bertlite.config_file import load_config
 
     rows = sweeping.sweep(load_config(SweepConfig, config, _changes(overrides, out, model)), resume=resume)
     print(json.dumps(rows) if as_json else sweeping.table(rows))
@@ -334,7 +340,8 @@ def bench(
 ) -> None:
     """Measure the training of a configuration on this machine: tokens/s, where the time goes, share of peak, memory."""
     from bertlite import bench as benching
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
 
     result = benching.bench(load_config(PretrainConfig, config, overrides or []), steps)
     print(json.dumps(result) if as_json else benching.described(result))

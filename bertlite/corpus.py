@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config import DataSettings, Source, choose
+from bertlite.config import DataSettings, Source
+from bertlite.config_file import choose
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, full_disk_named, locked, remove_leftovers, write_json
 from bertlite.runtime import say

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config import choose
+from bertlite.config_file import choose
 from bertlite.errors import UserError
 from bertlite.files import new_file
 from bertlite.inference import like_lengths, padded

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from bertlite.card import model_card
-from bertlite.config import Source, choose
+from bertlite.config import Source
+from bertlite.config_file import choose
 from bertlite.embed import POOLINGS, Embedder
 from bertlite.errors import Failure, UserError
 from bertlite.export_onnx import write_onnx

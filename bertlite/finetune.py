@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
 from bertlite.checkpoint import checkpoint_folder, newest_checkpoint, save_checkpoint, save_final_model
-from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings, choose
+from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings
+from bertlite.config_file import choose
 from bertlite.errors import UserError
 from bertlite.files import fingerprint, new_folder, write_json, write_whole
 from bertlite.hf import begin_from, load_model, load_tokenizer_of, read_architecture

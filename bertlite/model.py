@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bertlite.attention import KERNELS, attention_weights
-from bertlite.config import Architecture, choose
+from bertlite.config import Architecture
+from bertlite.config_file import choose
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertlite.config import TrainSettings, choose
+from bertlite.config import TrainSettings
+from bertlite.config_file import choose
 
 
 def linear(progress: float) -> float:

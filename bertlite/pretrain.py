@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.attention import best_kernel
 from bertlite.batches import Batch, Batches, Plan, make_plan
 from bertlite.checkpoint import newest_checkpoint, save_checkpoint, save_final_model
-from bertlite.config import Architecture, PretrainConfig, Shape, choose
+from bertlite.config import Architecture, PretrainConfig, Shape
+from bertlite.config_file import choose
 from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
 from bertlite.hf import load_model, load_tokenizer_of, read_architecture

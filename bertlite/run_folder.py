@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bertlite.checkpoint import newest_checkpoint
-from bertlite.config import MAY_DIFFER_ON_RESUME, Section, differences, dump_config, load_config
+from bertlite.config import MAY_DIFFER_ON_RESUME, Section
+from bertlite.config_file import differences, dump_config, load_config
 from bertlite.errors import UserError
 from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
 from bertlite.hf import local_folder

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas
 
-from bertlite.config import FinetuneConfig, Range, SweepConfig, dump_config, with_changes
+from bertlite.config import FinetuneConfig, Range, SweepConfig
+from bertlite.config_file import dump_config, with_changes
 from bertlite.errors import Failure, UserError
 from bertlite.files import write_whole
 from bertlite.finetune import check_settings, run

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "bertlite"
 ORDER = """
 errors signals philox
 config files runtime
+config_file
 attention masking optim words sources metrics
 tokenizer model corpus tables plateau
 batches hf

@@ -50,7 +50,8 @@ def bertlite(capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache, text_files) -> Path:
     """The run folder of a model that has learnt a little."""
-    from bertlite.config import PretrainConfig, load_config
+    from bertlite.config import PretrainConfig
+    from bertlite.config_file import load_config
     from bertlite.pretrain import run
 
     folder = tmp_path_factory.mktemp("trained")

@@ -16,11 +16,8 @@ from bertlite.config import (
     Source,
     TokenizerSettings,
     TrainSettings,
-    choose,
-    differences,
-    dump_config,
-    load_config,
 )
+from bertlite.config_file import choose, differences, dump_config, load_config
 from bertlite.errors import UserError
 
 # The contract of design.md, word for word but for the files.

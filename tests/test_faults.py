@@ -20,7 +20,8 @@ from test_train import metrics, pretrain, traces
 import bertlite.pretrain
 from bertlite.batches import Batches
 from bertlite.checkpoint import newest_checkpoint
-from bertlite.config import PretrainConfig, TrainSettings, load_config
+from bertlite.config import PretrainConfig, TrainSettings
+from bertlite.config_file import load_config
 from bertlite.errors import DataLost, Failure
 from bertlite.plateau import LEAST_WINDOW, PlateauWatch
 from bertlite.pretrain import batch_of_step, masked_lm_loss, prepare
@@ -237,7 +238,7 @@ def test_a_signal_during_a_save_finishes_it(write_config, number):
     wait_for(lambda: checkpoints.exists() and len(list(checkpoints.glob("step-*"))) >= 2, process)
     wait_for(lambda: list(checkpoints.glob(".step-*")), process)
     process.send_signal(number)
-    errors = process.communicate(timeout=10)[1]
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and "Traceback" not in errors
     assert not list(checkpoints.glob(".*")) and newest_checkpoint(path.parent / "cut") is not None
 
@@ -254,7 +255,7 @@ def test_a_signal_during_the_preparation(write_config, tmp_path):
         wait_for(lambda place=moment: list((tmp_path / "cache").glob(place)), process)
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=10)[1]
+        errors = process.communicate(timeout=60)[1]
         assert process.returncode == 143 and "stopped by SIGTERM" in errors and "Traceback" not in errors, errors
     cut = prepare(load_config(PretrainConfig, path)).corpus.folder
     whole = prepare(load_config(PretrainConfig, path, [f"data.cache_dir={tmp_path / 'whole'}"])).corpus.folder
@@ -266,7 +267,8 @@ def test_a_signal_during_the_preparation(write_config, tmp_path):
 def test_a_signal_ends_a_long_computation_of_a_library():
     """One from which Python gets no word for minutes, as training a tokenizer on much text is."""
     code = (
-        "import hashlib\nfrom bertlite.signals import listen\nlisten()\nprint('ready', flush=True)\n"
+        "import hashlib, threading\nfrom bertlite.signals import listen\nlisten()\n"
+        "threading.Timer(1, print, ['it computes'], {'flush': True}).start()\n"
         "hashlib.pbkdf2_hmac('sha256', b'password', b'salt', 1 << 30)"
     )
     process = subprocess.Popen(
@@ -275,7 +277,7 @@ def test_a_signal_ends_a_long_computation_of_a_library():
     process.stdout.readline()
     process.terminate()
     try:
-        assert "stopped by SIGTERM" in process.communicate(timeout=10)[1] and process.returncode == 143
+        assert "stopped by SIGTERM" in process.communicate(timeout=60)[1] and process.returncode == 143
     finally:
         process.kill()
         process.communicate()

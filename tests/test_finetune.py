@@ -25,7 +25,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from bertlite import finetune
 from bertlite.batches import Batch
-from bertlite.config import FinetuneConfig, FinetuneTrainSettings, load_config
+from bertlite.config import FinetuneConfig, FinetuneTrainSettings
+from bertlite.config_file import load_config
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs, learning_rate_scale, run, steps_of
 from bertlite.hf import load_model

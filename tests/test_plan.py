@@ -11,7 +11,8 @@ import pytest
 from test_train import metrics, pretrain, weights
 
 from bertlite import plan as planning
-from bertlite.config import PretrainConfig, load_config
+from bertlite.config import PretrainConfig
+from bertlite.config_file import load_config
 from bertlite.plan import described, plan
 from bertlite.pretrain import prepare
 

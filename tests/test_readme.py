@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bertlite import finetune
-from bertlite.config import FinetuneConfig, PretrainConfig, SweepConfig, load_config
+from bertlite.config import FinetuneConfig, PretrainConfig, SweepConfig
+from bertlite.config_file import load_config
 from bertlite.pretrain import check_settings
 
 ROOT = Path(__file__).parent.parent

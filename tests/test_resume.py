@@ -15,7 +15,8 @@ from test_train import metrics, pretrain, traces
 
 from bertlite.batches import Batches
 from bertlite.checkpoint import newest_checkpoint, problem
-from bertlite.config import PretrainConfig, load_config
+from bertlite.config import PretrainConfig
+from bertlite.config_file import load_config
 from bertlite.errors import UserError
 from bertlite.files import sha256
 from bertlite.optim import OPTIMIZERS

@@ -13,7 +13,8 @@ import yaml
 from test_cli import bertlite  # fixtures
 from test_finetune import bert, rows_of, with_head, write
 
-from bertlite.config import FinetuneConfig, SweepConfig, load_config
+from bertlite.config import FinetuneConfig, SweepConfig
+from bertlite.config_file import load_config
 from bertlite.errors import UserError
 from bertlite.finetune import run
 from bertlite.sweep import sweep, table

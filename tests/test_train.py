@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import BertForMaskedLM
 
 from bertlite.batches import Batches
-from bertlite.config import PretrainConfig, load_config
+from bertlite.config import PretrainConfig
+from bertlite.config_file import load_config
 from bertlite.errors import Failure
 from bertlite.hf import load_masked_lm
 from bertlite.optim import OPTIMIZERS
