@@ -13,9 +13,9 @@ import torch
 
 from bertlite.config import Architecture, PretrainConfig
 from bertlite.masking import prediction_slots
-from bertlite.pretrain import Prepared, new_training, prepare
+from bertlite.pretrain import Prepared, architecture, new_training, prepare
 from bertlite.runtime import Runtime, start
-from bertlite.train import PARTS, Training
+from bertlite.train import PARTS
 
 WARM_UP = 5  # steps that compile and fill caches, and are not measured
 # Shapes (rows, inner, columns) of matrix products: the fastest of them is the machine's peak.
@@ -37,12 +37,14 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     reach (padding and unused prediction slots count as work); and peak memory in bytes.
     """
     runtime = start(config.train.precision, config.train.compile)
-    training, laps = rehearse(config, prepare(config), runtime, WARM_UP + steps)
+    prepared = prepare(config)
+    laps = rehearse(config, prepared, runtime, WARM_UP + steps)
     memory = peak_memory(runtime.device)
     pairs = list(pairwise(laps[WARM_UP - 1 :]))
     step = median(now.at - before.at for before, now in pairs)
     T = config.data.sequence_length
-    flops = matmul_flops(training.model.config, config.train.global_batch_size, T, prediction_slots(T, config.masking))
+    shape, rows = architecture(config, prepared.tokenizer), config.train.global_batch_size
+    flops = matmul_flops(shape, rows, T, prediction_slots(T, config.masking))
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
         "tokens_per_second": median((b.tokens - a.tokens) / (b.at - a.at) for a, b in pairs),
@@ -57,7 +59,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     }
 
 
-def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps: int) -> tuple[Training, list[Lap]]:
+def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps: int) -> list[Lap]:
     """Train as configured for some steps, without evaluation or saving, and see when each of them ends."""
     changes = {"max_steps": steps, "logging_steps": 1, "save_steps": steps, "save_minutes": None}
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
@@ -68,7 +70,7 @@ def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps
         training.synchronize = runtime.device.type == "cuda"
         training.watch = lambda *_: laps.append(Lap(perf_counter(), training.progress.tokens, dict(training.seconds)))
         training.run()
-    return training, laps
+    return laps
 
 
 def described(result: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def _validated(kind: type[Config], values: dict[str, Any], source: Path | str, c
 
 def dump_config(config: Section) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def differences(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:

@@ -122,7 +122,7 @@ def held_out(rows: list[Row], share: float) -> list[bool]:
     apart = random < np.uint64(share * 2**32)
     apart[np.argmin(random)] = True
     apart[np.argmax(random)] = False
-    return apart.tolist()
+    return [bool(out) for out in apart]
 
 
 def compute_outputs(

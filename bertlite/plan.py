@@ -68,7 +68,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         }
         fits = result["memory"] <= result["memory_free"]
         if measure and fits:
-            laps = rehearse(sampled, prepared, runtime, MEASURED_STEPS)[1]
+            laps = rehearse(sampled, prepared, runtime, MEASURED_STEPS)
             step, forward = np.median(np.diff([(lap.at, lap.seconds["forward"]) for lap in laps], axis=0), axis=0)
             evaluated = math.ceil(settings.max_steps / settings.eval_steps) * (held_out or 0)  # rows
             result["seconds_per_step"] = float(step)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,14 +227,14 @@ def new_training(
     checkpoint = newest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         say(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
-    model: nn.Module = load_model(checkpoint, kernel) if checkpoint else first_model(config, batches, kernel)
+    model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(config, batches, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
     optimizer = Optimizer(model, settings)
     slots = prediction_slots(T, config.masking)
     micro_batch = rows_at_a_time(settings, model, T, slots, runtime)
-    texts = [prepared.corpus, prepared.plan, prepared.validation_corpus, prepared.validation_plan]
-    facts = {"text": [part.folder.name for part in texts], **runtime.facts()}
+    texts = [part.folder for part in prepared[1:]]
+    facts = {"text": [folder.name for folder in texts], **runtime.facts()}
     progress = Progress()
     if checkpoint is not None:
         progress, micro_batch = resume_from(checkpoint, optimizer, settings, facts, runtime)

@@ -16,6 +16,7 @@ from bertlite.batches import Batch
 from bertlite.checkpoint import load_training_state
 from bertlite.config import Architecture, TrainSettings
 from bertlite.errors import DataLost, Failure, UserError
+from bertlite.hf import Model
 from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
 from bertlite.philox import DROPOUT, philox, split64
 from bertlite.run_folder import Metrics
@@ -226,7 +227,7 @@ class Training:
     def _dropout_seed(self, start: int) -> int:
         """Dropout follows from the seed, the step and the row."""
         first = self._rows(self.progress.step)[0] + start
-        low, high, *_ = philox((self.settings.seed, DROPOUT), (*split64(first), 0, 0)).tolist()
+        low, high, *_ = map(int, philox((self.settings.seed, DROPOUT), (*split64(first), 0, 0)))
         return low | (high >> 1) << 32
 
     def _log(self) -> None:
@@ -342,7 +343,7 @@ def evaluate(
     return {name: value.item() / count for name, value in sums.items()}
 
 
-def rows_at_a_time(settings: TrainSettings, model: nn.Module, row: int, slots: int, runtime: Runtime) -> int:
+def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, runtime: Runtime) -> int:
     """How many rows a rank computes at a time: as set, or its share in as few equal parts as should fit in memory.
 
     The same on all ranks. Raises UserError when there are more ranks than rows.
