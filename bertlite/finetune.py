@@ -58,6 +58,7 @@ class FineTuning:
     class_weights: Tensor | None
     parts: dict[str, Part]
     runtime: Runtime
+    compute: Callable[..., Tensor]  # compute_scores, compiled where that is wanted
 
     @property
     def metric(self) -> str:
@@ -237,7 +238,9 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
     weights = _class_weights(settings, labels, parts["train"].examples)
     folder = Path(config.output_dir)
-    return FineTuning(config, settings, task, source, folder, tokenizer, labels, weights, parts, runtime)
+    torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
+    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
+    return FineTuning(config, settings, task, source, folder, tokenizer, labels, weights, parts, runtime, compute)
 
 
 def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
@@ -280,8 +283,7 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
     runtime = work.runtime
-    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
-    training = _new_training(work, folder, seed, resume, compute)
+    training = _new_training(work, folder, seed, resume)
     training.run()
     barrier()
     progress = training.progress
@@ -301,7 +303,7 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     return results
 
 
-def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool, compute: Callable[..., Tensor]) -> Training:
+def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Training:
     """A training with one seed, ready to begin or to go on from the newest valid checkpoint."""
     runtime, train, kernel = work.runtime, work.config.train, best_kernel(work.runtime.device)
     examples = work.parts["train"].batches
@@ -338,9 +340,9 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool, compu
     return Training(
         folder=folder,
         model=model,
-        loss=lambda model, batch: loss(compute(model, batch), batch),
+        loss=lambda model, batch: loss(work.compute(model, batch), batch),
         make_batch=batches.training,
-        evaluate=lambda: _measure(work, model, "validation", compute)[0],
+        evaluate=lambda: _measure(work, model, "validation")[0],
         save=save,
         settings=settings,
         runtime=runtime,
@@ -373,12 +375,10 @@ def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples
     return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def _measure(
-    work: FineTuning, model: Classifier, name: str, compute: Callable[..., Tensor] = compute_scores
-) -> tuple[dict[str, float], list[Any], list[Any]]:
+def _measure(work: FineTuning, model: Classifier, name: str) -> tuple[dict[str, float], list[Any], list[Any]]:
     """All metrics and the mean loss (unweighted) on a part; the predictions; the outputs."""
     part, task = work.parts[name], work.task
-    outputs, loss = compute_outputs(model, part.batches, work.runtime, compute, task.loss)
+    outputs, loss = compute_outputs(model, part.batches, work.runtime, work.compute, task.loss)
     predictions = task.decode(outputs, part.examples, part.rows, work.labels, work.settings)
     references = task.references(part.rows, part.examples, work.settings)
     scores = {metric: float(measure(references, predictions)) for metric, measure in task.metrics.items()}
