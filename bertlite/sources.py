@@ -102,7 +102,7 @@ def source_files(source: Source, setting: str) -> list[Path]:
 def source_digest(source: Source, setting: str, cache: Path) -> list[Any]:
     """What stands for a source's text: the same digest, the same text."""
     paths = source_files(source, setting)
-    about = [source.column, *([_kind(path), file_digest(path, cache)] for path in paths)]
+    about = [source.column, *([kind_of(path), file_digest(path, cache)] for path in paths)]
     if source.dataset is None:
         return about
     folder = Path(source.dataset)
@@ -140,7 +140,7 @@ def read_documents(
     read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
     """
     for path in source_files(source, setting):
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind in TABLES:
             yield from _read_table(path, kind, source.column)
             report(path.stat().st_size)
@@ -152,11 +152,11 @@ def read_documents(
 
 def read_rows(path: Path, column: str) -> Iterator[str]:
     """Each line of a text file, or `column` of each row of a table, also when it is empty; raises as above."""
-    kind = _kind(path)
+    kind = kind_of(path)
     yield from _read_table(path, kind, column) if kind in TABLES else read_lines(path)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """The ending that says what a file holds: without that of its compression."""
     return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
-from bertlite.sources import DAMAGED, DECOMPRESSORS, datasets_library, load_dataset
+from bertlite.sources import DAMAGED, DECOMPRESSORS, datasets_library, kind_of, load_dataset
 
 csv.field_size_limit(1 << 30)
 
@@ -37,7 +37,7 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
     if place.dataset is not None:
         return list(_dataset(place, setting))
     path = table_file(place, setting)
-    kind = Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
+    kind = kind_of(path)
     if kind == ".parquet":
         rows = list(_parquet(path))
     else:
