@@ -92,6 +92,18 @@ def to_hf(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def hf_outputs(model: Model, hidden: Tensor) -> dict[str, Tensor]:
+    """What Hugging Face's model of this kind returns, under its names, made from the encoder's output (B,T,D)."""
+    if isinstance(model, Encoder):
+        return {"last_hidden_state": hidden} | ({"pooler_output": model.pooler(hidden)} if model.pooler else {})
+    if isinstance(model, MaskedLanguageModel):
+        return {"logits": model.head(hidden, model.encoder.embeddings.word.weight)}
+    scores = model.classify(hidden)
+    if isinstance(model, QuestionAnswerer):
+        return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
+    return {"logits": scores}
+
+
 def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and model.safetensors into an existing folder.
 

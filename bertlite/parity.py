@@ -1,6 +1,7 @@
 """Number by number against Hugging Face: the same folder in both, the same inputs, everything compared."""
 
 # Shapes: B rows, T positions, D hidden size, V vocabulary.
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from bertlite.attention import best_kernel
 from bertlite.config import Architecture
-from bertlite.hf import ARCHITECTURES, UNUSED, Model, load_model, to_hf
+from bertlite.hf import ARCHITECTURES, UNUSED, Model, hf_outputs, load_model, to_hf
 from bertlite.masking import IGNORED
 from bertlite.model import Encoder, MaskedLanguageModel, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
@@ -89,7 +90,7 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
 
 def quieten_transformers() -> None:
     """Let transformers report errors alone, and show no progress."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -152,26 +153,16 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
     differences = {
         "hidden states": _relative(torch.stack(states)[:, real], torch.stack(reference.hidden_states)[:, real])
     }
+    outputs = hf_outputs(ours, states[-1])
     if isinstance(ours, Encoder):
-        pooled = None
+        our_loss, their_loss = _encoder_loss(outputs, real), _encoder_loss(reference, real)
         if ours.pooler is not None:
-            pooled = ours.pooler(states[-1])
-            differences["pooler"] = _relative(pooled, reference.pooler_output)
-        our_loss = _encoder_loss(states[-1], pooled, real)
-        their_loss = _encoder_loss(reference.last_hidden_state, reference.pooler_output, real)
+            differences["pooler"] = _relative(outputs["pooler_output"], reference.pooler_output)
     else:
-        if isinstance(ours, MaskedLanguageModel):
-            everywhere = torch.arange(real.shape[1]).expand_as(inputs.input_ids)
-            logits = ours(*tokens, everywhere, inputs.token_type_ids)
-        else:
-            logits = ours(*tokens, inputs.token_type_ids)
-        if isinstance(ours, QuestionAnswerer):
-            their_logits = torch.stack([reference.start_logits, reference.end_logits], -1)
-        else:
-            their_logits = reference.logits
+        our_loss, their_loss = _loss(ours, outputs, targets), reference.loss
+        logits, their_logits = (torch.stack([side[name] for name in outputs]) for side in (outputs, reference))
         which = ... if isinstance(ours, SequenceClassifier) else real
-        differences["logits"] = _relative(logits[which], their_logits[which])
-        our_loss, their_loss = _loss(ours, _at_least_fp32(logits), targets), reference.loss
+        differences["logits"] = _relative(logits[:, which], their_logits[:, which])
     differences["loss"] = ((our_loss - their_loss).abs() / their_loss.abs()).item()
     differences["gradients"] = _gradient_difference(ours, _gradients(our_loss, ours), _gradients(their_loss, theirs))
     return differences
@@ -202,28 +193,26 @@ def problem_type(model: SequenceClassifier) -> str:
     return model.problem_type or ("regression" if len(model.labels) == 1 else "single_label_classification")
 
 
-def _loss(model: Model, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    if isinstance(model, QuestionAnswerer):
-        start, end = logits.unbind(-1)
-        first = F.cross_entropy(start, targets["start_positions"])
-        return (first + F.cross_entropy(end, targets["end_positions"])) / 2
-    labels = targets["labels"]
-    if isinstance(model, SequenceClassifier) and labels.is_floating_point():
-        regression = problem_type(model) == "regression"
-        return F.mse_loss(logits, labels) if regression else F.binary_cross_entropy_with_logits(logits, labels)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-
-
-def _encoder_loss(hidden: Tensor, pooled: Tensor | None, real: Tensor) -> Tensor:
+def _encoder_loss(outputs: Mapping[str, Tensor], real: Tensor) -> Tensor:
     """A number that every output weighs in, each in its own way; an encoder by itself has no loss."""
-    hidden = _at_least_fp32(hidden)
+    hidden = outputs["last_hidden_state"]
     weights = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
     loss = (hidden[real] @ weights).square().mean()
-    return loss if pooled is None else loss + (pooled.to(hidden.dtype) @ weights).square().mean()
+    return loss + (outputs["pooler_output"] @ weights).square().mean() if "pooler_output" in outputs else loss
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _loss(model: Model, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    """transformers' loss, of our outputs."""
+    outputs = {name: output.to(torch.promote_types(output.dtype, torch.float32)) for name, output in outputs.items()}
+    if isinstance(model, QuestionAnswerer):
+        first = F.cross_entropy(outputs["start_logits"], targets["start_positions"])
+        return (first + F.cross_entropy(outputs["end_logits"], targets["end_positions"])) / 2
+    logits, labels = outputs["logits"], targets["labels"]
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    if isinstance(model, SequenceClassifier) and problem_type(model) == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def _relative(mine: Tensor, reference: Tensor) -> float:
