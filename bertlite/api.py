@@ -13,7 +13,7 @@ from bertlite.errors import UserError
 from bertlite.fill import fill
 from bertlite.hf import Model, load_model, load_tokenizer_of
 from bertlite.inference import for_use
-from bertlite.model import Classifier, Encoder, MaskedLanguageModel
+from bertlite.model import Classifier, MaskedLanguageModel
 from bertlite.predict import predict
 from bertlite.run_folder import model_folder
 from bertlite.runtime import Runtime
@@ -32,8 +32,7 @@ class LoadedModel:
 
         Options are those of `embed.Embedder`: pooling, layer, normalize, sequence_length.
         """
-        encoder = self.model if isinstance(self.model, Encoder) else self.model.encoder
-        embedder = Embedder(encoder, self.tokenizer, **options)
+        embedder = Embedder(self.model.encoder, self.tokenizer, **options)
         with self.runtime.autocast():
             vectors = embedder([texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors

@@ -1,7 +1,6 @@
 """The model card: what an exported folder says about itself, written from the run that made the model."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ def model_card(
     }
     config = model.config
     example = USE.get(kind, USE[format]) if format == "hf" else USE[format]  # there is no pipeline that answers
+    table = [f"| {one.inputs} | {one.quantity} | {one.difference:.1e} | {one.tolerance:.0e} |" for one in checks]
     text = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n# {name}",
         f"A BERT ({kind}) with {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} "
@@ -70,13 +70,10 @@ def model_card(
         *_of_the_run(source),
         "## Checks\n\nAgainst Hugging Face's implementation in fp32, the same folder and inputs in both: the largest "
         "relative difference of each quantity.",
-        "| inputs | quantity | difference | allowed |\n|---|---|---|---|",
-        *(f"| {one.inputs} | {one.quantity} | {one.difference:.1e} | {one.tolerance:.0e} |" for one in checks),
-        "",
-        *(f"* {line}" for line in found),
+        "\n".join(["| inputs | quantity | difference | allowed |\n|---|---|---|---|", *table]),
+        "\n".join(f"* {line}" for line in found),
     ]
-    lines = "\n".join(part if part.startswith(("|", "*")) else f"\n{part}\n" for part in text).strip() + "\n"
-    return re.sub(r"\n{3,}", "\n\n", lines)
+    return "\n\n".join(text) + "\n"
 
 
 def _of_the_run(source: Path) -> list[str]:
@@ -99,11 +96,13 @@ def _of_the_run(source: Path) -> list[str]:
         text.append(f"Tokens seen: {lines[-1]['tokens']:,} in {lines[-1]['step']:,} steps.")
     if evaluations:
         every = -(-len(evaluations) // CURVE_LINES)
-        shown = [*evaluations[:-1:every], evaluations[-1]]
+        table = [
+            f"| {line['step']:,} | {line['tokens']:,} | {line['eval_loss']:.3f} | {line['eval_accuracy']:.1%} |"
+            for line in [*evaluations[:-1:every], evaluations[-1]]
+        ]
         text += [
             "## Evaluation\n\nOn held-out text, masked the same way every time; the loss in nats per masked token:",
-            "| step | tokens | loss | accuracy |\n|---|---|---|---|",
-            *(f"| {e['step']:,} | {e['tokens']:,} | {e['eval_loss']:.3f} | {e['eval_accuracy']:.1%} |" for e in shown),
+            "\n".join(["| step | tokens | loss | accuracy |\n|---|---|---|---|", *table]),
         ]
     if (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))

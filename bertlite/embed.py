@@ -1,10 +1,9 @@
 """`bertlite embed`: sentences to vectors."""
 
 # Shapes: N texts, B rows, T positions, D hidden size.
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config_file import choose
 from bertlite.errors import UserError
 from bertlite.files import new_file
-from bertlite.inference import like_lengths, padded
+from bertlite.inference import like_lengths, padded, parts
 from bertlite.model import Encoder
 
 TEXTS_AT_A_TIME = 8192  # read, sorted by length and computed; what memory holds does not depend on the file
@@ -83,9 +82,9 @@ class Embedder:
             tqdm(disable=None, unit=" texts") as bar,
         ):
             npy.write_array_header_1_0(file, header)
-            chunks = self._chunks(texts)
+            chunks = map(self._token_ids, parts(texts, TEXTS_AT_A_TIME))
             coming = executor.submit(next, chunks, None)
-            while (ids := coming.result()) is not None:
+            while ids := coming.result():
                 coming = executor.submit(next, chunks, None)
                 file.write(self._vectors(ids).tobytes())
                 rows += len(ids)
@@ -94,11 +93,6 @@ class Embedder:
             npy.write_array_header_1_0(file, header | {"shape": (rows, size)})
         return rows, size
 
-    def _chunks(self, texts: Iterable[str]) -> Iterator[list[list[int]]]:
-        stream = iter(texts)
-        while chunk := list(islice(stream, TEXTS_AT_A_TIME)):
-            yield self._token_ids(chunk)
-
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         limit = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
         length = self.sequence_length or limit
@@ -106,8 +100,7 @@ class Embedder:
 
     def _vectors(self, ids: list[list[int]]) -> np.ndarray:
         device = self.encoder.embeddings.word.weight.device
-        layers = len(self.encoder.layers)
-        depth = self.layer + layers + 1 if self.layer < 0 else self.layer
+        depth = self.layer % (len(self.encoder.layers) + 1)
         vectors = np.empty((len(ids), self.encoder.config.hidden_size), np.float32)
         with torch.inference_mode():
             for numbers in like_lengths([len(row) for row in ids], device):

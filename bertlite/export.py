@@ -5,26 +5,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from bertlite.card import model_card
-from bertlite.config import Source
 from bertlite.config_file import choose
 from bertlite.embed import POOLINGS, Embedder
 from bertlite.errors import Failure, UserError
-from bertlite.export_onnx import write_onnx
+from bertlite.export_onnx import sample_texts, write_onnx
 from bertlite.files import new_folder
 from bertlite.hf import Model, load_model, load_tokenizer_of, save_model
-from bertlite.model import Classifier, Encoder
-from bertlite.parity import TOLERANCES, check_parity
-from bertlite.sources import read_documents
+from bertlite.model import Classifier
+from bertlite.parity import TOLERANCES, check_parity, quieten_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,29 +48,28 @@ def sentence_transformers(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten_transformers()
     if isinstance(model, Classifier):
         raise UserError(
             f"--format sentence-transformers cannot express a {type(model).__name__}: it knows no labels; "
             "export the pretrained model"
         )
-    encoder, pooling = model if isinstance(model, Encoder) else model.encoder, options.pooling or "mean"
-    # Older versions of the library know these by this name, and newer ones read it.
-    loading = {} if encoder.pooler else {"model_args": {"add_pooling_layer": False}}
+    encoder, pooling = model.encoder, options.pooling or "mean"
+    loading = {} if encoder.pooler else {"add_pooling_layer": False}
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         save_model(encoder, Path(aside))
         tokenizer.save_pretrained(aside)
-        transformer = Transformer(aside, model_kwargs=dict(*loading.values()))
+        transformer = Transformer(aside, model_kwargs=loading)
         modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode=pooling)]
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
     about = folder / "sentence_bert_config.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | loading, indent=2) + "\n")
-    texts = ["a", *islice(read_documents(Source(path="sample"), "line", "sample"), 15)]
+    # Older versions of the library know model_kwargs by this name, and newer ones read it.
+    changes = {"model_args": loading} if loading else {}
+    about.write_text(json.dumps(json.loads(about.read_text()) | changes, indent=2) + "\n")
+    texts = ["a", *sample_texts(15)]
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False)
-    difference = np.abs(Embedder(encoder.eval(), tokenizer, pooling)(texts) - theirs).max() / max(
-        1, np.abs(theirs).max()
-    )
+    apart = np.abs(Embedder(encoder.eval(), tokenizer, pooling)(texts) - theirs)
+    difference = apart.max() / max(1, np.abs(theirs).max())
     if not difference <= TOLERANCES["fp32"]["outputs"]:
         raise Failure(f"the vectors of sentence-transformers differ from those of bertlite by {difference:.1g}")
     return [f"`SentenceTransformer` against `bertlite embed`, {pooling} pooling, {len(texts)} texts: {difference:.1e}"]
@@ -112,10 +107,8 @@ def export(source: Path, out: Path, format: str, options: Options = Options()) -
     check does not hold; nothing is written then.
     """
     target: Format = choose(FORMATS, format, "--format")
-    for setting, value, known in (
-        ("dtype", options.dtype, target.dtypes),
-        ("pooling", options.pooling, target.poolings),
-    ):
+    for setting, known in {"dtype": target.dtypes, "pooling": target.poolings}.items():
+        value = getattr(options, setting)
         if value is not None and value not in known:
             raise UserError(f"--{setting} is {value!r}; --format {format} has {', '.join(known) or f'no {setting}'}")
     missing = [name for name in target.packages if find_spec(name) is None]

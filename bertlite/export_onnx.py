@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import Source
 from bertlite.errors import Failure
-from bertlite.hf import Model, save_config
-from bertlite.model import Encoder, MaskedLanguageModel, QuestionAnswerer, SequenceClassifier
+from bertlite.hf import Model, hf_outputs, save_config
+from bertlite.model import Encoder, MaskedLanguageModel, SequenceClassifier
 from bertlite.parity import problem_type
 from bertlite.runtime import say
 from bertlite.sources import read_documents
@@ -35,22 +35,12 @@ class Graph(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
-        self.outputs = ["logits"]
-        if isinstance(model, Encoder):
-            self.outputs = ["last_hidden_state", *(["pooler_output"] if model.pooler else [])]
-        if isinstance(model, QuestionAnswerer):
-            self.outputs = ["start_logits", "end_logits"]
+        self.outputs = list(hf_outputs(model, torch.zeros(1, 1, model.config.hidden_size)))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        inputs = (input_ids, position_ids, attention_mask, token_type_ids)
-        model = self.model
-        if isinstance(model, MaskedLanguageModel):
-            return (model.head(model.encoder(*inputs), model.encoder.embeddings.word.weight),)
-        output = model(*inputs)
-        if isinstance(model, Encoder):
-            return (output, model.pooler(output)) if model.pooler else (output,)
-        return output.unbind(-1) if isinstance(model, QuestionAnswerer) else (output,)
+        hidden = self.model.encoder(input_ids, position_ids, attention_mask, token_type_ids)
+        return tuple(hf_outputs(self.model, hidden).values())
 
 
 def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None) -> list[str]:
@@ -60,33 +50,10 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     bits as they come. Where fewer than 95 % of the top predictions are those of fp32, int8 is refused when it was
     asked for by name, and otherwise left out. Raises Failure when a check does not hold.
     """
-    import onnx
     from onnxruntime import InferenceSession
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph, path, small = Graph(model.eval()), folder / "model.onnx", folder / "model_int8.onnx"
-    example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)  # one for all would be taken for one input
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
-    logging.disable(logging.WARNING)  # of torch and onnxruntime about themselves
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                graph,
-                example,
-                str(path),
-                input_names=INPUTS,
-                output_names=graph.outputs,
-                dynamic_shapes=dict.fromkeys(INPUTS, axes),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        proto = onnx.load(path)
-        del proto.graph.value_info[:]  # shapes of weights that the quantiser turns round and then trips over
-        quantize_dynamic(proto, str(small), per_channel=True, weight_type=QuantType.QInt8)
-    finally:
-        logging.disable(logging.NOTSET)
+    _write_graphs(graph, path, small)
     save_config(model, folder)
     tokenizer.save_pretrained(folder)
     exact = InferenceSession(str(path))
@@ -110,6 +77,41 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     if dtype == "int8":
         path.unlink()
     return [*found, f"`model_int8.onnx` against fp32: {agreement:.1%} {measure} it"]
+
+
+def _write_graphs(graph: Graph, path: Path, small: Path) -> None:
+    """The graph in fp32, and its weights in int8."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)  # one for all would be taken for one input
+    positions = graph.model.config.max_position_embeddings
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=positions)}
+    logging.disable(logging.WARNING)  # of torch and onnxruntime about themselves
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph,
+                example,
+                str(path),
+                input_names=INPUTS,
+                output_names=graph.outputs,
+                dynamic_shapes=dict.fromkeys(INPUTS, axes),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        proto = onnx.load(path)
+        del proto.graph.value_info[:]  # shapes of weights that the quantiser turns round and then trips over
+        quantize_dynamic(proto, str(small), per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def sample_texts(count: int) -> list[str]:
+    """The first texts of what ships with bertlite."""
+    return list(islice(read_documents(Source(path="sample"), "line", "sample"), count))
 
 
 def _difference(graph: Graph, session: Any) -> float:
@@ -136,9 +138,8 @@ def _agreement(graph: Graph, exact: Any, small: Any, tokenizer: PreTrainedTokeni
     """How alike int8 and fp32 answer on the text that ships with bertlite: the share of top predictions that are the
     same or, where there is none, the cosine of all numbers. For a masked language model, each 7th token is masked."""
     length = min(64, graph.model.config.max_position_embeddings)
-    texts = list(islice(read_documents(Source(path="sample"), "line", "sample"), TEXTS))
     answers: list[list[NDArray[Any]]] = [[], []]
-    for ids in tokenizer(texts, truncation=True, max_length=length)["input_ids"]:
+    for ids in tokenizer(sample_texts(TEXTS), truncation=True, max_length=length)["input_ids"]:
         input_ids = torch.tensor([ids])
         if isinstance(graph.model, MaskedLanguageModel):
             input_ids[:, 3:-1:7] = tokenizer.mask_token_id
@@ -154,11 +155,9 @@ def _agreement(graph: Graph, exact: Any, small: Any, tokenizer: PreTrainedTokeni
 def _answers(model: Model, outputs: list[NDArray[Any]]) -> NDArray[Any]:
     if _numeric(model):
         return outputs[0].astype(np.float64)
-    if isinstance(model, QuestionAnswerer):
-        return np.concatenate([output.argmax(-1) for output in outputs])
     if isinstance(model, SequenceClassifier) and problem_type(model) == "multi_label_classification":
         return outputs[0] > 0
-    return outputs[0].argmax(-1)
+    return np.stack([output.argmax(-1) for output in outputs])
 
 
 def _numeric(model: Model) -> bool:
@@ -167,4 +166,7 @@ def _numeric(model: Model) -> bool:
 
 
 def _run(session: Any, *inputs: Tensor) -> list[NDArray[Any]]:
-    return session.run(None, dict(zip(INPUTS, (one.numpy() for one in inputs), strict=True)))
+    arrays: list[NDArray[Any]] = session.run(
+        None, {name: one.numpy() for name, one in zip(INPUTS, inputs, strict=True)}
+    )
+    return arrays

@@ -31,15 +31,12 @@ def fill(
         inputs = (ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids), masks[None])
         logits = model(*(tensor.to(model.head.bias.device) for tensor in inputs))[0]
     scores, tokens = logits.float().cpu().softmax(-1).topk(top_k)
-    results = []
-    for mask, mask_scores, mask_tokens in zip(masks, scores.tolist(), tokens.tolist(), strict=True):
-        answers = []
-        for score, token in zip(mask_scores, mask_tokens, strict=True):
-            filled = ids[0].clone()
-            filled[mask] = token
+    results: list[list[dict[str, Any]]] = []
+    for mask, *best in zip(masks, scores.tolist(), tokens.tolist(), strict=True):
+        results.append([])
+        for score, token in zip(*best, strict=True):
+            filled = ids[0].index_fill(0, mask, token)
             sequence = tokenizer.decode(filled, skip_special_tokens=len(masks) == 1)
-            answers.append(
-                {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence}
-            )
-        results.append(answers)
+            answer = {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence}
+            results[-1].append(answer)
     return results[0] if len(results) == 1 else results

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BertConfig, PreTrainedTokenizerBase
 
 from bertlite.config import Architecture
 from bertlite.errors import UserError
@@ -31,97 +31,77 @@ from bertlite.tokenizer import load_tokenizer
 
 Model = MaskedLanguageModel | Encoder | Classifier
 
-# Our names on the left, Hugging Face's on the right. Several on the right lie one under the other in ours.
-EMBEDDINGS = {
-    "embeddings.word.weight": ["embeddings.word_embeddings.weight"],
-    "embeddings.position.weight": ["embeddings.position_embeddings.weight"],
-    "embeddings.segment.weight": ["embeddings.token_type_embeddings.weight"],
-    "embeddings.norm.weight": ["embeddings.LayerNorm.weight"],
-    "embeddings.norm.bias": ["embeddings.LayerNorm.bias"],
+# Our modules on the left, Hugging Face's on the right; .weight and .bias follow in both. Several on the right lie one
+# under the other in ours.
+ENCODER = {
+    "embeddings.word": ["embeddings.word_embeddings"],
+    "embeddings.position": ["embeddings.position_embeddings"],
+    "embeddings.segment": ["embeddings.token_type_embeddings"],
+    "embeddings.norm": ["embeddings.LayerNorm"],
+    "pooler.dense": ["pooler.dense"],
 }
 LAYER = {
-    "attention.qkv.weight": [
-        "attention.self.query.weight",
-        "attention.self.key.weight",
-        "attention.self.value.weight",
-    ],
-    "attention.qkv.bias": ["attention.self.query.bias", "attention.self.key.bias", "attention.self.value.bias"],
-    "attention.out.weight": ["attention.output.dense.weight"],
-    "attention.out.bias": ["attention.output.dense.bias"],
-    "attention_norm.weight": ["attention.output.LayerNorm.weight"],
-    "attention_norm.bias": ["attention.output.LayerNorm.bias"],
-    "up.weight": ["intermediate.dense.weight"],
-    "up.bias": ["intermediate.dense.bias"],
-    "down.weight": ["output.dense.weight"],
-    "down.bias": ["output.dense.bias"],
-    "norm.weight": ["output.LayerNorm.weight"],
-    "norm.bias": ["output.LayerNorm.bias"],
-}
-POOLER = {
-    "pooler.dense.weight": ["pooler.dense.weight"],
-    "pooler.dense.bias": ["pooler.dense.bias"],
+    "attention.qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+    "attention.out": ["attention.output.dense"],
+    "attention_norm": ["attention.output.LayerNorm"],
+    "up": ["intermediate.dense"],
+    "down": ["output.dense"],
+    "norm": ["output.LayerNorm"],
 }
 MLM_HEAD = {
-    "head.dense.weight": ["cls.predictions.transform.dense.weight"],
-    "head.dense.bias": ["cls.predictions.transform.dense.bias"],
-    "head.norm.weight": ["cls.predictions.transform.LayerNorm.weight"],
-    "head.norm.bias": ["cls.predictions.transform.LayerNorm.bias"],
-    "head.bias": ["cls.predictions.bias"],
+    "head": ["cls.predictions"],
+    "head.dense": ["cls.predictions.transform.dense"],
+    "head.norm": ["cls.predictions.transform.LayerNorm"],
 }
-CLASSIFIER = {"classifier.weight": ["classifier.weight"], "classifier.bias": ["classifier.bias"]}
-QA_OUTPUTS = {"classifier.weight": ["qa_outputs.weight"], "classifier.bias": ["qa_outputs.bias"]}
 # Hugging Face's name of each of our models, and what lies on top of the encoder.
 ARCHITECTURES: dict[type[nn.Module], tuple[str, dict[str, list[str]]]] = {
     Encoder: ("BertModel", {}),
     MaskedLanguageModel: ("BertForMaskedLM", MLM_HEAD),
-    SequenceClassifier: ("BertForSequenceClassification", CLASSIFIER),
-    TokenClassifier: ("BertForTokenClassification", CLASSIFIER),
-    QuestionAnswerer: ("BertForQuestionAnswering", QA_OUTPUTS),
+    SequenceClassifier: ("BertForSequenceClassification", {"classifier": ["classifier"]}),
+    TokenClassifier: ("BertForTokenClassification", {"classifier": ["classifier"]}),
+    QuestionAnswerer: ("BertForQuestionAnswering", {"classifier": ["qa_outputs"]}),
 }
 # What other BERT folders hold and a masked language model has no use for. A decoder is another name of the word
 # embedding, which is checked; position_ids count from 0; next-sentence prediction is not a part of bertlite.
 UNUSED = re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.decoder\.|bert\.pooler\.")
 
-# What Hugging Face's BertConfig assumes of a config.json that leaves it out.
-ASSUMED = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-12,
-    "pad_token_id": 0,
-}
+# What Hugging Face assumes of a config.json that leaves it out.
+ASSUMED = {name: getattr(BertConfig(), name) for name in Architecture.model_fields}
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
-def weight_names(model: nn.Module) -> dict[str, list[str]]:
+def weight_names(model: Model) -> dict[str, list[str]]:
     """Our name of every weight of `model`, with Hugging Face's name or names."""
-    encoder = model if isinstance(model, Encoder) else model.encoder
-    ours, theirs = ("", "") if encoder is model else ("encoder.", "bert.")
-    table = dict(EMBEDDINGS)
-    for number in range(encoder.config.num_hidden_layers):
+    modules = dict(ENCODER)
+    for number in range(model.config.num_hidden_layers):
         for name, names in LAYER.items():
-            table[f"layers.{number}.{name}"] = [f"encoder.layer.{number}.{their}" for their in names]
-    if encoder.pooler is not None:
-        table |= POOLER
-    table = {ours + name: [theirs + their for their in names] for name, names in table.items()}
-    return table | ARCHITECTURES[type(model)][1]
+            modules[f"layers.{number}.{name}"] = [f"encoder.layer.{number}.{their}" for their in names]
+    if not isinstance(model, Encoder):
+        modules = {f"encoder.{name}": [f"bert.{their}" for their in names] for name, names in modules.items()}
+    modules |= ARCHITECTURES[type(model)][1]
+    split = {name: name.rpartition(".") for name, _ in model.named_parameters()}
+    return {name: [f"{their}.{kind}" for their in modules[module]] for name, (module, _, kind) in split.items()}
 
 
-def to_hf(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names (weights, gradients) as Hugging Face names and cuts them."""
     return {
         their: part
         for name, names in weight_names(model).items()
         for their, part in zip(names, tensors[name].chunk(len(names)), strict=True)
     }
+
+
+def hf_outputs(model: Model, hidden: Tensor) -> dict[str, Tensor]:
+    """What Hugging Face's model of this kind returns, under its names, made from the encoder's output (B,T,D)."""
+    if isinstance(model, Encoder):
+        return {"last_hidden_state": hidden} | ({"pooler_output": model.pooler(hidden)} if model.pooler else {})
+    if isinstance(model, MaskedLanguageModel):
+        return {"logits": model.head(hidden, model.encoder.embeddings.word.weight)}
+    scores = model.classify(hidden)
+    if isinstance(model, QuestionAnswerer):
+        return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
+    return {"logits": scores}
 
 
 def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -164,24 +144,18 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
     Raises UserError, naming the file, when this is no BERT, or not one that the encoder can express.
     """
     about, config, weights = _read_folder(folder)
+    kind = _kind(about, weights)
+    model: Model
     with torch.device("meta"):
-        model: Model
-        if any(name.startswith("cls.predictions.") for name in weights):
-            model = MaskedLanguageModel(config, kernel)
-        elif head := next((name for name in ("classifier.weight", "qa_outputs.weight") if name in weights), None):
-            labels = _labels(about, len(weights[head]), folder)
-            model = _classifier(about, weights)(config, labels, kernel, about.get("problem_type"))
-        else:
+        if kind is Encoder:
             weights = {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
             model = Encoder(config, kernel, pooler="pooler.dense.weight" in weights)
-    _check_decoder(weights, folder)
-    expected = to_hf(model, dict(model.named_parameters()))
-    _check_names_and_shapes(weights, {name: tensor.shape for name, tensor in expected.items()}, folder)
-    state = {
-        name: torch.cat([weights[their].float() for their in names]) for name, names in weight_names(model).items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_()
+        elif issubclass(kind, Classifier):
+            model = kind(config, _labels(about, kind, weights, folder), kernel, about.get("problem_type"))
+        else:
+            model = MaskedLanguageModel(config, kernel)
+    _give_weights(model, weights, folder)
+    return model
 
 
 def begin_from(model: Classifier, folder: Path) -> None:
@@ -191,27 +165,16 @@ def begin_from(model: Classifier, folder: Path) -> None:
     folder holds no such encoder.
     """
     about, _, weights = _read_folder(folder)
-    if not any(name.startswith("bert.") for name in weights):
-        weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
-    head = ARCHITECTURES[type(model)][1]
-    theirs = weights.get(head["classifier.weight"][0])
-    fits = theirs is not None and _labels(about, len(theirs), folder) == model.labels
-    if not (fits and _classifier(about, weights) is type(model)):
-        weights = {name: tensor for name, tensor in weights.items() if [name] not in head.values()}
-    table = weight_names(model)
-    missing = [name for name, names in table.items() if not all(their in weights for their in names)]
-    needed = [name for name in missing if not name.startswith(("encoder.pooler.", "classifier."))]
-    if needed:
-        raise UserError(f"{folder}: {len(needed)} weights are missing, such as {table[needed[0]][0]}")
+    kind = _kind(about, weights)
+    if kind is Encoder:
+        weights = {f"bert.{name.removeprefix('bert.')}": tensor for name, tensor in weights.items()}
+    fits = kind is type(model) and _labels(about, kind, weights, folder) == model.labels
+    wanted = ("bert.", "classifier.", "qa_outputs.") if fits else ("bert.",)
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith(wanted)}
+    missing = _give_weights(model, weights, folder, may_lack=("bert.pooler.", "classifier.", "qa_outputs."))
     if missing:
         parts = dict.fromkeys("pooler" if "pooler" in name else "head" for name in missing)
         say(f"{folder} has no {' and no '.join(parts)} for this; new weights take their place")
-    present = {name: names for name, names in table.items() if name not in missing}
-    expected = to_hf(model, dict(model.named_parameters()))
-    for their in (their for names in present.values() for their in names):
-        _check_shape(weights, their, expected[their].shape, folder)
-    state = {name: torch.cat([weights[their].float() for their in names]) for name, names in present.items()}
-    model.load_state_dict(state, strict=False)
 
 
 def load_tokenizer_of(folder: Path, model: Model) -> PreTrainedTokenizerBase:
@@ -234,32 +197,12 @@ def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageMo
 def load_encoder(folder: Path, kernel: str = "sdpa") -> tuple[Encoder, PreTrainedTokenizerBase]:
     """The encoder of any model, with the pooler if it has one, and its tokenizer."""
     model = load_model(folder, kernel)
-    return model if isinstance(model, Encoder) else model.encoder, load_tokenizer_of(folder, model)
+    return model.encoder, load_tokenizer_of(folder, model)
 
 
 def read_architecture(folder: Path) -> Architecture:
     """The encoder that config.json describes. Raises UserError for what bertlite's encoder cannot express."""
-    return _architecture(_read_config(folder), folder / "config.json")
-
-
-def _architecture(about: Any, path: Path) -> Architecture:
-    if not isinstance(about, dict) or about.get("model_type") != "bert":
-        kind = about.get("model_type") if isinstance(about, dict) else None
-        raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
-    for key, allowed in {"position_embedding_type": (None, "absolute"), "is_decoder": (None, False)}.items():
-        if about.get(key) not in allowed:
-            raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite's encoder does not have")
-    values = {name: about.get(name, assumed) for name, assumed in ASSUMED.items()}
-    if str(values["hidden_act"]) not in ACTIVATIONS:
-        raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
-    if values["pad_token_id"] is None:
-        values["pad_token_id"] = 0
-    try:
-        return Architecture.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {name} {first['msg'].removeprefix('Value error, ')}".replace(":  ", ": ")) from None
+    return _read_config(folder)[1]
 
 
 def local_folder(name: str) -> Path:
@@ -278,40 +221,75 @@ def local_folder(name: str) -> Path:
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tensor]]:
     """config.json, the encoder that it describes, and all weights, which are as many and in as many layers."""
-    about = _read_config(folder)
-    config, weights = _architecture(about, folder / "config.json"), _read_weights(folder)
-    _check_size(config, weights, folder)
-    _check_layers(weights, config, folder)
+    about, config = _read_config(folder)
+    weights = _read_weights(folder)
+    D, layers = config.hidden_size, config.num_hidden_layers
+    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    meant = entries * D + layers * D * (4 * D + 2 * config.intermediate_size)
+    held = sum(tensor.numel() for tensor in weights.values())
+    if meant > 10 * held:  # and would take memory; less of a difference is named weight by weight
+        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
+    found = {int(layer[1]) for name in weights if (layer := re.search(r"encoder\.layer\.(\d+)\.", name))}
+    if found != set(range(layers)):
+        raise UserError(f"{folder}: config.json speaks of {layers} layers, the weights of {len(found)}")
+    for decoder, tied in {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }.items():
+        if decoder in weights and tied in weights and not torch.equal(weights[decoder], weights[tied]):
+            raise UserError(f"{folder}: {decoder} is not {tied}; bertlite's decoder is tied to the word embedding")
     return about, config, weights
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
+    """config.json, and the encoder that it describes."""
     path = folder / "config.json"
     if folder.is_dir():
         check_model_folder(folder)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{folder}: not a model folder (it has no readable config.json)") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON") from None
+    kind = about.get("model_type") if isinstance(about, dict) else None
+    if kind != "bert":
+        raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
+    for key, allowed in {"position_embedding_type": (None, "absolute"), "is_decoder": (None, False)}.items():
+        if about.get(key) not in allowed:
+            raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite's encoder does not have")
+    values = {name: about.get(name, assumed) for name, assumed in ASSUMED.items()}
+    if str(values["hidden_act"]) not in ACTIVATIONS:
+        raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
+    if values["pad_token_id"] is None:
+        values["pad_token_id"] = 0
+    try:
+        return about, Architecture.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {name} {first['msg'].removeprefix('Value error, ')}".replace(":  ", ": ")) from None
 
 
-def _labels(about: dict[str, Any], count: int, folder: Path) -> list[str]:
-    """The names of a head's `count` outputs: id2label's, or Hugging Face's LABEL_0, LABEL_1, …"""
-    names = about.get("id2label") or {str(number): f"LABEL_{number}" for number in range(count)}
-    if not isinstance(names, dict) or names.keys() != {str(number) for number in range(count)}:
-        raise UserError(f"{folder / 'config.json'}: id2label should name the head's outputs, 0 to {count - 1}")
-    return [str(names[str(number)]) for number in range(count)]
-
-
-def _classifier(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Classifier]:
-    """Which head the weights hold; config.json tells a sequence's from a token's, or the pooler does."""
+def _kind(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Model]:
+    """Which model the weights are of; config.json tells a sequence's head from a token's, or the pooler does."""
+    if any(name.startswith("cls.predictions.") for name in weights):
+        return MaskedLanguageModel
     if "qa_outputs.weight" in weights:
         return QuestionAnswerer
-    if about.get("architectures") == [ARCHITECTURES[TokenClassifier][0]]:
-        return TokenClassifier
-    return SequenceClassifier if "bert.pooler.dense.weight" in weights else TokenClassifier
+    if "classifier.weight" not in weights:
+        return Encoder
+    of_tokens = about.get("architectures") == [ARCHITECTURES[TokenClassifier][0]]
+    return TokenClassifier if of_tokens or "bert.pooler.dense.weight" not in weights else SequenceClassifier
+
+
+def _labels(about: dict[str, Any], kind: type[Model], weights: dict[str, Tensor], folder: Path) -> list[str]:
+    """The names of a head's outputs: id2label's, or Hugging Face's LABEL_0, LABEL_1, …"""
+    numbers = [str(number) for number in range(len(weights[f"{ARCHITECTURES[kind][1]['classifier'][0]}.weight"]))]
+    names = about.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
+    if not isinstance(names, dict) or names.keys() != set(numbers):
+        raise UserError(f"{folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}")
+    return [str(names[number]) for number in numbers]
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -339,54 +317,38 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, the file is no dict
                     # Checkpoints that came from TensorFlow call a layer norm's weight gamma and its bias beta.
-                    modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
-                    weights[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", modern)] = file.get_tensor(key)
+                    name_today = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+                    weights[name_today.replace("LayerNorm.beta", "LayerNorm.bias")] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name}: damaged, or not a safetensors file: {error}") from None
     return weights
 
 
-def _check_size(config: Architecture, weights: dict[str, Tensor], folder: Path) -> None:
-    """Raise UserError when config.json means far more numbers than there are, before any of them takes memory."""
-    D, L = config.hidden_size, config.num_hidden_layers
-    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    meant = entries * D + L * D * (4 * D + 2 * config.intermediate_size)
-    held = sum(tensor.numel() for tensor in weights.values())
-    if meant > 10 * held:  # less of a difference is named weight by weight
-        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
+def _give_weights(model: Model, weights: dict[str, Tensor], folder: Path, may_lack: tuple[str, ...] = ()) -> list[str]:
+    """Give a model a folder's weights, under Hugging Face's names; returns those that the folder lacks.
 
-
-def _check_decoder(weights: dict[str, Tensor], folder: Path) -> None:
-    for decoder, tied in {
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    }.items():
-        if decoder in weights and tied in weights and not torch.equal(weights[decoder], weights[tied]):
-            raise UserError(f"{folder}: {decoder} is not {tied}; bertlite's decoder is tied to the word embedding")
-
-
-def _check_names_and_shapes(weights: dict[str, Tensor], expected: dict[str, Any], folder: Path) -> None:
-    missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected and not UNUSED.match(name)]
-    if missing or unknown:
-        parts = [f"{len(names)} {what}, such as {names[0]}" for what, names in
-                 (("weights are missing", missing), ("are unknown", unknown)) if names]  # fmt: skip
-        raise UserError(f"{folder}: the weights are not those of the BERT that config.json describes: "
-                        f"{'; '.join(parts)}")  # fmt: skip
-    for name, shape in expected.items():
-        _check_shape(weights, name, shape, folder)
-
-
-def _check_shape(weights: dict[str, Tensor], name: str, shape: torch.Size, folder: Path) -> None:
-    if weights[name].shape != shape:
+    Raises UserError when one does not fit, the model has none of that name, or one is lacking whose name does not
+    begin as `may_lack` says.
+    """
+    expected = to_hf(model, dict(model.named_parameters()))
+    lacking = [name for name in expected if name not in weights]
+    problems = {
+        "weights are missing": [name for name in lacking if not name.startswith(may_lack)],
+        "are unknown": [name for name in weights if name not in expected and not UNUSED.match(name)],
+    }
+    parts = [f"{len(names)} {what}, such as {names[0]}" for what, names in problems.items() if names]
+    if parts:
         raise UserError(
-            f"{folder}: {name} has shape {tuple(weights[name].shape)}, but config.json means {tuple(shape)}"
+            f"{folder}: the weights are not those of the BERT that config.json describes: {'; '.join(parts)}"
         )
-
-
-def _check_layers(weights: dict[str, Tensor], config: Architecture, folder: Path) -> None:
-    layers = {int(found[1]) for name in weights if (found := re.search(r"encoder\.layer\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
-        raise UserError(
-            f"{folder}: config.json speaks of {config.num_hidden_layers} layers, the weights of {len(layers)}"
-        )
+    for name, meant in expected.items():
+        if name in weights and weights[name].shape != meant.shape:
+            shape = tuple(weights[name].shape)
+            raise UserError(f"{folder}: {name} has shape {shape}, but config.json means {tuple(meant.shape)}")
+    state = {
+        name: torch.cat([weights[their].float() for their in names])
+        for name, names in weight_names(model).items()
+        if not set(names) & set(lacking)
+    }
+    model.load_state_dict(state, strict=not lacking, assign=True)
+    return lacking

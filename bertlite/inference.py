@@ -1,7 +1,8 @@
 """What all uses of a model share: the fastest faithful arithmetic of the machine, and batches of like lengths."""
 
 # Shapes: B rows, T positions.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -15,11 +16,13 @@ from bertlite.runtime import Runtime
 TOKENS_AT_A_TIME = {"cpu": 1024, "cuda": 65_536}
 
 Module = TypeVar("Module", bound=nn.Module)
+Item = TypeVar("Item")
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear by oneDNN. In fp32 torch would call MKL, which is less than half as fast on processors not Intel's."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 class OneDnnLinear(nn.Linear):
@@ -42,10 +45,18 @@ ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {
 def for_use(model: Module, runtime: Runtime) -> Module:
     """Make a model ready to be used and no longer trained, in place: on the device, without dropout."""
     model.to(runtime.device).eval()
-    if runtime.device.type == "cpu" and runtime.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if one_dnn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
         for module in model.modules():
             module.__class__ = ONE_DNN.get(type(module), type(module))
     return model
+
+
+def parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, one after the other; the last may be shorter."""
+    stream = iter(items)
+    while part := list(islice(stream, size)):
+        yield part
 
 
 def like_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
@@ -59,9 +70,7 @@ def like_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[list[
 
 def padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of token ids as the encoder takes them: input_ids, position_ids and document_ids, (B,T) each."""
-    tensors = [torch.tensor(row) for row in rows]
-    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id)
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id)
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    lengths = torch.tensor([len(row) for row in rows])
-    document_ids = (position_ids < lengths[:, None]).long()
+    document_ids = (position_ids < torch.tensor([[len(row)] for row in rows])).long()
     return input_ids.to(device), position_ids.to(device), document_ids.to(device)

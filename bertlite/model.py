@@ -1,5 +1,6 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
+# (PyTorch gives the call of a module no type.)
 # Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row, L labels.
 import math
 from collections.abc import Callable
@@ -14,19 +15,14 @@ from bertlite.config import Architecture
 from bertlite.config_file import choose
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU (Hendrycks and Gimpel 2016)."""
-    return F.gelu(x)
-
-
 def gelu_new(x: Tensor) -> Tensor:
-    """Google's tanh approximation of GELU."""
+    """Google's tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
     return F.gelu(x, approximate="tanh")
 
 
 # Keys as in Hugging Face's hidden_act.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": gelu,
+    "gelu": F.gelu,
     "gelu_new": gelu_new,
     "gelu_pytorch_tanh": gelu_new,
     "relu": F.relu,
@@ -146,6 +142,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config) if pooler else None
 
+    @property
+    def encoder(self) -> "Encoder":
+        """Itself, as every model has an encoder."""
+        return self
+
     def forward(
         self,
         input_ids: Tensor,
@@ -240,16 +241,14 @@ class Classifier(nn.Module):
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Scores from the encoder's output (B,T,D)."""
-        return self.classifier(self.dropout(hidden))
+        pooler = self.encoder.pooler
+        return self.classifier(self.dropout(hidden if pooler is None else pooler(hidden)))
 
 
 class SequenceClassifier(Classifier):
     """Scores (B,L) of each row, from its first token through the pooler (Devlin et al. 2018, section 4.1)."""
 
     pooler = True
-
-    def classify(self, hidden: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.encoder.pooler(hidden)))
 
 
 class TokenClassifier(Classifier):

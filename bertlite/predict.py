@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
 from bertlite.hf import load_model, load_tokenizer_of
+from bertlite.inference import parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
@@ -49,54 +49,53 @@ def predict(
     two = pairs or isinstance(model, QuestionAnswerer)
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     settings = TaskSettings(train=Place(path="-"), max_length=length, doc_stride=min(64, length // 4))
-    waiting = iter(texts)
-    for first in count(1, TEXTS_AT_A_TIME):
-        chunk = list(islice(waiting, TEXTS_AT_A_TIME))
-        if not chunk:
-            return
-        parts = [tuple(text.split("\t")) if two else (text,) for text in chunk]
-        for place, one in enumerate(parts, first):
+    encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
+    for chunk in parts(enumerate(texts, 1), TEXTS_AT_A_TIME):
+        inputs = [tuple(text.split("\t")) if two else (text,) for _, text in chunk]
+        for (place, text), one in zip(chunk, inputs, strict=True):
             if two and len(one) != 2:
                 what = "a question and its context" if isinstance(model, QuestionAnswerer) else "two texts"
-                raise UserError(f"text {place}: should be {what}, with a tab between: {chr(9).join(one)[:60]!r}")
-        encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
-        examples = encode(parts, tokenizer, settings)
+                raise UserError(f"text {place}: should be {what}, with a tab between: {text[:60]!r}")
+        examples = encode(inputs, tokenizer, settings)
         batches = ExampleBatches(examples, type(model), model.config.pad_token_id)
         outputs, _ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
         if isinstance(model, QuestionAnswerer):
-            yield from best_answers(outputs, examples, [one[1] for one in parts], settings.max_answer_length)
+            yield from best_answers(outputs, examples, [one[1] for one in inputs], settings.max_answer_length)
         elif isinstance(model, TokenClassifier):
-            for output, encoding, (text,) in zip(outputs, examples.spans, parts, strict=True):
+            for output, encoding, (text,) in zip(outputs, examples.spans, inputs, strict=True):
                 yield entities(softmax(output, axis=-1), encoding, text, model.labels)
         else:
-            for output in outputs:
-                yield _labels(output, model, top_k)
+            yield from (_labels(output, model, top_k) for output in outputs)
 
 
 def entities(scores: NDArray[np.float32], encoding: Encoding, text: str, labels: list[str]) -> list[dict[str, Any]]:
     """Words of one entity together, each word by its first piece: Hugging Face's aggregation "first"."""
     found: list[dict[str, Any]] = []
-    parts: list[list[float]] = []
     before, seen = "", None
     for place, word in enumerate(encoding.word_ids):
         if word is None:
             continue
         start, end = encoding.offsets[place]
-        if word == seen:
-            if before:
-                found[-1] |= {"end": end, "word": text[found[-1]["start"] : end]}
-            continue
-        seen = word
-        prefix, _, kind = labels[int(scores[place].argmax())].rpartition("-")
-        kind = "" if kind == "O" else kind
-        if kind and (prefix == "B" or kind != before):
-            found.append({"entity_group": kind, "start": start})
-            parts.append([])
-        if kind:
-            parts[-1].append(float(scores[place].max()))
-            found[-1] |= {"score": float(np.mean(parts[-1])), "end": end, "word": text[found[-1]["start"] : end]}
-        before = kind
-    return [{key: one[key] for key in ("entity_group", "score", "word", "start", "end")} for one in found]
+        if word != seen:
+            prefix, _, kind = labels[int(scores[place].argmax())].rpartition("-")
+            kind = "" if kind == "O" else kind
+            if kind and (prefix == "B" or kind != before):
+                found.append({"entity_group": kind, "score": [], "start": start})
+            if kind:
+                found[-1]["score"].append(float(scores[place].max()))
+            before, seen = kind, word
+        if before:
+            found[-1]["end"] = end
+    return [
+        {
+            "entity_group": one["entity_group"],
+            "score": float(np.mean(one["score"])),
+            "word": text[one["start"] : one["end"]],
+            "start": one["start"],
+            "end": one["end"],
+        }
+        for one in found
+    ]
 
 
 def read_lines(file: Path | None) -> Iterator[str]:
@@ -113,12 +112,11 @@ def read_lines(file: Path | None) -> Iterator[str]:
 
 def as_text(result: Any) -> str:
     """A prediction as a line for people."""
-    answers = result if isinstance(result, list) else [result]
     names = ("label", "entity_group", "word", "answer")
-    return (
-        "; ".join("  ".join([f"{one['score']:.4f}", *(one[name] for name in names if name in one)]) for one in answers)
-        or "-"
-    )
+    lines = []
+    for one in result if isinstance(result, list) else [result]:
+        lines.append("  ".join([f"{one['score']:.4f}", *(one[name] for name in names if name in one)]))
+    return "; ".join(lines) or "-"
 
 
 def _labels(output: NDArray[np.float32], model: Classifier, top_k: int) -> Any:

@@ -18,7 +18,7 @@ from bertlite.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.errors import UserError
 from bertlite.hf import load_model, load_tokenizer_of, read_architecture
 from bertlite.masking import IGNORED, STRATEGIES, prediction_slots
-from bertlite.model import ACTIVATIONS, Encoder, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
+from bertlite.model import ACTIVATIONS, MaskedLanguageModel, exchange_vocabulary, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.plateau import PlateauWatch
 from bertlite.run_folder import model_folder, open_run, write_config
@@ -175,8 +175,8 @@ def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> Masked
         model.load_state_dict(begin.state_dict())
     else:
         say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
-        encoder = begin if isinstance(begin, Encoder) else begin.encoder
-        model.encoder.load_state_dict({k: v for k, v in encoder.state_dict().items() if not k.startswith("pooler.")})
+        weights = begin.encoder.state_dict()
+        model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
     old = load_tokenizer_of(source, begin)
     _exchange_vocabulary(model, old.get_vocab(), tokenizer)
     return model

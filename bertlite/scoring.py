@@ -4,9 +4,8 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import Source
 from bertlite.errors import UserError
-from bertlite.inference import like_lengths, padded
+from bertlite.inference import like_lengths, padded, parts
 from bertlite.model import MaskedLanguageModel
 from bertlite.sources import read_documents, read_lines, source_files
 
 SENTENCES_AT_A_TIME = 512
-
-Item = TypeVar("Item")
 
 
 class Pair(NamedTuple):
@@ -43,15 +40,12 @@ def pseudo_log_likelihoods(
     """
     device = model.head.bias.device
     tokens, positions, documents = padded(rows, tokenizer.pad_token_id, device)
-    lengths = torch.tensor([len(row) for row in rows])
-    sentence = torch.repeat_interleave(lengths - 2)
-    first = (lengths - 2).cumsum(0) - (lengths - 2)
-    masked = torch.arange(len(sentence)) - first[sentence] + 1
+    masked = [(row, place) for row, ids in enumerate(rows) for place in range(1, len(ids) - 1)]
     sums = torch.zeros(len(rows), dtype=torch.float64)
     with torch.inference_mode():
-        for numbers in like_lengths(lengths[sentence].tolist(), device):
-            row, place = sentence[numbers], masked[numbers]
-            width = int(lengths[row].max())
+        for numbers in like_lengths([len(rows[row]) for row, _ in masked], device):
+            row, place = torch.tensor([masked[number] for number in numbers]).unbind(1)
+            width = len(rows[row[0]])  # of the longest
             inputs = tokens[row, :width]  # (B,T), a copy
             wanted = inputs[torch.arange(len(row)), place]
             inputs[torch.arange(len(row)), place] = tokenizer.mask_token_id
@@ -70,12 +64,11 @@ def pseudo_perplexity(
 ) -> float:
     """exp of the mean negative pseudo-log-likelihood of a token; documents are cut into pieces that fit a row."""
     texts = (text for source in sources for text in read_documents(source, document, "--data"))
+    room = sequence_length - 2
     total, count = 0.0, 0
-    for part in _parts(texts, "documents"):
-        rows = []
-        for ids in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces = range(0, len(ids), sequence_length - 2)
-            rows += [_framed(ids[start : start + sequence_length - 2], tokenizer) for start in pieces]
+    for part in parts(tqdm(texts, disable=None, unit=" documents"), SENTENCES_AT_A_TIME):
+        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = [_framed(ids[start : start + room], tokenizer) for ids in found for start in range(0, len(ids), room)]
         if rows:
             total += pseudo_log_likelihoods(model, tokenizer, rows).sum().item()
             count += sum(len(row) - 2 for row in rows)
@@ -89,9 +82,9 @@ def minimal_pairs(
 
     Raises UserError for a sentence that is empty or longer than the model's positions.
     """
-    right: dict[str, dict[str, list[int]]] = {}
+    right: dict[str, dict[str, list[bool]]] = {}
     limit = model.config.max_position_embeddings
-    for part in _parts(pairs, "pairs"):
+    for part in parts(tqdm(pairs, disable=None, unit=" pairs"), SENTENCES_AT_A_TIME):
         sentences = [sentence for pair in part for sentence in (pair.good, pair.bad)]
         ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
         for sentence, row in zip(sentences, ids, strict=True):
@@ -103,12 +96,14 @@ def minimal_pairs(
         for pair, (good, bad) in zip(part, scores.view(-1, 2).tolist(), strict=True):
             right.setdefault(pair.phenomenon, {}).setdefault(pair.paradigm, []).append(good > bad)
     phenomena = {
-        phenomenon: _share([choice for choices in paradigms.values() for choice in choices])
-        | {"paradigms": {name: _share(choices) for name, choices in sorted(paradigms.items())}}
+        phenomenon: {
+            **_share(*paradigms.values()),
+            "paradigms": {name: _share(choices) for name, choices in sorted(paradigms.items())},
+        }
         for phenomenon, paradigms in sorted(right.items())
     }
-    everything = [choice for paradigms in right.values() for choices in paradigms.values() for choice in choices]
-    return {**_share(everything), "phenomena": phenomena}
+    everything = (choices for paradigms in right.values() for choices in paradigms.values())
+    return {**_share(*everything), "phenomena": phenomena}
 
 
 def read_pairs(files: list[str]) -> Iterator[Pair]:
@@ -132,13 +127,6 @@ def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
 
 
-def _parts(items: Iterable[Item], unit: str) -> Iterator[list[Item]]:
-    stream = iter(items)
-    with tqdm(disable=None, unit=f" {unit}") as bar:
-        while part := list(islice(stream, SENTENCES_AT_A_TIME)):
-            yield part
-            bar.update(len(part))
-
-
-def _share(choices: list[int]) -> dict[str, Any]:
-    return {"accuracy": sum(choices) / len(choices), "pairs": len(choices)}
+def _share(*choices: list[bool]) -> dict[str, Any]:
+    pairs = sum(map(len, choices))
+    return {"accuracy": sum(map(sum, choices)) / pairs, "pairs": pairs}
