@@ -45,7 +45,7 @@ ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {
 def for_use(model: Module, runtime: Runtime) -> Module:
     """Make a model ready to be used and no longer trained, in place: on the device, without dropout."""
     model.to(runtime.device).eval()
-    one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    one_dnn = torch.backends.mkldnn.is_available()
     if one_dnn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
         for module in model.modules():
             module.__class__ = ONE_DNN.get(type(module), type(module))

@@ -90,8 +90,8 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
 
 def quieten_transformers() -> None:
     """Let transformers report errors alone, and show no progress."""
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def compare_weights(ours: Model, theirs: nn.Module) -> Check:
