@@ -149,14 +149,12 @@ def fill_rows(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> 
     piece_rows = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
     used = np.bincount(piece_rows, piece_lengths + 2, minlength=len(row_starts) - 1).astype(np.int64)
     poured = _pour(starts[~whole], lengths[~whole], T, T - 2 - used)
-    piece_rows = np.concatenate([piece_rows, poured[2]])
-    by_row = np.argsort(piece_rows, kind="stable")
-    counts = np.bincount(piece_rows)
-    return (
-        np.concatenate([piece_starts, poured[0]])[by_row],
-        np.concatenate([piece_lengths, poured[1]])[by_row],
-        np.concatenate([[0], np.cumsum(counts)]),
+    piece_starts, piece_lengths, piece_rows = (
+        np.concatenate(both) for both in zip((piece_starts, piece_lengths, piece_rows), poured, strict=True)
     )
+    by_row = np.argsort(piece_rows, kind="stable")
+    row_starts = np.concatenate([[0], np.cumsum(np.bincount(piece_rows))])
+    return piece_starts[by_row], piece_lengths[by_row], row_starts
 
 
 def _pour(
@@ -171,11 +169,8 @@ def _pour(
     next_row = len(rooms)
     for start, left in zip(starts.tolist(), lengths.tolist(), strict=True):
         while left:
-            if open_rows:
-                row, room = open_rows.pop()
-            else:
-                row, room = next_row, T - 2
-                next_row += 1
+            row, room = open_rows.pop() if open_rows else (next_row, T - 2)
+            next_row = max(next_row, row + 1)
             taken = min(left, room)
             piece_starts.append(start)
             piece_lengths.append(taken)
