@@ -196,8 +196,8 @@ class _Writer:
     def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray[Id], NDArray[Any]]]:
         """Token ids and beginnings of words of each chunk; the library's large encodings live for a few chunks only."""
         encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
-        ends = accumulate(map(len, chunks))
-        for _, group in groupby(zip(chunks, ends, strict=True), lambda pair: pair[1] // BATCH_CHARACTERS):
+        starts = accumulate(map(len, chunks), initial=0)
+        for _, group in groupby(zip(chunks, starts, strict=False), lambda pair: pair[1] // BATCH_CHARACTERS):
             few = [chunk for chunk, _ in group]
             for chunk, encoding in zip(few, encode(few, add_special_tokens=False), strict=True):
                 ids = np.array(encoding.ids, dtype=self.dtype)
