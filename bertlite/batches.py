@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -25,17 +26,7 @@ from bertlite.corpus import Corpus
 from bertlite.errors import DataLost, UserError
 from bertlite.files import fingerprint, locked, new_folder, write_json
 from bertlite.masking import IGNORED, Vocabulary, mask_rows, prediction_slots
-from bertlite.philox import (
-    EVALUATION_MASKS,
-    HELD_OUT,
-    MATES,
-    ROW_ORDER,
-    SOURCE_ORDER,
-    TRAINING_MASKS,
-    permute,
-    philox,
-    split64,
-)
+from bertlite.philox import EVALUATION_MASKS, MATES, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, draw, held_out, permute
 from bertlite.tokenizer import vocabulary_of
 from bertlite.words import word_start_table
 
@@ -92,17 +83,13 @@ class Plan:
 
 
 def split_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
-    """Which documents are held out for validation: each with the same chance, at least one, the same every time."""
+    """Which documents are held out for validation. Raises UserError when there is only one."""
     if len(corpus) < 2:
         raise UserError(
             "data.train holds only one document, so none can be held out; name a file in data.validation or, where "
             "each line is a document, set data.document to line"
         )
-    random = philox((0, HELD_OUT), (*split64(np.arange(len(corpus))), 0, 0))[:, 0]
-    held_out = random < np.uint64(share * 2**32)
-    held_out[np.argmin(random)] = True
-    held_out[np.argmax(random)] = False
-    return held_out
+    return held_out(len(corpus), share)
 
 
 def make_plan(
@@ -119,16 +106,13 @@ def make_plan(
     """
     sources = corpus.summary.source_documents
     weights = list(weights or [1.0] * len(sources))[: len(sources)]
-    key = fingerprint([PLAN_VERSION, sequence_length, weights, share, part])
-    folder = corpus.folder / f"plan-{key}"
+    folder = corpus.folder / f"plan-{fingerprint([PLAN_VERSION, sequence_length, weights, share, part])}"
     with locked(folder):
         if not folder.exists():
-            wanted = np.ones(len(corpus), dtype=bool)
-            if share is not None:
-                wanted = split_documents(corpus, share) == (part == "held-out")
-            weight_of = np.repeat(weights, sources)
+            everything = np.ones(len(corpus), dtype=bool)
+            wanted = everything if share is None else split_documents(corpus, share) == (part == "held-out")
             with new_folder(folder) as aside:
-                _write_plan(aside, corpus, sequence_length, wanted, weight_of)
+                _write_plan(aside, corpus, sequence_length, wanted, np.repeat(weights, sources))
     return Plan(folder)
 
 
@@ -165,14 +149,12 @@ def fill_rows(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> 
     piece_rows = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
     used = np.bincount(piece_rows, piece_lengths + 2, minlength=len(row_starts) - 1).astype(np.int64)
     poured = _pour(starts[~whole], lengths[~whole], T, T - 2 - used)
-    piece_rows = np.concatenate([piece_rows, poured[2]])
-    by_row = np.argsort(piece_rows, kind="stable")
-    counts = np.bincount(piece_rows)
-    return (
-        np.concatenate([piece_starts, poured[0]])[by_row],
-        np.concatenate([piece_lengths, poured[1]])[by_row],
-        np.concatenate([[0], np.cumsum(counts)]),
+    piece_starts, piece_lengths, piece_rows = (
+        np.concatenate(both) for both in zip((piece_starts, piece_lengths, piece_rows), poured, strict=True)
     )
+    by_row = np.argsort(piece_rows, kind="stable")
+    row_starts = np.concatenate([[0], np.cumsum(np.bincount(piece_rows))])
+    return piece_starts[by_row], piece_lengths[by_row], row_starts
 
 
 def _pour(
@@ -187,11 +169,8 @@ def _pour(
     next_row = len(rooms)
     for start, left in zip(starts.tolist(), lengths.tolist(), strict=True):
         while left:
-            if open_rows:
-                row, room = open_rows.pop()
-            else:
-                row, room = next_row, T - 2
-                next_row += 1
+            row, room = open_rows.pop() if open_rows else (next_row, T - 2)
+            next_row = max(next_row, row + 1)
             taken = min(left, room)
             piece_starts.append(start)
             piece_lengths.append(taken)
@@ -225,11 +204,10 @@ def pack(
             open_rows[room - each * length].append((pattern + (length,) * each, filled))
             left -= each * filled
 
-    random = philox((seed, MATES), (*split64(np.arange(len(lengths))), epoch, 0))[:, 0]
-    order = np.lexsort((random, lengths))  # by length, shuffled within each
+    order = np.lexsort((draw(len(lengths), (seed, MATES), epoch), lengths))  # by length, shuffled within each
     taken = np.cumsum(histogram) - histogram  # where in `order` the next piece of each length stands
     pieces, sizes = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
-    for pattern, rows in (group for groups in open_rows.values() for group in groups):
+    for pattern, rows in chain.from_iterable(open_rows.values()):
         if not pattern:
             continue
         columns = []
@@ -239,6 +217,19 @@ def pack(
         pieces.append(np.stack(columns, axis=1).ravel())
         sizes.append(np.full(rows, len(pattern)))
     return np.concatenate(pieces), np.cumsum(np.concatenate(sizes))
+
+
+def lay_out(rows: list[list[Any]], length: int, fill: int) -> tuple[NDArray[np.int64], ...]:
+    """Rows of pieces, one behind the other, and then `fill`; the place of each number in its piece, and the number of
+    the piece, from 1. All are (R,T), T = `length`."""
+    numbers = np.full((len(rows), length), fill, dtype=np.int64)
+    positions, documents = np.zeros_like(numbers), np.zeros_like(numbers)
+    for row, pieces in enumerate(rows):
+        end = 0
+        for number, piece in enumerate(pieces, 1):
+            at, end = end, end + len(piece)
+            numbers[row, at:end], positions[row, at:end], documents[row, at:end] = piece, np.arange(len(piece)), number
+    return numbers, positions, documents
 
 
 class Batches:
@@ -307,7 +298,11 @@ class Batches:
         key: tuple[int, int],
     ) -> Batch:
         self._check_files()
-        ids, positions, documents, begins_word = self._rows(rows)
+        ids, positions, documents = self._rows(rows)
+        if (segmented := self.corpus.word_starts) is None:
+            begins_word = self.begins_word[ids]
+        else:
+            begins_word = lay_out([self._pieces(row, segmented, 0, 0) for row in rows], self.sequence_length, 0)[0] > 0
         slots = prediction_slots(self.sequence_length, masking)
         inputs, places, labels = mask_rows(
             ids, begins_word, samples, self.vocabulary, masking.strategy, rates, slots, key
@@ -347,22 +342,14 @@ class Batches:
                 raise DataLost(f"{path}: vanished or was cut while in use; `bertlite prepare` makes it again")
 
     def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Token ids, positions, document numbers and beginnings of words (R,T) of the plan's rows; -1 is empty."""
-        ids = np.full((len(rows), self.sequence_length), self.pad_id, dtype=np.int64)
-        positions, documents = np.zeros_like(ids), np.zeros_like(ids)
-        segmented = self.corpus.word_starts
-        begins_word = np.zeros(ids.shape, dtype=bool)
-        for out, row in enumerate(rows):
-            at = 0
-            pieces = range(self.plan.row_starts[row], self.plan.row_starts[row + 1]) if row >= 0 else ()
-            for number, piece in enumerate(pieces, 1):
-                start, length = self.plan.piece_starts[piece], self.plan.piece_lengths[piece]
-                end = at + length + 2
-                ids[out, at], ids[out, end - 1] = self.cls_id, self.sep_id
-                ids[out, at + 1 : end - 1] = self.corpus.tokens[start : start + length]
-                if segmented is not None:
-                    begins_word[out, at + 1 : end - 1] = segmented[start : start + length]
-                positions[out, at:end] = np.arange(length + 2)
-                documents[out, at:end] = number
-                at = end
-        return ids, positions, documents, self.begins_word[ids] if segmented is None else begins_word
+        """Token ids, positions and document numbers (R,T) of the plan's rows; -1 is empty."""
+        pieces = [self._pieces(row, self.corpus.tokens, self.cls_id, self.sep_id) for row in rows]
+        return lay_out(pieces, self.sequence_length, self.pad_id)
+
+    def _pieces(self, row: int, values: NDArray[Any], first: int, last: int) -> list[NDArray[Any]]:
+        """What the corpus has for the tokens of each piece of a row, with what stands for [CLS] and [SEP]."""
+        if row < 0:
+            return []
+        part = slice(*self.plan.row_starts[row : row + 2])
+        pieces = zip(self.plan.piece_starts[part], self.plan.piece_lengths[part], strict=True)
+        return [np.concatenate([[first], values[start : start + length], [last]]) for start, length in pieces]

@@ -8,15 +8,16 @@ import json
 import os
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.files import new_folder, sha256, write_json
-from bertlite.hf import save_model
+from bertlite.hf import Model, save_model
 from bertlite.runtime import say
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -25,7 +26,7 @@ NAME = re.compile(r"step-(\d{8,})")
 def save_checkpoint(
     run: Path,
     step: int,
-    model: nn.Module,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
@@ -41,7 +42,8 @@ def save_checkpoint(
     if folder.exists():
         if problem(folder) is None:
             return folder
-        folder.rename(_unused_name(folder))  # an invalid one is set aside, never deleted
+        names = (folder.with_name(f"{folder.name}.invalid-{number}") for number in count(1))
+        folder.rename(next(name for name in names if not name.exists()))  # set aside, never deleted
     with new_folder(folder) as aside:
         save_model(model, aside)
         tokenizer.save_pretrained(aside)
@@ -70,7 +72,7 @@ def checkpoint_folder(run: Path, step: int | None) -> Path:
     return run / "checkpoints" / f"step-{step or 0:08d}"
 
 
-def save_final_model(run: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_final_model(run: Path, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write `RUN/model`, the sign that a run has finished."""
     with new_folder(run / "model") as aside:
         save_model(model, aside)
@@ -124,10 +126,3 @@ def _checkpoints(run: Path) -> list[Path]:
     """All checkpoint folders, oldest first."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _unused_name(folder: Path) -> Path:
-    number = 1
-    while (name := folder.with_name(f"{folder.name}.invalid-{number}")).exists():
-        number += 1
-    return name

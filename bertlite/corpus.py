@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
 CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
 BATCHES_PER_SYNC = 16  # after so many, what is on the disk is certain and an interruption goes on from there
+Id = np.unsignedinteger[Any]  # of a token, of two bytes where the vocabulary allows it, else four
 
 
 @dataclass
@@ -68,15 +70,17 @@ class Corpus:
         self.folder = folder
         about = json.loads((folder / "corpus.json").read_text())
         self.summary = Summary(**about["summary"])
-        self.tokens: NDArray = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
+        self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
         words = folder / "word_starts.bin"
-        self.word_starts: NDArray | None = np.memmap(words, dtype=np.uint8, mode="r") if words.exists() else None
+        self.word_starts: NDArray[np.uint8] | None = (
+            np.memmap(words, dtype=np.uint8, mode="r") if words.exists() else None
+        )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def document(self, index: int) -> NDArray:
+    def document(self, index: int) -> NDArray[Id]:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
 
@@ -136,9 +140,7 @@ def _tokenize(
     remove_leftovers(folder, "*.json")
     progress = folder / "progress.json"
     summary = Summary(**json.loads(progress.read_text())) if progress.exists() else Summary()
-    with ExitStack() as stack:
-        stack.enter_context(full_disk_named(folder))
-        bar = stack.enter_context(_bar(sources, setting))
+    with full_disk_named(folder), _bar(sources, setting) as bar, ExitStack() as stack:
         writer = _Writer(folder, tokenizer, unknown_id, data, summary, stack)
         for number, batch in enumerate(_batches(sources, data, summary, setting, bar), 1):
             writer.write(batch)
@@ -192,31 +194,23 @@ class _Writer:
             self.tokens.write(ids.tobytes())
             self.starts.write(np.array(self.summary.tokens, "<i8").tobytes())
 
-    def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray, NDArray]]:
+    def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray[Id], NDArray[Any]]]:
         """Token ids and beginnings of words of each chunk; the library's large encodings live for a few chunks only."""
         encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
-        start = 0
-        while start < len(chunks):
-            end, characters = start, 0
-            while end < len(chunks) and characters < BATCH_CHARACTERS:
-                characters += len(chunks[end])
-                end += 1
-            for chunk, encoding in zip(
-                chunks[start:end], encode(chunks[start:end], add_special_tokens=False), strict=True
-            ):
+        starts = accumulate(map(len, chunks), initial=0)
+        for _, group in groupby(zip(chunks, starts, strict=False), lambda pair: pair[1] // BATCH_CHARACTERS):
+            few = [chunk for chunk, _ in group]
+            for chunk, encoding in zip(few, encode(few, add_special_tokens=False), strict=True):
                 ids = np.array(encoding.ids, dtype=self.dtype)
-                if self.segment:
-                    yield ids, segmented_starts(chunk, encoding.offsets, self.segment)
-                else:
-                    yield ids, self.begins_word[ids]
-            start = end
+                segment = self.segment
+                yield ids, segmented_starts(chunk, encoding.offsets, segment) if segment else self.begins_word[ids]
 
     def sync(self) -> None:
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
 
-    def _count(self, source: int, text: str, ids: NDArray, words: int) -> None:
+    def _count(self, source: int, text: str, ids: NDArray[Id], words: int) -> None:
         summary = self.summary
         summary.source_documents += [0] * (source + 1 - len(summary.source_documents))
         summary.source_documents[source] += 1
@@ -228,7 +222,7 @@ class _Writer:
 
 
 def _batches(
-    sources: list[Source], data: DataSettings, summary: Summary, setting: str, bar: tqdm
+    sources: list[Source], data: DataSettings, summary: Summary, setting: str, bar: "tqdm[Any]"
 ) -> Iterator[list[tuple[int, str]]]:
     """Lists of documents to keep, of about BATCH_CHARACTERS together, after those that `summary` has read already."""
     skip = summary.read
@@ -279,7 +273,7 @@ def _chunks(text: str) -> list[str]:
     return [*chunks, text[at:]]
 
 
-def _bar(sources: list[Source], setting: str) -> tqdm:
+def _bar(sources: list[Source], setting: str) -> "tqdm[Any]":
     files = [path for source in sources for path in source_files(source, setting)]
     total = None if any(source.dataset for source in sources) else sum(path.stat().st_size for path in files)
     return tqdm(desc=f"tokenizing {setting}", total=total, unit="B", unit_scale=True, disable=None)

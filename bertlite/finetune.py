@@ -24,7 +24,7 @@ from bertlite.hf import begin_from, load_model, load_tokenizer_of, read_architec
 from bertlite.metrics import CLASSIFICATION
 from bertlite.model import Classifier, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
-from bertlite.philox import HELD_OUT, philox, split64
+from bertlite.philox import held_out
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.tables import Row, read_rows, table_file
@@ -115,15 +115,6 @@ def check_settings(config: FinetuneConfig) -> None:
                 raise UserError(f"{key} is {value!r}, but {settings.type} has no such thing; leave it out")
     if config.model.init_from is None:
         raise UserError("there is no model to begin from: name it by --model MODEL, or set model.init_from")
-
-
-def held_out(rows: list[Row], share: float) -> list[bool]:
-    """Which rows are kept for validation: each with the same chance, not none and not all, the same every time."""
-    random = philox((0, HELD_OUT), (*split64(np.arange(len(rows))), 0, 0))[:, 0]
-    apart = random < np.uint64(share * 2**32)
-    apart[np.argmin(random)] = True
-    apart[np.argmax(random)] = False
-    return [bool(out) for out in apart]
 
 
 def compute_outputs(
@@ -223,7 +214,7 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
     if settings.validation is None:
         if len(rows["train"]) < 2:
             raise UserError("task.train holds one row, so none can be held out; name a file in task.validation")
-        apart = held_out(rows["train"], settings.validation_split)
+        apart = held_out(len(rows["train"]), settings.validation_split)
         rows["validation"] = [row for row, out in zip(rows["train"], apart, strict=True) if out]
         rows["train"] = [row for row, out in zip(rows["train"], apart, strict=True) if not out]
     parts: dict[str, Part] = {}

@@ -42,7 +42,7 @@ def choose_whole_words(
 
     Google's whole word masking (github.com/google-research/bert, May 2019); for Chinese, Cui et al. 2019.
     """
-    word = np.cumsum(begins_word | ~maskable, axis=1)  # (R,T), the number of the word in its row
+    word = np.cumsum(begins_word | ~maskable, axis=1, dtype=np.int64)  # (R,T), the number of the word in its row
     score = np.take_along_axis(random, np.maximum.accumulate(  # that of the word's first token
         np.where(np.diff(word, axis=1, prepend=-1) > 0, np.arange(word.shape[1]), 0), axis=1), axis=1)  # fmt: skip
     order = np.lexsort((word, np.where(maskable, score, LAST)), axis=1)  # words by score, their tokens together
@@ -88,13 +88,9 @@ def mask_rows(
     count = np.rint(rates * maskable.sum(1)).astype(np.int64)
     chosen = STRATEGIES[strategy](maskable, count, random[..., 0], begins_word)
 
-    replacement = np.where(
-        below(random[..., 1], 10) == 8,
-        vocabulary.ordinary_ids[below(random[..., 2], len(vocabulary.ordinary_ids))],
-        ids,
-    )
-    replacement = np.where(below(random[..., 1], 10) < 8, vocabulary.mask_id, replacement)
-    inputs = np.where(chosen, replacement, ids)
+    tenth = below(random[..., 1], 10)
+    random_ids = vocabulary.ordinary_ids[below(random[..., 2], len(vocabulary.ordinary_ids))]
+    inputs = np.select([chosen & (tenth < 8), chosen & (tenth == 8)], [vocabulary.mask_id, random_ids], ids)
 
     positions = np.argsort(~chosen, axis=1, kind="stable")[:, :slots]  # the chosen ones first, in their order
     used = np.take_along_axis(chosen, positions, axis=1)

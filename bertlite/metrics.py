@@ -18,14 +18,14 @@ Measure = Callable[[Any, Any], float]
 def f1_of_labels(references: Sequence[int], predictions: Sequence[int]) -> float:
     """F1 of the second of two labels, as GLUE has it; of more labels, their mean."""
     average = "binary" if max(*references, *predictions) < 2 else "macro"
-    return labels.f1_score(references, predictions, average=average, zero_division=0)
+    return float(labels.f1_score(references, predictions, average=average, zero_division=0))
 
 
 def correlation(kind: Callable[..., Any], references: Sequence[float], predictions: Sequence[float]) -> float:
     """A correlation, 0 where predictions or references are all the same."""
     if np.ptp(references) == 0 or np.ptp(predictions) == 0:
         return 0.0
-    return kind(references, predictions).statistic
+    return float(kind(references, predictions).statistic)
 
 
 def normalized_answer(text: str) -> str:

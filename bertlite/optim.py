@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,30 +41,17 @@ def adamw(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[tor
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2017)."""
     matrices = [tensor for tensor in tensors.values() if tensor.ndim > 1]
     vectors = [tensor for tensor in tensors.values() if tensor.ndim <= 1]  # biases and layer norms: no decay
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [
-        torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            fused=True,
-        )
-    ]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = settings.adam_beta1, settings.adam_beta2
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, fused=True)]
 
 
 def muon(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all the rest."""
-    hidden = {name for name, tensor in tensors.items() if "layers." in name and tensor.ndim == 2}
-    part = torch.optim.Muon(
-        [tensors[name] for name in tensors if name in hidden],
-        lr=settings.muon_learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-    return [part, *adamw({name: tensors[name] for name in tensors if name not in hidden}, settings)]
+    hidden = {name: tensor for name, tensor in tensors.items() if "layers." in name and tensor.ndim == 2}
+    others = {name: tensor for name, tensor in tensors.items() if name not in hidden}
+    part = torch.optim.Muon(hidden.values(), lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
+    return [part, *adamw(others, settings)]
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
@@ -89,17 +75,16 @@ class Optimizer:
                 continue
             if name.endswith("qkv.weight"):
                 D = parameter.shape[1]
-                for part, rows in zip("qkv", (slice(0, D), slice(D, 2 * D), slice(2 * D, 3 * D)), strict=True):
-                    view = nn.Parameter(parameter.detach()[rows])
+                for number, letter in enumerate("qkv"):
+                    rows = slice(number * D, (number + 1) * D)
+                    view = self.tensors[f"{name}.{letter}"] = nn.Parameter(parameter.detach()[rows])
                     self.views.append((view, parameter, rows))
-                    self.tensors[f"{name}.{part}"] = view
             else:
                 self.tensors[name] = parameter
         self.parts = choose(OPTIMIZERS, settings.optim, "train.optim")(self.tensors, settings)
         scales = {id(tensor): scale(name) for name, tensor in self.tensors.items()}
         for part in self.parts:
-            for group in list(part.param_groups):
-                _split(part, group, scales)
+            _split(part, scales)
         self.peaks = [group["lr"] for part in self.parts for group in part.param_groups]
 
     def step(self, factor: float, skip: bool = False) -> None:
@@ -144,17 +129,15 @@ class Optimizer:
             owners[id(tensor)].state[tensor][key] = value.to(tensor.device)
 
 
-def _split(part: torch.optim.Optimizer, group: dict[str, Any], scales: dict[int, float]) -> None:
-    """Share a group out among groups of one learning rate each."""
-    by_scale: dict[float, list[Tensor]] = {}
-    for tensor in group["params"]:
-        by_scale.setdefault(scales[id(tensor)], []).append(tensor)
-    rate = group["lr"]
-    for number, (scale, tensors) in enumerate(by_scale.items()):
-        if number:
-            part.add_param_group({**group, "params": tensors, "lr": rate * scale})
-        else:
-            group["params"], group["lr"] = tensors, rate * scale
+def _split(part: torch.optim.Optimizer, scales: dict[int, float]) -> None:
+    """Share each group out among groups of one learning rate each."""
+    groups, part.param_groups = part.param_groups, []
+    for group in groups:
+        by_scale: dict[float, list[Tensor]] = {}
+        for tensor in group["params"]:
+            by_scale.setdefault(scales[id(tensor)], []).append(tensor)
+        for scale, tensors in by_scale.items():
+            part.add_param_group({**group, "params": tensors, "lr": group["lr"] * scale})
 
 
 def clip_gradients(parameters: list[nn.Parameter], count: float, max_norm: float) -> Tensor:

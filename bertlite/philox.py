@@ -4,6 +4,8 @@ Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 
 written out because numpy promises no stable streams between its versions, and its own Philox has no vector of counters.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,13 +16,12 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def philox(key: tuple[int, int], counter: tuple[NDArray | int, ...]) -> NDArray[np.uint64]:
+def philox(key: tuple[int, int], counter: tuple[NDArray[Any] | int, ...]) -> NDArray[np.uint64]:
     """Four 32-bit numbers, as uint64, for every counter.
 
     `counter` is four integers or arrays below 2**32 that broadcast to one shape; the result has that shape plus (4,).
     """
-    words = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
-    c0, c1, c2, c3 = words
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
@@ -30,10 +31,24 @@ def philox(key: tuple[int, int], counter: tuple[NDArray | int, ...]) -> NDArray[
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def split64(value: NDArray | int) -> tuple[NDArray, NDArray]:
+def split64(value: NDArray[Any] | int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """The low and the high 32 bits of 64-bit counters."""
     value = np.asarray(value, dtype=np.uint64)
     return value & _LOW, value >> _SHIFT
+
+
+def draw(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> NDArray[np.uint64]:
+    """A 32-bit random number for each of the things `first` to `first + count`."""
+    return philox(key, (*split64(np.arange(first, first + count)), epoch, 0))[:, 0]
+
+
+def held_out(count: int, share: float) -> NDArray[np.bool_]:
+    """Which of `count` things are kept apart: each with the same chance, not none and not all, the same every time."""
+    random = draw(count, (0, HELD_OUT))
+    apart = random < np.uint64(share * 2**32)
+    apart[np.argmin(random)] = True
+    apart[np.argmax(random)] = False
+    return apart
 
 
 def below(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bertlite.checkpoint import newest_checkpoint
 from bertlite.config import MAY_DIFFER_ON_RESUME, Section
@@ -15,8 +15,6 @@ from bertlite.config_file import differences, dump_config, load_config
 from bertlite.errors import UserError
 from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
 from bertlite.hf import local_folder
-
-Config = TypeVar("Config", bound=Section)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import time
 from functools import cache
 from types import FrameType
 
+PATIENCE = 5  # seconds until a signal that Python did not get to ends the process
+
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM asked this process to end; exit code 128 + the signal."""
@@ -31,9 +33,6 @@ class StopRequest:
 
 
 stop_request = StopRequest()
-
-
-PATIENCE = 5  # seconds until a signal that Python did not get to ends the process
 
 
 def listen() -> None:

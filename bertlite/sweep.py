@@ -34,12 +34,8 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             check_settings(with_changes(base, {name: value}, "sweep.space"))
     with open_run(folder, config, resume):
         write_config(folder, config)
-        study = optuna.create_study(
-            study_name="sweep",
-            storage=f"sqlite:///{folder / 'study.db'}",
-            direction="maximize",
-            load_if_exists=True,
-        )
+        storage = f"sqlite:///{folder / 'study.db'}"
+        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
         while (done := sum(trial.state.is_finished() for trial in study.trials)) < config.sweep.trials:
             study.sampler = optuna.samplers.TPESampler(seed=config.sweep.seed + done)  # resumed or not, the same
             trial = study.ask()
@@ -63,14 +59,14 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             rows = _rows(study)
             write_whole(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
             _draw(folder / "trials.png", rows, list(space))
-        if not _rows(study):
-            raise Failure(f"{folder}: no trial ended well")
-        return _rows(study)
+        if rows := _rows(study):
+            return rows
+        raise Failure(f"{folder}: no trial ended well")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The trials as lines for people, best first."""
-    return pandas.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
+    return str(pandas.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))
 
 
 def _rows(study: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 # Shapes: R rows, T positions of a row, P places of a row for an example, L labels.
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.batches import Batch, pack
+from bertlite.batches import Batch, lay_out, pack
 from bertlite.config import TaskSettings
 from bertlite.errors import UserError
 from bertlite.masking import IGNORED
@@ -85,39 +85,30 @@ class ExampleBatches:
 
     def batch(self, rows: list[NDArray[np.int64]]) -> TaskBatch:
         """A batch of rows that hold these examples."""
-        examples, shape = self.examples, (len(rows), self.length)
-        ids, types = np.full(shape, self.pad_id), np.zeros(shape, np.int64)
-        positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        examples, by_token = self.examples, self.head is TokenClassifier
+        pieces = [[examples.ids[member] for member in members] for members in rows]
+        ids, positions, documents = lay_out(pieces, self.length, self.pad_id)
+        types, *_ = lay_out([[examples.types[member] for member in members] for members in rows], self.length, 0)
         firsts = np.zeros((len(rows), self.places), np.int64)
-        by_token = self.head is TokenClassifier
         target = np.asarray(examples.targets[0])
         none = math.nan if target.dtype.kind == "f" else IGNORED
-        labels = np.full(shape if by_token else (*firsts.shape, *target.shape), none, target.dtype)
+        labels = np.full(ids.shape if by_token else (*firsts.shape, *target.shape), none, target.dtype)
         for out, members in enumerate(rows):
-            at = 0
-            for place, member in enumerate(members):
-                end = at + len(examples.ids[member])
-                ids[out, at:end], types[out, at:end] = examples.ids[member], examples.types[member]
-                positions[out, at:end], documents[out, at:end] = np.arange(end - at), place + 1
-                firsts[out, place] = at
-                if by_token:
-                    labels[out, at:end] = examples.targets[member]
-                else:
-                    labels[out, place] = examples.targets[member]
+            ends = np.cumsum(self.lengths[members])
+            firsts[out, 1 : len(members)] = ends[:-1]
+            for place, (member, at, end) in enumerate(zip(members, firsts[out], ends, strict=False)):
+                target = examples.targets[member]
                 if self.head is QuestionAnswerer:
-                    labels[out, place] += np.where(labels[out, place] == IGNORED, 0, at)
-                at = end
+                    target = np.where(target == IGNORED, IGNORED, target + at)
+                labels[out, slice(at, end) if by_token else place] = target
         return TaskBatch(*map(torch.from_numpy, (ids, positions, documents, firsts, labels, types)))
 
     def outputs(self, scores: Tensor, rows: list[NDArray[np.int64]]) -> dict[int, NDArray[np.float32]]:
         """Each example's own scores, cut out of a batch's: (L,), or (n,L) for its n tokens."""
-        found = {}
+        found: dict[int, NDArray[np.float32]] = {}
         for members, row in zip(rows, scores.float().cpu().numpy(), strict=True):
-            at = 0
-            for place, member in enumerate(members.tolist()):
-                end = at + self.lengths[member]
-                found[member] = row[place] if self.head is SequenceClassifier else row[at:end]
-                at = end
+            each = row if self.head is SequenceClassifier else np.split(row, np.cumsum(self.lengths[members]))
+            found.update(zip(members.tolist(), each, strict=False))  # the last of what was split is padding
         return found
 
 
@@ -127,7 +118,7 @@ def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
     if not isinstance(model, SequenceClassifier):
         return model.classify(hidden)
     firsts = hidden.gather(1, batch.prediction_positions[..., None].expand(-1, -1, hidden.shape[-1]))
-    return model.classify(firsts.flatten(0, 1)[:, None]).unflatten(0, batch.prediction_positions.shape)
+    return model.classify(firsts.flatten(0, 1)[:, None]).view(*batch.prediction_positions.shape, -1)
 
 
 # Losses take scores and a batch, and return a sum and how many it sums.
@@ -170,25 +161,16 @@ def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     return scores.new_zeros(()), scores.new_zeros(())
 
 
-def encode_texts(texts: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> Examples:
-    """Single texts or pairs, cut to `max_length`; the spans are the tokenizer's own encodings."""
+def encode_texts(
+    texts: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings, words: bool = False
+) -> Examples:
+    """Single texts or pairs, each a list of its words with `words`, cut to `max_length`; the spans are the tokenizer's
+    own encodings."""
     columns = map(list, zip(*texts, strict=True))
-    found = tokenizer(*columns, truncation=True, max_length=settings.max_length, verbose=False).encodings
-    return _examples(found, found, list(range(len(found))), tokenizer)
-
-
-def encode_words(words: list[list[str]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings) -> Examples:
-    """Sentences of words, cut to `max_length`; the spans are the first piece of each word, by its number."""
     found = tokenizer(
-        words, is_split_into_words=True, truncation=True, max_length=settings.max_length, verbose=False
+        *columns, is_split_into_words=words, truncation=True, max_length=settings.max_length, verbose=False
     ).encodings
-    firsts: list[dict[int, int]] = []
-    for one in found:
-        firsts.append({})
-        for place, word in enumerate(one.word_ids):
-            if word is not None:
-                firsts[-1].setdefault(word, place)
-    return _examples(found, firsts, list(range(len(found))), tokenizer)
+    return _examples(found, found, list(range(len(found))), tokenizer)
 
 
 def encode_questions(
@@ -202,14 +184,13 @@ def encode_questions(
             f"task.doc_stride is {settings.doc_stride}, which leaves no room for the question in task.max_length "
             f"{settings.max_length}; raise the second"
         )
-    questions = []
-    for (question, _), pieces in zip(
-        texts, tokenizer([text for text, _ in texts], add_special_tokens=False, verbose=False).encodings, strict=True
-    ):
-        questions.append(question[: pieces.offsets[room - 1][1]] if len(pieces) > room else question)
+    questions, contexts = map(list, zip(*texts, strict=True))
+    for number, pieces in enumerate(tokenizer(questions, add_special_tokens=False, verbose=False).encodings):
+        if len(pieces) > room:
+            questions[number] = questions[number][: pieces.offsets[room - 1][1]]
     found = tokenizer(
         questions,
-        [context for _, context in texts],
+        contexts,
         truncation="only_second",
         max_length=settings.max_length,
         stride=settings.doc_stride,
@@ -357,41 +338,45 @@ def regression_examples(rows: list[Row], labels: list[str], tokenizer: Any, sett
 
 
 def tag_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+    """Sentences of words; the spans are the first piece of each word, by its number, and it alone has a target."""
     sentences = [words_and_tags(row, settings) for row in rows]
-    examples = encode_words([words for words, _ in sentences], tokenizer, settings)
-    examples.targets = [np.full(len(ids), IGNORED) for ids in examples.ids]
-    for row, (_, tags), firsts, target in zip(rows, sentences, examples.spans, examples.targets, strict=True):
-        numbers = _numbers(labels, tags, row)
-        for word, place in firsts.items():
-            target[place] = numbers[word]
+    examples = encode_texts([(words,) for words, _ in sentences], tokenizer, settings, words=True)
+    for number, (row, (_, tags)) in enumerate(zip(rows, sentences, strict=True)):
+        tag_numbers, firsts, target = _numbers(labels, tags, row), {}, np.full(len(examples.ids[number]), IGNORED)
+        for place, word in enumerate(examples.spans[number].word_ids):
+            if word is not None and word not in firsts:
+                firsts[word], target[place] = place, tag_numbers[word]
+        examples.spans[number], examples.targets[number] = firsts, target
     return examples
 
 
 def answer_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     """Where a piece of the context does not hold the answer, its target is [CLS]."""
     examples = encode_questions(texts_of(rows, settings), tokenizer, settings)
-    astray = {number for number, row in enumerate(rows) if not _answer_is_in_context(row, settings)}
+    answers = [_answer_in_context(row, settings) for row in rows]
+    astray = [row.where for row, answer in zip(rows, answers, strict=True) if answer is None]
     if astray:
         say(
-            f"{len(astray):,} of {len(rows):,} questions have no answer where answer_start says, such as "
-            f"{rows[min(astray)].where}; they are left out of the loss"
+            f"{len(astray):,} of {len(rows):,} questions have no answer where answer_start says, such as {astray[0]}; "
+            "they are left out of the loss"
         )
     for number, (owner, spans) in enumerate(zip(examples.owners, examples.spans, strict=True)):
-        texts, starts = answers_of(rows[owner])
-        target = np.full(2, IGNORED if owner in astray else 0)
-        if owner not in astray:
-            start, end = starts[0], starts[0] + len(texts[0])
-            inside = [place for place, span in enumerate(spans) if span and span[0] < end and span[1] > start]
-            if inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end:
-                target[:] = inside[0], inside[-1]
+        target = np.full(2, IGNORED if answers[owner] is None else 0)
+        start, end = answers[owner] or (0, 0)
+        inside = [place for place, span in enumerate(spans) if span and span[0] < end and span[1] > start]
+        if inside and spans[inside[0]][0] <= start and spans[inside[-1]][1] >= end:
+            target[:] = inside[0], inside[-1]
         examples.targets[number] = target
     return examples
 
 
-def _answer_is_in_context(row: Row, settings: TaskSettings) -> bool:
+def _answer_in_context(row: Row, settings: TaskSettings) -> tuple[int, int] | None:
+    """Where the first answer begins and ends; None unless the context has it there."""
     texts, starts = answers_of(row)
-    context = row.columns[settings.text[1]]
-    return bool(texts and starts) and context[starts[0] : starts[0] + len(texts[0])] == texts[0] != ""
+    if not (texts and starts and texts[0]):
+        return None
+    start, end = starts[0], starts[0] + len(texts[0])
+    return (start, end) if row.columns[settings.text[1]][start:end] == texts[0] else None
 
 
 def decode_tags(
@@ -424,9 +409,9 @@ def best_answers(
         start, end = np.unravel_index(int(sums.argmax()), sums.shape)
         if sums[start, end] > best[owner][0]:
             normal = np.logaddexp.reduce(output[:, 0]) + np.logaddexp.reduce(output[:, 1])
-            first, last = spans[start][0], spans[end][1]
-            answer = {"score": float(np.exp(sums[start, end] - normal)), "start": first, "end": last}
-            best[owner] = float(sums[start, end]), {**answer, "answer": contexts[owner][first:last]}
+            score, first, last = float(np.exp(sums[start, end] - normal)), spans[start][0], spans[end][1]
+            answer = {"score": score, "start": first, "end": last, "answer": contexts[owner][first:last]}
+            best[owner] = float(sums[start, end]), answer
     return [answer for _, answer in best]
 
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bertlite.config import TokenizerSettings
 from bertlite.errors import UserError
 from bertlite.files import check_model_folder, fingerprint, locked, new_folder
 from bertlite.masking import Vocabulary
-from bertlite.philox import TOKENIZER_SAMPLE, philox, split64
+from bertlite.philox import TOKENIZER_SAMPLE, draw
 from bertlite.runtime import say
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
 UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT's vocabularies leave for their users
 CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] rather than take room in the vocabulary
@@ -57,8 +58,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         raise UserError(f"{name}: no tokenizer could be loaded from it: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
-    kinds = ("pad_token_id", "unk_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-    missing = [kind.removesuffix("_id") for kind in kinds if getattr(tokenizer, kind) is None]
+    missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(f"{name}: the tokenizer lacks {', '.join(missing)}, which masked language modelling needs")
     tokenizer.backend_tokenizer.no_truncation()
@@ -169,7 +169,7 @@ def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
-    return BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
+    return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -187,10 +187,7 @@ def _make(
     documents: Callable[[], Iterable[str]],
     settings: TokenizerSettings,
 ) -> None:
-    if old is None:
-        _train(documents(), settings).save_pretrained(folder)
-    else:
-        old.save_pretrained(folder)
+    (_train(documents(), settings) if old is None else old).save_pretrained(folder)
     if old is not None and settings.extend:
         _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
     if multiple := settings.pad_to_multiple_of:
@@ -217,7 +214,7 @@ def _extended(
     uses: Counter[str] = Counter()
     for text in sample:
         uses.update(domain.encode(text, add_special_tokens=False).tokens)
-    new = [piece for piece, _ in sorted(uses.items(), key=lambda item: (-item[1], item[0])) if piece not in vocabulary]
+    new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
     return extended(vocabulary, new[: settings.extend])
 
 
@@ -235,9 +232,8 @@ def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str
 
 
 def _random_numbers() -> Iterator[int]:
-    for block in count_up():
-        indexes = np.arange(block * 4096, (block + 1) * 4096)
-        yield from philox((0, TOKENIZER_SAMPLE), (*split64(indexes), 0, 0))[:, 0].tolist()
+    for first in count_up(step=4096):
+        yield from draw(4096, (0, TOKENIZER_SAMPLE), first=first).tolist()
 
 
 def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
@@ -246,19 +242,20 @@ def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> lis
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(normalizer.normalize_str(document))
-    for character in [character for character in counts if character.isspace()]:
-        del counts[character]
+    counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
     alphabet: list[str] = []
-    room = vocab_size - len(SPECIAL_TOKENS)
-    uncovered = counts.total() * (1 - CHARACTER_COVERAGE)
-    remaining = counts.total()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    room, remaining = vocab_size - len(SPECIAL_TOKENS), counts.total()
+    for character, count in _most_frequent_first(counts):
         room -= 1 + _continues_words(character, lowercase)
-        if room < 0 or remaining <= uncovered:
+        if room < 0 or remaining <= counts.total() * (1 - CHARACTER_COVERAGE):
             break
         alphabet.append(character)
         remaining -= count
     return sorted(alphabet)
+
+
+def _most_frequent_first(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _continues_words(character: str, lowercase: bool) -> bool:
@@ -279,11 +276,10 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
-    names = [f"{token.strip('[]').lower()}_token" for token in SPECIAL_TOKENS]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **dict(zip(names, SPECIAL_TOKENS, strict=True)),
+        **dict(zip(TOKEN_NAMES, SPECIAL_TOKENS, strict=True)),
     )
 
 

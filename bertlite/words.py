@@ -40,7 +40,9 @@ def jieba_words(text: str) -> list[str]:
 SEGMENTERS: dict[str, Callable[[str], list[str]]] = {"jieba": jieba_words}
 
 
-def segmented_starts(text: str, offsets: list[tuple[int, int]], segment: Callable[[str], list[str]]) -> NDArray:
+def segmented_starts(
+    text: str, offsets: list[tuple[int, int]], segment: Callable[[str], list[str]]
+) -> NDArray[np.uint8]:
     """For each token, given by its place in the text, whether a word of the segmenter begins there."""
     first = np.zeros(len(text) + 1, dtype=np.uint8)
     at = 0
