@@ -131,7 +131,7 @@ def file_digest(path: Path, cache: Path) -> str:
 
 
 def read_documents(
-    source: Source, document: str, setting: str, report: Callable[[int], None] = lambda count: None
+    source: Source, document: str, setting: str, report: Callable[[int], object] = lambda count: None
 ) -> Iterator[str]:
     """The documents of a source, one after the other; `report` is told of bytes of its files that are done.
 
@@ -161,7 +161,7 @@ def kind_of(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
 
 
-def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iterator[str]:
+def _read_text(path: Path, document: str, report: Callable[[int], object]) -> Iterator[str]:
     lines: list[str] = []
     for line in read_lines(path, report):
         if line.strip():
@@ -175,7 +175,7 @@ def _read_text(path: Path, document: str, report: Callable[[int], None]) -> Iter
         yield "\n".join(lines)
 
 
-def read_lines(path: Path, report: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def read_lines(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[str]:
     """The lines of a text file, compressed or not; `report` and errors as for `read_documents`."""
     number = done = 0
     try:

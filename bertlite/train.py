@@ -68,7 +68,7 @@ class Training:
     """A training run: `loss` is backpropagated through `model`; `evaluate`, if any, and `save` are called when due."""
 
     folder: Path
-    model: nn.Module
+    model: Model
     loss: Loss
     make_batch: MakeBatch
     evaluate: Callable[[], dict[str, float]] | None
