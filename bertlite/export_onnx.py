@@ -76,7 +76,7 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     say(f"int8: {agreement:.1%} {measure} fp32")
     if dtype == "int8":
         path.unlink()
-    return [*found, f"`model_int8.onnx` against fp32: {agreement:.1%} {measure} it"]
+    return [*found, f"`model_int8.onnx`: {agreement:.1%} {measure} fp32"]
 
 
 def _write_graphs(graph: Graph, path: Path, small: Path) -> None:
