@@ -28,7 +28,7 @@ from bertlite.philox import held_out
 from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.tables import Row, read_rows, table_file
-from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss
+from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss, summed
 from bertlite.train import Progress, Training, evaluate, resume_from, rows_at_a_time
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
@@ -123,9 +123,10 @@ def compute_outputs(
     runtime: Runtime,
     compute: Callable[..., Tensor],
     loss: Callable[..., Any],
-) -> tuple[list[Any], float]:
-    """Each example's scores, in order, and the mean loss."""
+) -> tuple[list[Any], list[float], float]:
+    """Each example's scores and its mean loss, in order, and the mean loss of all."""
     outputs: dict[int, Any] = {}
+    losses: dict[int, float] = {}
     rows: list[Any] = []
 
     def make_batch(first: int, count: int) -> TaskBatch:
@@ -134,14 +135,19 @@ def compute_outputs(
 
     def collect(model: Any, batch: Any) -> dict[str, Tensor]:
         scores = compute(model, batch)
-        outputs.update(batches.outputs(scores, rows))
-        total, count = loss(scores, batch)
+        each, real = loss(scores, batch)
+        outputs.update(batches.apart(scores, rows))
+        for member, one in batches.apart(torch.stack([torch.where(real, each, 0), real], -1), rows).items():
+            total, count = one.reshape(-1, 2).sum(0)
+            losses[member] = float(total / max(1, count))
+        total, count = summed(each, real)
         return {"loss": total, "count": count}
 
     alone = replace(runtime, rank=0, world_size=1)  # each rank computes all: it decides what is best by it
     at_a_time = max(1, POSITIONS_AT_A_TIME // batches.length)
     means = evaluate(model, collect, make_batch, batches.rows, at_a_time, alone)
-    return [outputs[number] for number in range(len(outputs))], means["loss"]
+    numbers = range(len(outputs))
+    return [outputs[number] for number in numbers], [losses[number] for number in numbers], means["loss"]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -281,11 +287,11 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     best: Any = load_model(checkpoint_folder(folder, progress.best_step), best_kernel(runtime.device))
     barrier()
     best.to(runtime.device)
-    scores, predictions, outputs = _measure(work, best, work.measured_on)
+    scores, predictions, losses = _measure(work, best, work.measured_on)
     results = {**scores, **{f"validation_{name}": value for name, value in progress.best.items()}}
     results["best_step"] = progress.best_step
     if runtime.rank == 0:
-        _write_findings(work, folder, predictions, outputs)
+        _write_findings(work, folder, predictions, losses)
         if not (folder / "model").exists():  # of a process that was killed right after
             save_final_model(folder, best, work.tokenizer)
         write_json(folder / "results.json", results)
@@ -331,7 +337,7 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
     return Training(
         folder=folder,
         model=model,
-        loss=lambda model, batch: loss(work.compute(model, batch), batch),
+        loss=lambda model, batch: summed(*loss(work.compute(model, batch), batch)),
         make_batch=batches.training,
         evaluate=lambda: _measure(work, model, "validation")[0],
         save=save,
@@ -366,42 +372,29 @@ def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples
     return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def _measure(work: FineTuning, model: Classifier, name: str) -> tuple[dict[str, float], list[Any], list[Any]]:
-    """All metrics and the mean loss (unweighted) on a part; the predictions; the outputs."""
+def _measure(work: FineTuning, model: Classifier, name: str) -> tuple[dict[str, float], list[Any], list[float]]:
+    """All metrics and the mean loss (unweighted) on a part; the predictions; the loss of each example."""
     part, task = work.parts[name], work.task
-    outputs, loss = compute_outputs(model, part.batches, work.runtime, work.compute, task.loss)
+    outputs, losses, loss = compute_outputs(model, part.batches, work.runtime, work.compute, task.loss)
     predictions = task.decode(outputs, part.examples, part.rows, work.labels, work.settings)
     references = task.references(part.rows, part.examples, work.settings)
     scores = {metric: float(measure(references, predictions)) for metric, measure in task.metrics.items()}
-    return {**scores, "loss": loss}, predictions, outputs
+    return {**scores, "loss": loss}, predictions, losses
 
 
-def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], outputs: list[Any]) -> None:
+def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], losses: list[float]) -> None:
     """Write the examples of the largest loss and, for labels, the confusion matrix."""
     part, task = work.parts[work.measured_on], work.task
-    losses = np.zeros(len(part.rows))
-    for number, output in enumerate(outputs):
-        one = slice(number, number + 1)
-        single = replace(
-            part.examples,
-            ids=part.examples.ids[one],
-            types=part.examples.types[one],
-            targets=part.examples.targets[one],
-        )
-        batches = ExampleBatches(single, task.head, 0)
-        scores = np.zeros((1, batches.places if output.ndim == 1 else batches.length, output.shape[-1]), np.float32)
-        scores[0, : 1 if output.ndim == 1 else len(output)] = output
-        total, count = task.loss(torch.from_numpy(scores), batches.batch([np.array([0])]))
-        losses[part.examples.owners[number]] += (total / count.clamp(min=1)).item()
+    sums = np.bincount(part.examples.owners, losses, len(part.rows))
     lines = []
-    for number in np.argsort(-losses, kind="stable")[:WORST].tolist():
+    for number in np.argsort(-sums, kind="stable")[:WORST].tolist():
         predicted = predictions[number]
         if task.metrics is CLASSIFICATION:
             predicted = work.labels[predicted]
         elif isinstance(predicted, np.ndarray):
             predicted = [label for label, given in zip(work.labels, predicted, strict=True) if given]
         row = part.rows[number]
-        about = {"where": row.where, **row.columns, "predicted": predicted, "loss": losses[number]}
+        about = {"where": row.where, **row.columns, "predicted": predicted, "loss": sums[number]}
         lines.append(json.dumps(about, ensure_ascii=False, default=str) + "\n")
     write_whole(folder / "worst.jsonl", "".join(lines))
     if task.metrics is CLASSIFICATION:

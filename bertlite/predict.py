@@ -58,7 +58,7 @@ def predict(
                 raise UserError(f"text {place}: should be {what}, with a tab between: {text[:60]!r}")
         examples = encode(inputs, tokenizer, settings)
         batches = ExampleBatches(examples, type(model), model.config.pad_token_id)
-        outputs, _ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
+        outputs, *_ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
         if isinstance(model, QuestionAnswerer):
             yield from best_answers(outputs, examples, [one[1] for one in inputs], settings.max_answer_length)
         elif isinstance(model, TokenClassifier):

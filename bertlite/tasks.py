@@ -103,11 +103,12 @@ class ExampleBatches:
                 labels[out, slice(at, end) if by_token else place] = target
         return TaskBatch(*map(torch.from_numpy, (ids, positions, documents, firsts, labels, types)))
 
-    def outputs(self, scores: Tensor, rows: list[NDArray[np.int64]]) -> dict[int, NDArray[np.float32]]:
-        """Each example's own scores, cut out of a batch's: (L,), or (n,L) for its n tokens."""
+    def apart(self, values: Tensor, rows: list[NDArray[np.int64]]) -> dict[int, NDArray[np.float32]]:
+        """Each example's own part of a batch's values: (…) of (R,P,…), or (n,…) of (R,T,…) for its n tokens."""
         found: dict[int, NDArray[np.float32]] = {}
-        for members, row in zip(rows, scores.float().cpu().numpy(), strict=True):
-            each = row if self.head is SequenceClassifier else np.split(row, np.cumsum(self.lengths[members]))
+        by_token = values.shape[1] == self.length  # of which there are always more than examples
+        for members, row in zip(rows, values.float().cpu().numpy(), strict=True):
+            each = np.split(row, np.cumsum(self.lengths[members])) if by_token else row
             found.update(zip(members.tolist(), each, strict=False))  # the last of what was split is padding
         return found
 
@@ -121,29 +122,27 @@ def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
     return model.classify(firsts.flatten(0, 1)[:, None]).view(*batch.prediction_positions.shape, -1)
 
 
-# Losses take scores and a batch, and return a sum and how many it sums.
+# Losses take scores and a batch, and return the loss of each place (R,P) or token (R,T), and which of them count.
 def label_loss(
     scores: Tensor, batch: TaskBatch, weights: Tensor | None = None, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of one label each, in nats, weighted by label; `smoothing` spreads a share over all labels."""
-    labels = batch.labels.flatten()
-    loss = F.cross_entropy(
-        scores.flatten(0, 1).float(), labels, weights, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
-    return loss, (labels != IGNORED).sum()
+    losses = F.cross_entropy(
+        scores.flatten(0, 1).float(), batch.labels.flatten(), weights, ignore_index=IGNORED, reduction="none",
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    return losses.view(batch.labels.shape), batch.labels != IGNORED
 
 
 def multilabel_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """Binary cross entropy, in nats, averaged over the labels of an example."""
-    real = ~batch.labels[..., 0].isnan()
     losses = F.binary_cross_entropy_with_logits(scores.float(), batch.labels.nan_to_num(), reduction="none").mean(-1)
-    return torch.where(real, losses, 0).sum(), real.sum()
+    return losses, ~batch.labels[..., 0].isnan()
 
 
 def regression_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """The squared error."""
-    real = ~batch.labels.isnan()
-    return torch.where(real, (scores[..., 0].float() - batch.labels.nan_to_num()).square(), 0).sum(), real.sum()
+    return (scores[..., 0].float() - batch.labels.nan_to_num()).square(), ~batch.labels.isnan()
 
 
 def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
@@ -151,14 +150,19 @@ def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(1, batch.prediction_positions.shape[1] + 1, device=scores.device)
     inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (R,P,1,T)
     scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (R,P,2,T)
-    labels = batch.labels.flatten()
-    loss = F.cross_entropy(scores.flatten(0, 2), labels, ignore_index=IGNORED, reduction="sum") / 2
-    return loss, (labels != IGNORED).sum() // 2
+    losses = F.cross_entropy(scores.flatten(0, 2), batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(batch.labels.shape).mean(-1), batch.labels[..., 0] != IGNORED
 
 
 def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """Nothing, where labels are not known."""
-    return scores.new_zeros(()), scores.new_zeros(())
+    nothing = scores.new_zeros(batch.prediction_positions.shape)
+    return nothing, nothing.bool()
+
+
+def summed(losses: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the losses that count, and how many it sums."""
+    return torch.where(real, losses, 0).sum(), real.sum()
 
 
 def encode_texts(

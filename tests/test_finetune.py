@@ -36,7 +36,7 @@ from bertlite.optim import Optimizer, learning_rate_factor
 from bertlite.predict import entities, load_classifier, predict
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
-from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss
+from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss, summed
 from bertlite.tokenizer import load_tokenizer, train_word_piece, wrap
 
 SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample"
@@ -217,7 +217,7 @@ def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, b
     work = prepared(write(kind, model__init_from=str(model)))
     ours, theirs = load_model(model), HEADS[kind][0].from_pretrained(model).eval()
     part = work.parts["validation"]
-    outputs, loss = compute_outputs(ours, part.batches, work.runtime, compute_scores, work.task.loss)
+    outputs, losses, loss = compute_outputs(ours, part.batches, work.runtime, compute_scores, work.task.loss)
     total = scored = 0.0
     for member, output in enumerate(outputs):
         ids, types = (torch.tensor([column[member]]) for column in (part.examples.ids, part.examples.types))
@@ -225,6 +225,7 @@ def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, b
         logits = result.logits if "logits" in result else torch.stack([result.start_logits, result.end_logits], -1)
         np.testing.assert_allclose(output, logits[0].detach(), atol=1e-5)
         one, count = their_loss(theirs, kind, part.examples, member)
+        assert losses[member] == pytest.approx(one.item() if count else 0, abs=1e-5)
         total, scored = total + one.item() * count, scored + count
     assert loss == pytest.approx(total / scored, abs=1e-5)
 
@@ -522,7 +523,7 @@ def test_layerwise_rates_and_frozen_layers(write):
 def test_label_smoothing_is_that_of_transformers(write):
     batch = prepared(write()).parts["train"].batches.training(0, 3)
     scores = torch.randn(*batch.labels.shape, 7)
-    loss, count = label_loss(scores, batch, smoothing=0.2)
+    loss, count = summed(*label_loss(scores, batch, smoothing=0.2))
     expected = LabelSmoother(epsilon=0.2)({"logits": scores}, batch.labels)
     assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -540,7 +541,7 @@ def test_class_weights(write):
     real = batch.labels != IGNORED
     each = torch.nn.functional.cross_entropy(scores[real], batch.labels[real], reduction="none")
     expected = (each * torch.where(batch.labels[real] == 0, 3.0, 1.0)).sum()
-    assert label_loss(scores, batch, weights)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert summed(*label_loss(scores, batch, weights))[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_several_tasks_and_their_table(write, tmp_path, capsys):
