@@ -82,8 +82,8 @@ def _of_the_run(source: Path) -> list[str]:
         return ["## Training\n\nThe folder that this was exported from says nothing about its training."]
     config = _without_folders(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     state = source / "training" / "state.json"  # of a checkpoint: what came later is not in it
-    last = json.loads(state.read_text())["progress"]["step"] if state.exists() else float("inf")
-    lines = [line for line in Metrics(run).lines() if line["step"] <= last]
+    progress = json.loads(state.read_text())["progress"] if state.exists() else None
+    lines = [line for line in Metrics(run).lines() if progress is None or line["step"] <= progress["step"]]
     evaluations = [line for line in lines if "eval_loss" in line]
     text = []
     if "data" in config:
@@ -92,8 +92,8 @@ def _of_the_run(source: Path) -> list[str]:
             for sources in (config["data"]["train"], config["data"]["validation"])
         )
         text.append(f"## Data\n\nTrained on {trained}; held out: {held_out or 'a part of it'}.")
-    if lines:
-        text.append(f"Tokens seen: {lines[-1]['tokens']:,} in {lines[-1]['step']:,} steps.")
+    if last := progress or (lines and lines[-1]):
+        text.append(f"Tokens seen: {last['tokens']:,} in {last['step']:,} steps.")
     if evaluations:
         every = -(-len(evaluations) // CURVE_LINES)
         table = [

@@ -210,21 +210,25 @@ def sweep(
 def predict(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Or standard input's lines.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="A text a line.")] = None,
+    file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="A text a line, or a table.")] = None,
+    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     pairs: Annotated[bool, typer.Option("--pairs", help="Each text is two, with a tab between.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="How many labels for each text.")] = 1,
     precision: Precision = Compute.FP32,
     as_json: AsJson = False,
 ) -> None:
     """Say what a fine-tuned model predicts: labels with probabilities, entities, or answers."""
-    from bertlite.predict import as_text, load_classifier, read_lines
+    from bertlite.errors import UserError
+    from bertlite.predict import as_text, load_classifier, read_texts
     from bertlite.predict import predict as predict_texts
     from bertlite.run_folder import model_folder
     from bertlite.runtime import start
 
+    if texts and file:
+        raise UserError("predict reads either TEXT or --file, not both")
     runtime = start(precision.value)
     loaded, tokenizer = load_classifier(model_folder(model), runtime)
-    for result in predict_texts(loaded, tokenizer, texts or read_lines(file), runtime, pairs, top_k):
+    for result in predict_texts(loaded, tokenizer, texts or read_texts(file, column), runtime, pairs, top_k):
         print(json.dumps(result, ensure_ascii=False) if as_json else as_text(result), flush=True)
 
 

@@ -215,6 +215,15 @@ class PretrainConfig(Section):
     output_dir: str = "runs/mini"
 
     @model_validator(mode="after")
+    def what_is_extended_exists(self) -> "PretrainConfig":
+        if self.tokenizer.extend and self.tokenizer.path is None and self.model.init_from is None:
+            raise ValueError(
+                f"tokenizer.extend is {self.tokenizer.extend}, but there is no tokenizer to extend; "
+                "set tokenizer.path or model.init_from, or raise tokenizer.vocab_size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def row_fits_positions(self) -> "PretrainConfig":
         length, limit = self.data.sequence_length, self.model.max_position_embeddings
         if length > limit and self.model.init_from is None:

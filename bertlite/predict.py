@@ -12,13 +12,14 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.config import Place, TaskSettings
+from bertlite.config import Place, Source, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
 from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.inference import parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
+from bertlite.sources import read_rows, source_files
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
 
 TEXTS_AT_A_TIME = 64
@@ -98,16 +99,20 @@ def entities(scores: NDArray[np.float32], encoding: Encoding, text: str, labels:
     ]
 
 
-def read_lines(file: Path | None) -> Iterator[str]:
-    """The lines of a text file, or of standard input. Raises UserError for what is not UTF-8 text."""
-    try:
-        with sys.stdin.buffer if file is None else file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{file or 'standard input'}:{number}: not UTF-8") from None
-    except FileNotFoundError:
-        raise UserError(f"--file: {file}: there is no such file") from None
+def read_texts(file: str | None, column: str) -> Iterator[str]:
+    """The lines of a text file or a column of a table; without a file, the lines of standard input.
+
+    Raises UserError, naming the file, for what cannot be read.
+    """
+    if file is not None:
+        for path in source_files(Source(path=file), "--file"):
+            yield from read_rows(path, column)
+        return
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise UserError(f"standard input:{number}: not UTF-8") from None
 
 
 def as_text(result: Any) -> str:

@@ -72,6 +72,8 @@ def prepare(config: PretrainConfig) -> Prepared:
         validation_plan = make_plan(corpus, T, None, share, "held-out")
     for name, rows in {"training": plan, "held-out": validation_plan}.items():
         used = rows.tokens() / (len(rows) * T)
+        if rows.tokens() * config.masking.line().start < 1:
+            raise UserError(f"the {name} text is {rows.tokens()} tokens, too few to hide one of them; give more of it")
         say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
     return Prepared(tokenizer, corpus, plan, validation, validation_plan)
 
@@ -189,9 +191,11 @@ def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], tokeni
     pieces = sorted(new, key=lambda piece: new[piece])
     old_ids = [[old[piece]] if piece in old else pieces_before(piece, old) for piece in pieces]
     fresh = [piece for piece in pieces if piece not in old]
+    gone = old.keys() - new.keys()
+    unused = sum(piece.startswith("[unused") for piece in gone)
     say(
         f"vocabulary: {len(new):,} pieces; {len(fresh):,} are new ({', '.join(fresh[:5])}, …) and start as the mean of "
-        f"the old pieces that spell them; {len(old.keys() - new.keys()):,} old ones are gone"
+        f"the old pieces that spell them; {len(gone):,} old ones are gone, {unused:,} of them [unused] places"
     )
     exchange_vocabulary(model, old_ids, tokenizer.pad_token_id)
 

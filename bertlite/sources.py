@@ -251,7 +251,9 @@ def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:
 def _column(table: Any, column: str, name: str) -> Iterator[str]:
     for rows in table.iter(batch_size=1000):
         if column not in rows:
-            raise UserError(f"{name}: there is no column {column!r}; there are {', '.join(rows)} (set column)")
+            raise UserError(
+                f"{name}: there is no column {column!r}; there are {', '.join(rows)} (set column, or --column)"
+            )
         for text in rows[column]:
             if text is not None and not isinstance(text, str):
                 raise UserError(f"{name}: the column {column!r} holds {type(text).__name__}, not text")

@@ -222,7 +222,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     shutil.copytree(every_head["BertForMaskedLM"], run / "checkpoints" / "step-00000002")
     state = run / "checkpoints" / "step-00000002" / "training" / "state.json"
     state.parent.mkdir()
-    state.write_text('{"progress": {"step": 2}}')
+    state.write_text('{"progress": {"step": 2, "tokens": 2345}}')
     config = {"data": {"train": ["/home/me/books.txt", {"dataset": "org/set", "split": "train"}], "validation": []},
               "train": {"learning_rate": 0.125}, "output_dir": "/home/me/run"}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -243,7 +243,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
 
     export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf")
     card = (tmp_path / "early" / "README.md").read_text()
-    assert "Tokens seen: 2,000 in 2 steps." in card and "license: unknown" in card
+    assert "Tokens seen: 2,345 in 2 steps." in card and "license: unknown" in card
 
 
 def test_the_model_card_tells_of_a_task_and_of_nothing(every_head, tmp_path):

@@ -33,7 +33,7 @@ from bertlite.hf import load_model
 from bertlite.masking import IGNORED
 from bertlite.model import SequenceClassifier
 from bertlite.optim import Optimizer, learning_rate_factor
-from bertlite.predict import entities, load_classifier, predict
+from bertlite.predict import entities, load_classifier, predict, read_texts
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
 from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss, summed
@@ -643,6 +643,17 @@ def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
     config = write()
     with pytest.raises(UserError, match="the model is not fine-tuned"):
         load_classifier(Path(str(config.model.init_from)), start("fp32"))
+
+
+def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):
+    (tmp_path / "a.csv").write_text('id,body\n1,"one, two"\n2,"three\nfour"\n', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert list(read_texts(str(tmp_path / "a.csv"), "body")) == ["one, two", "three\nfour"]
+    assert list(read_texts(str(tmp_path / "a.txt"), "body")) == ["one", "", "two"]
+    with pytest.raises(UserError, match="there is no column 'text'; there are id, body"):
+        list(read_texts(str(tmp_path / "a.csv"), "text"))
+    with pytest.raises(UserError, match=r"--file: .*b\.csv: there is no such file"):
+        list(read_texts(str(tmp_path / "b.csv"), "text"))
 
 
 def test_sequence_heads_read_each_example_of_a_row(write):
