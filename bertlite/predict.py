@@ -12,14 +12,14 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.config import Place, Source, TaskSettings
+from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
 from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.inference import parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
-from bertlite.sources import read_rows, source_files
+from bertlite.sources import read_rows
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
 
 TEXTS_AT_A_TIME = 64
@@ -105,8 +105,9 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
     Raises UserError, naming the file, for what cannot be read.
     """
     if file is not None:
-        for path in source_files(Source(path=file), "--file"):
-            yield from read_rows(path, column)
+        if not Path(file).exists():
+            raise UserError(f"--file: {file}: there is no such file")
+        yield from read_rows(Path(file), column)
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

@@ -72,7 +72,7 @@ def prepare(config: PretrainConfig) -> Prepared:
         validation_plan = make_plan(corpus, T, None, share, "held-out")
     for name, rows in {"training": plan, "held-out": validation_plan}.items():
         used = rows.tokens() / (len(rows) * T)
-        if rows.tokens() * config.masking.line().start < 1:
+        if rows.tokens() * max(config.masking.line().start, config.masking.line().end) < 1:
             raise UserError(f"the {name} text is {rows.tokens()} tokens, too few to hide one of them; give more of it")
         say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
     return Prepared(tokenizer, corpus, plan, validation, validation_plan)

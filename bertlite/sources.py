@@ -182,7 +182,7 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if number % 100 == 0:
+                if number % 100 == 0 and raw.seekable():  # a pipe is not
                     report(raw.tell() - done)
                     done = raw.tell()
         report(path.stat().st_size - done)
@@ -199,14 +199,9 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
 
 def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
     builder, options = TABLES[kind]
-    try:
-        with datasets_library(str(path)) as datasets:
-            table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
-            yield from _column(table, column, str(path))
-    except UserError:
-        if builder == "json" and (broken := _broken_line(path)):
-            raise UserError(broken) from None
-        raise
+    with datasets_library(str(path), lambda: _broken_line(path) if builder == "json" else None) as datasets:
+        table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
+        yield from _column(table, column, str(path))
 
 
 def _read_dataset(source: Source, setting: str) -> Iterator[str]:
@@ -216,10 +211,9 @@ def _read_dataset(source: Source, setting: str) -> Iterator[str]:
 
 
 @contextmanager
-def datasets_library(name: str) -> Iterator[Any]:
-    """The datasets library, quiet, to read `name`: whatever its readers raise becomes a UserError of one line.
-
-    Only data that need it import it.
+def datasets_library(name: str, explain: Callable[[], str | None] = lambda: None) -> Iterator[Any]:
+    """The datasets library, quiet, to read `name`: whatever its readers raise becomes a UserError of one line, the one
+    that `explain` finds if it finds any. Only data that need it import it.
     """
     try:
         import datasets
@@ -233,7 +227,7 @@ def datasets_library(name: str) -> Iterator[Any]:
         raise
     except Exception as error:  # the library raises whatever its readers do
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
+        raise UserError(explain() or f"{name}: cannot be read as a dataset: {reason}") from None
 
 
 def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:

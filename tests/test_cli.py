@@ -280,14 +280,20 @@ def test_a_mistake_in_the_configuration_is_named(bertlite, write_config, tmp_pat
     [
         (b"", "is empty"),
         (b"\n \n\n", "there is no text in it"),
-        (b"x", "too few to hide one"),
         (b"good\n\nb\xe9d\n", ":3: not UTF-8 (byte 0xe9)"),
     ],
 )
 def test_a_bad_text_file_is_named(bertlite, write_config, tmp_path, content, expected):
     (tmp_path / "bad.txt").write_bytes(content)
     code, _, err = bertlite("pretrain", write_config(data__train=[str(tmp_path / "bad.txt")]))
-    assert code == 2 and ("bad.txt" in err or content == b"x") and expected in err
+    assert code == 2 and "bad.txt" in err and expected in err
+
+
+def test_a_text_too_short_to_learn_from_is_an_error(bertlite, write_config, tmp_path):
+    (tmp_path / "short.txt").write_text("x")
+    code, _, err = bertlite("pretrain", write_config(data__train=[str(tmp_path / "short.txt")]))
+    assert code == 2 and "the training text is 3 tokens, too few to hide one of them" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -648,8 +649,14 @@ def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
 def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):
     (tmp_path / "a.csv").write_text('id,body\n1,"one, two"\n2,"three\nfour"\n', encoding="utf-8")
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    (tmp_path / "b[1].txt").write_text("")
     assert list(read_texts(str(tmp_path / "a.csv"), "body")) == ["one, two", "three\nfour"]
     assert list(read_texts(str(tmp_path / "a.txt"), "body")) == ["one", "", "two"]
+    assert list(read_texts(str(tmp_path / "b[1].txt"), "body")) == []
+    reader, writer = os.pipe()
+    os.write(writer, b"line\n" * 150), os.close(writer)
+    assert list(read_texts(f"/dev/fd/{reader}", "body")) == ["line"] * 150
+    os.close(reader)
     with pytest.raises(UserError, match="there is no column 'text'; there are id, body"):
         list(read_texts(str(tmp_path / "a.csv"), "text"))
     with pytest.raises(UserError, match=r"--file: .*b\.csv: there is no such file"):
