@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bertlite.config import Section
+from bertlite.config import FinetuneConfig, PretrainConfig, Section, SweepConfig
 from bertlite.errors import UserError
 
 
@@ -40,6 +40,8 @@ for _kind in (_Loader, _Dumper):
 _BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Config = TypeVar("Config", bound=Section)
+# What reads which configuration.
+_COMMANDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
 
 
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,6 +50,10 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     Raises UserError, naming the file or the override, the key, its value and the fix.
     """
     values = _read_yaml(path)
+    for command, other in _COMMANDS.items():
+        strange = values.keys() - kind.model_fields.keys()
+        if strange and values.keys() <= other.model_fields.keys():
+            raise UserError(f"{path}: its section {min(strange)} is none of this command; bertlite {command} reads it")
     changed: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")

@@ -13,7 +13,7 @@ import torch
 
 from bertlite.attention import best_kernel
 from bertlite.batches import Plan
-from bertlite.bench import rehearse
+from bertlite.bench import peak_memory, rehearse
 from bertlite.config import PretrainConfig, Source
 from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
@@ -59,7 +59,10 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             "epochs": trained / epoch if epoch else None,
             "floating_point_operations": 6.0 * parameters * trained * T,
             "rows_at_a_time": rows,
-            "memory": 2 * weights + moments + rows * bytes_of_a_row(settings, model.config, T, slots),
+            "memory": peak_memory(runtime.device)
+            + 2 * weights
+            + moments
+            + rows * bytes_of_a_row(settings, model.config, T, slots),
             "memory_free": free_memory(runtime),
             "disk": (kept + 1) * (weights + moments) + weights,
             "disk_free": shutil.disk_usage(place).free,

@@ -15,6 +15,7 @@ from bertlite.config_file import differences, dump_config, load_config
 from bertlite.errors import UserError
 from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
 from bertlite.hf import local_folder
+from bertlite.runtime import say
 
 
 @contextmanager
@@ -70,6 +71,7 @@ def model_folder(name: str) -> Path:
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise UserError(f"{name}: a run folder without a valid checkpoint yet")
+        say(f"{name}: the run has not finished; this is {checkpoint.name}")
         return checkpoint
     return local_folder(name)
 
@@ -121,7 +123,8 @@ def _check_config(folder: Path, config: Section, resume: bool) -> None:
     old = load_config(type(config), folder / "config.yaml")
     for name, (before, now) in differences(old, config).items():
         if name not in MAY_DIFFER_ON_RESUME:
+            longer = f" --set model.init_from={folder}" if name in ("train.max_steps", "train.num_train_epochs") else ""
             raise UserError(
                 f"{folder}: {name} is {now!r}, but the run there has {before!r}; resume with the old value, "
-                "or start another run with --out"
+                f"or start another run with --out DIR{longer}"
             )

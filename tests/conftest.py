@@ -5,10 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests start processes beside themselves
 
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from bertlite import cli
 
 SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample" / "pretrain.txt"
 
@@ -63,6 +66,22 @@ def write_config(tmp_path, cache, text_files):
         return path
 
     return write
+
+
+@pytest.fixture
+def bertlite(capsys, monkeypatch):
+    """Run the command line in this process: `bertlite("fill", …)` returns exit code, stdout and stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bertlite", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return end.value.code or 0, out, err
+
+    return run
 
 
 HEADS = {

@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +28,6 @@ COMMANDS = [
     "export",
     "verify",
 ]
-
-
-@pytest.fixture
-def bertlite(capsys, monkeypatch):
-    """Run the command line in this process: `bertlite("fill", …)` returns exit code, stdout and stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bertlite", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

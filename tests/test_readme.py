@@ -1,7 +1,13 @@
 """What the README tells people to write is valid, and what it tells them to run exists."""
 
+import json
+import lzma
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,16 +85,85 @@ def test_the_python_example_of_the_readme_runs(every_head, tmp_path, monkeypatch
     assert [set(one) for one in several] == [{"label", "score"}] * 2 and scope["film"].predict("A film.") == several[0]
 
 
-def test_commands_and_files_in_the_readme_exist():
-    from bertlite import cli
+def commands() -> list[list[str]]:
+    """The commands of the README in their order, each as the shell would split it."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
-    commands = {command.callback.__name__ for command in cli.app.registered_commands}
-    for text in blocks("bash"):
-        for line in text.splitlines():
-            if line.startswith("bertlite "):
-                assert line.split()[1] in commands
-            if line.startswith("scripts/"):
-                assert (ROOT / line.split()[0]).exists()
+
+# What makes a command short enough for a test; added to the settings and options that the README gives.
+SMALL_SETTINGS = {
+    "train": {"max_steps": 20, "save_steps": 10, "compile": False, "precision": "fp32", "num_train_epochs": 1},
+    "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+    "tokenizer": {"path": "vocabulary"},
+    "sweep": {"trials": 2},
+}
+SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300"}
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A command with less to do."""
+    words = [SMALL_OPTIONS.get(option, word) for option, word in pairwise(["", *words])]
+    for path in [word for word in words if word.endswith(".yaml") and words[0] == "bertlite"]:
+        sections = kind_of(Path(path)).model_fields
+        for section in sections.keys() & SMALL_SETTINGS.keys():
+            known = sections[section].annotation.model_fields
+            for name in known.keys() & SMALL_SETTINGS[section].keys():
+                words += ["--set", f"{section}.{name}={SMALL_SETTINGS[section][name]}"]
+    return words
+
+
+@pytest.fixture
+def readers_folder(tmp_path, text_files, every_head, monkeypatch) -> Path:
+    """Where somebody who follows the README stands: texts, tables, minimal pairs and configurations lie there."""
+    text, held_out = (Path(text_files[name]).read_text(encoding="utf-8") for name in ("train", "validation"))
+    texts = {"texts/a.txt": text, "enwiki.txt.xz": text, "enwiki_0.txt.xz": text, "held-out.txt": held_out,
+             "enwiki_valid.txt": held_out, "other.txt": held_out[:300], "texts.txt": held_out[:300],
+             "sentences.txt": held_out}  # fmt: skip
+    for folder in ("texts", "blimp"):
+        (tmp_path / folder).mkdir()
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes((lzma.compress if name.endswith(".xz") else bytes)(content.encode()))
+    for name in ("vocabulary", "bert-base-uncased"):
+        shutil.copytree(every_head["BertForMaskedLM"], tmp_path / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "mine.yaml").write_text(
+        "data: {train: [texts/*.txt], validation: [held-out.txt]}\noutput_dir: runs/mine"
+    )
+    (reviews,) = [block for block in blocks("yaml") if "runs/reviews" in block]
+    for name in ("reviews", "trec6", "sst2", "banking77", "cola"):
+        (tmp_path / f"{name}.yaml").write_text(reviews)
+    sample = (ROOT / "bertlite/sample/subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    for name, rows in {"train": sample[:80], "dev": sample[80:120], "test": sample[:40]}.items():
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["label\tsentence", *rows]), encoding="utf-8")
+    pair = {"sentence_good": "The state is.", "sentence_bad": "The state are.", "linguistics_term": "x", "UID": "y"}
+    (tmp_path / "blimp" / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BERTLITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run(bertlite, readers_folder):
+    for words in commands():
+        if words[0] == "bertlite":
+            code, _, errors = bertlite(*smaller(words)[1:])
+            assert code == 0, f"{words}: {errors}"
+    assert {path.name for path in (readers_folder / "runs").iterdir()} == {"mine", "reviews", "sweep", "wikipedia"}
+
+
+@pytest.mark.slow
+def test_the_measurements_of_the_readme_run(bertlite, readers_folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for words in commands():
+        if words[0] == "bertlite":
+            assert bertlite(*smaller(words)[1:])[0] == 0
+        elif words not in (["scripts/quickstart"], ["scripts/test"]):
+            subprocess.run([sys.executable, ROOT / words[0], *smaller(words)[1:]], check=True)
+
+
+def test_files_named_in_the_readme_exist():
+    for words in commands():
+        assert words[0] == "bertlite" or (ROOT / words[0]).exists()
     for name in re.findall(r"`(?:bertlite/)?(\w+\.py)`", README):
         assert (ROOT / "bertlite" / name).exists(), name
     for path in (ROOT / "bertlite").glob("*.py"):

@@ -10,8 +10,7 @@ import sys
 import optuna
 import pytest
 import yaml
-from test_cli import bertlite  # fixtures
-from test_finetune import bert, rows_of, with_head, write
+from test_finetune import bert, rows_of, with_head, write  # fixtures
 
 from bertlite.config import FinetuneConfig, SweepConfig
 from bertlite.config_file import load_config
