@@ -259,7 +259,7 @@ class Batches:
         steps = samples // self.train.global_batch_size
         line = self.masking.line()
         done = np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
-        rates = line.start * (1 - done) + line.end * done
+        rates = line.start + (line.end - line.start) * done  # a constant rate in every bit
         return self._batch(self.rows(samples), samples, self.masking, rates, (self.train.seed, TRAINING_MASKS))
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+from bertlite.config import FinetuneConfig, PretrainConfig, Section
+from bertlite.config_file import load_config
+from bertlite.errors import UserError
 from bertlite.hf import ARCHITECTURES, Model
 from bertlite.model import parameter_count
 from bertlite.parity import Check
@@ -78,9 +81,10 @@ def model_card(
 
 def _of_the_run(source: Path) -> list[str]:
     run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-    if not (run / "config.yaml").exists():
+    read = _configuration(run / "config.yaml") if source.name == "model" or run != source.parent else None
+    if read is None:
         return ["## Training\n\nThe folder that this was exported from says nothing about its training."]
-    config = _without_folders(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    config = _without_folders(read.model_dump(mode="json"))
     state = source / "training" / "state.json"  # of a checkpoint: what came later is not in it
     progress = json.loads(state.read_text())["progress"] if state.exists() else None
     lines = [line for line in Metrics(run).lines() if progress is None or line["step"] <= progress["step"]]
@@ -114,10 +118,24 @@ def _of_the_run(source: Path) -> list[str]:
     return [*text, f"## Recipe\n\n```yaml\n{recipe}```"]
 
 
-def _without_folders(value: Any) -> Any:
+def _configuration(path: Path) -> Section | None:
+    """The configuration of a run of bertlite; None where the file is none."""
+    for kind in (PretrainConfig, FinetuneConfig):
+        try:
+            return load_config(kind, path)
+        except UserError:
+            continue
+    return None
+
+
+def _without_folders(value: Any, name: str = "") -> Any:
+    """A configuration as it may be published: of a path, its last part; of folders for results, nothing."""
     if isinstance(value, dict):
         kept = {key: one for key, one in value.items() if key not in ("output_dir", "cache_dir")}
-        return {key: _without_folders(one) for key, one in kept.items()}
+        return {key: _without_folders(one, key) for key, one in kept.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
+        return [_without_folders(one, name) for one in value]
+    paths = ("path", "train", "validation", "test", "init_from")
+    return (
+        Path(value).name if name in paths and isinstance(value, str) and value.startswith(("/", "~", "..")) else value
+    )

@@ -243,13 +243,14 @@ def fill(
     """Show what a masked language model expects in place of [MASK]."""
     from bertlite.fill import fill as fill_masks
     from bertlite.hf import load_masked_lm
+    from bertlite.inference import for_use
     from bertlite.run_folder import model_folder
     from bertlite.runtime import start
 
     runtime = start(precision.value)
     loaded, tokenizer = load_masked_lm(model_folder(model))
     with runtime.autocast():
-        result = fill_masks(loaded.to(runtime.device), tokenizer, text, top_k)
+        result = fill_masks(for_use(loaded, runtime), tokenizer, text, top_k)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
@@ -281,14 +282,14 @@ def embed(
     from bertlite.inference import for_use
     from bertlite.run_folder import model_folder
     from bertlite.runtime import start
-    from bertlite.sources import read_rows, source_files
+    from bertlite.sources import file_texts, source_files
 
     runtime = start(precision.value)
     encoder, tokenizer = load_encoder(model_folder(model), best_kernel(runtime.device))
     files = source_files(Source(path=file), "FILE")
     embedder = Embedder(for_use(encoder, runtime), tokenizer, pooling, layer, normalize, sequence_length)
     with runtime.autocast():
-        rows, size = embedder.file((text for path in files for text in read_rows(path, column)), out)
+        rows, size = embedder.file((text for path in files for text in file_texts(path, column)), out)
     print(f"{out}: {rows:,} vectors of {size}")
 
 

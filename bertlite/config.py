@@ -1,9 +1,11 @@
 """All settings of the YAML: strict, with Hugging Face's own names, and without importing torch."""
 
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,6 +26,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file, a folder, or a name of the hub
 
 
 class Shape(Section):
@@ -54,7 +57,7 @@ class Shape(Section):
 class ModelSettings(Shape):
     """What to train: a new encoder of a shape, or one that exists (`init_from`), which brings its own."""
 
-    init_from: str | None = None
+    init_from: PathText | None = None
     position_init: Literal["normal", "sinusoidal"] = "normal"
 
     @model_serializer(mode="wrap")
@@ -79,7 +82,7 @@ class Architecture(Shape):
 class TokenizerSettings(Section):
     """Which tokenizer: a given one (`path`), perhaps extended and padded, or WordPiece trained on the text."""
 
-    path: str | None = None
+    path: PathText | None = None
     vocab_size: Positive = 30522
     lowercase: bool = True
     train_characters: Positive = 100_000_000
@@ -96,8 +99,8 @@ class TokenizerSettings(Section):
 class Place(Section):
     """Where data lie: files (`path`), or a Hugging Face dataset (`dataset`)."""
 
-    path: str | None = None
-    dataset: str | None = None
+    path: PathText | None = None
+    dataset: PathText | None = None
     name: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -105,7 +108,10 @@ class Place(Section):
     @model_validator(mode="after")
     def one_place(self) -> "Place":
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("should have either a path or a dataset")
+            raise ValueError("path: name either a path or a dataset")
+        for name in self.model_fields_set & {"name", "split", "revision", "streaming"}:
+            if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but goes with a dataset, not with a path")
         return self
 
     @model_serializer(mode="wrap")
@@ -125,7 +131,7 @@ class Source(Place):
 
 def _sources(value: Any) -> Any:
     """A single source, or a list of them; a source that is only a name is a path."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
     return [{"path": one} if isinstance(one, str) else one for one in values]
 
 
@@ -144,7 +150,7 @@ class DataSettings(Section):
     max_characters: Positive | None = None
     remove_duplicates: bool = False
     segmenter: str | None = None
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -162,8 +168,8 @@ class MaskingSettings(Section):
 
     strategy: str = "token"
     rate: Annotated[
-        Annotated[Share, Tag("number")] | Annotated[Line, Tag("line")],
-        Discriminator(lambda value: "line" if isinstance(value, dict | Line) else "number"),
+        Annotated[Share, Tag("<number>")] | Annotated[Line, Tag("<line>")],
+        Discriminator(lambda value: "<line>" if isinstance(value, dict | Line) else "<number>"),
     ] = 0.15
 
     def line(self) -> Line:
@@ -212,7 +218,7 @@ class PretrainConfig(Section):
     data: DataSettings
     masking: MaskingSettings = MaskingSettings()
     train: TrainSettings = TrainSettings()
-    output_dir: str = "runs/mini"
+    output_dir: PathText = "runs/mini"
 
     @model_validator(mode="after")
     def what_is_extended_exists(self) -> "PretrainConfig":
@@ -237,7 +243,7 @@ class PretrainConfig(Section):
 class FinetuneModel(Section):
     """Which model to begin from, and the dropout of its fine-tuning."""
 
-    init_from: str | None = None
+    init_from: PathText | None = None
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
 
@@ -246,9 +252,9 @@ Table = Annotated[Place, BeforeValidator(lambda value: {"path": value} if isinst
 
 
 ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("balanced")]
-    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("weights")],
-    Discriminator(lambda value: "weights" if isinstance(value, dict) else "balanced"),
+    Annotated[Literal["balanced"], Tag("<balanced>")]
+    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("<weights>")],
+    Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
 ]
 
 
@@ -310,7 +316,7 @@ class FinetuneConfig(Section):
     task: TaskSettings | None = None
     tasks: dict[str, TaskSettings] = {}
     train: FinetuneTrainSettings = FinetuneTrainSettings()
-    output_dir: str = "runs/finetune"
+    output_dir: PathText = "runs/finetune"
 
     @model_validator(mode="after")
     def one_task_or_several(self) -> "FinetuneConfig":
@@ -343,8 +349,8 @@ class SweepSettings(Section):
         dict[
             str,
             Annotated[
-                Annotated[list[Any], Field(min_length=1), Tag("values")] | Annotated[Range, Tag("range")],
-                Discriminator(lambda value: "values" if isinstance(value, list) else "range"),
+                Annotated[list[Any], Field(min_length=1), Tag("<values>")] | Annotated[Range, Tag("<range>")],
+                Discriminator(lambda value: "<values>" if isinstance(value, list) else "<range>"),
             ],
         ],
         Field(min_length=1),

@@ -159,8 +159,8 @@ def _did_you_mean(name: str, choices: Any) -> str:
     return f". Did you mean {close[0]}?" if close else ""
 
 
-# Names that pydantic gives to the branches of a choice between types; no keys of the YAML.
-_BRANCHES = ("bool", "literal['auto']", "number", "line", "values", "range", "balanced", "weights", "int", "float")
+# Names that pydantic gives to the branches of a choice between types, no keys of the YAML; ours begin with a <.
+_BRANCHES = ("bool", "literal['auto']", "int", "float")
 
 
 def _shown(value: Any) -> str:
@@ -173,7 +173,7 @@ def _shown(value: Any) -> str:
 
 def _explain(kind: type[BaseModel], item: Any, path: Path | str, changed: dict[str, str]) -> str:
     """One pydantic error as a line: where it was written, the key, the value and the fix."""
-    keys = [str(part) for part in item["loc"] if not (isinstance(part, str) and part in _BRANCHES)]
+    keys = [str(part) for part in item["loc"] if not (part in _BRANCHES or str(part).startswith("<"))]
     while len(keys) > 1 and keys[-1].isdigit():
         keys.pop()
     name = ".".join(keys)

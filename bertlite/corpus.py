@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import DataSettings, Source
 from bertlite.config_file import choose
-from bertlite.errors import UserError
+from bertlite.errors import DataLost, UserError
 from bertlite.files import fingerprint, full_disk_named, locked, remove_leftovers, write_json
 from bertlite.runtime import say
 from bertlite.sources import read_documents, source_digest, source_files
@@ -70,6 +70,10 @@ class Corpus:
         self.folder = folder
         about = json.loads((folder / "corpus.json").read_text())
         self.summary = Summary(**about["summary"])
+        sizes = {"tokens.bin": self.summary.tokens * np.dtype(about["dtype"]).itemsize,
+                 "document_starts.bin": 8 * (self.summary.documents + 1)}  # fmt: skip
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            raise DataLost(f"{folder}: its files were cut; remove it, and it will be made again")
         self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
         words = folder / "word_starts.bin"

@@ -9,5 +9,9 @@ class Failure(Exception):
     """Something that was right to ask for did not work out, or a check did not hold; exit code 1."""
 
 
+class DiskFull(Failure):
+    """There is no room for what was to be written; all else is intact."""
+
+
 class DataLost(Failure):
     """The files of a corpus vanished or were cut while they were in use; all else is intact."""

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from bertlite.errors import Failure, UserError
+from bertlite.errors import DiskFull, UserError
 
 LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json there is takes a tenth of it
 
@@ -25,7 +25,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` to fill; when the block ends well, it becomes `path`.
 
     Everything is on the disk before the name appears. After an error, nothing is left.
-    Raises Failure when the disk is full.
+    Raises DiskFull.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -66,13 +66,12 @@ def locked(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
 
-    Readers see the old file or the new one. Raises UserError when its folder is not there or it is one, and Failure
-    when the disk is full.
+    Readers see the old file or the new one. Raises DiskFull, and UserError when its folder is not there or it is one.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: there is no such folder; make it first")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; name a file")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with full_disk_named(path.parent):
@@ -98,13 +97,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn "no space left" into a Failure that says where."""
+    """Turn "no space left" into a DiskFull that says where."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         full = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
-            raise Failure(f"{folder}: the disk is full; what was saved before is intact") from None
+            raise DiskFull(f"{folder}: the disk is full; what was saved before is intact") from None
         raise
 
 

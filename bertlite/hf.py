@@ -67,6 +67,13 @@ UNUSED = re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.
 
 # What Hugging Face assumes of a config.json that leaves it out.
 ASSUMED = {name: getattr(BertConfig(), name) for name in Architecture.model_fields}
+# Of settings that mean another computation, the values that mean bertlite's.
+HAS = {
+    "position_embedding_type": (None, "absolute"),
+    "is_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "problem_type": (None, "single_label_classification", "multi_label_classification", "regression"),
+}
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
@@ -255,9 +262,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     kind = about.get("model_type") if isinstance(about, dict) else None
     if kind != "bert":
         raise UserError(f"{path}: model_type is {kind!r}; bertlite reads bert alone")
-    for key, allowed in {"position_embedding_type": (None, "absolute"), "is_decoder": (None, False)}.items():
+    for key, allowed in HAS.items():
         if about.get(key) not in allowed:
-            raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite's encoder does not have")
+            raise UserError(f"{path}: {key} is {about[key]!r}, which bertlite does not have")
     values = {name: about.get(name, assumed) for name, assumed in ASSUMED.items()}
     if str(values["hidden_act"]) not in ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
@@ -267,8 +274,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
         return about, Architecture.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {name} {first['msg'].removeprefix('Value error, ')}".replace(":  ", ": ")) from None
+        place = "".join(f"{name} is {first['input']!r}: " for name in first["loc"])
+        raise UserError(f"{path}: {place}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _kind(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Model]:

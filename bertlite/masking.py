@@ -38,7 +38,7 @@ def choose_tokens(
 def choose_whole_words(
     maskable: NDArray[np.bool_], count: NDArray[np.int64], random: NDArray[np.uint64], begins_word: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Whole words in random order while they fit the count, which so may be missed by less than one word.
+    """Whole words in random order while they fit the count; a row may get fewer, by less than one word.
 
     Google's whole word masking (github.com/google-research/bert, May 2019); for Chinese, Cui et al. 2019.
     """
@@ -85,7 +85,7 @@ def mask_rows(
     low, high = split64(samples)
     random = philox(key, (np.arange(ids.shape[1]), low[:, None], high[:, None], 0))  # (R,T,4)
     maskable = ~np.isin(ids, vocabulary.special_ids)
-    count = np.rint(rates * maskable.sum(1)).astype(np.int64)
+    count = np.minimum(np.rint(rates * maskable.sum(1)), slots).astype(np.int64)
     chosen = STRATEGIES[strategy](maskable, count, random[..., 0], begins_word)
 
     tenth = below(random[..., 1], 10)

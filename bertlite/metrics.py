@@ -17,8 +17,8 @@ Measure = Callable[[Any, Any], float]
 
 def f1_of_labels(references: Sequence[int], predictions: Sequence[int]) -> float:
     """F1 of the second of two labels, as GLUE has it; of more labels, their mean."""
-    average = "binary" if max(*references, *predictions) < 2 else "macro"
-    return float(labels.f1_score(references, predictions, average=average, zero_division=0))
+    only = [1] if max(references) < 2 else None  # whatever is predicted, the same measure
+    return float(labels.f1_score(references, predictions, labels=only, average="macro", zero_division=0))
 
 
 def correlation(kind: Callable[..., Any], references: Sequence[float], predictions: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from bertlite.attention import best_kernel
 from bertlite.config import Architecture
+from bertlite.errors import UserError
 from bertlite.hf import ARCHITECTURES, UNUSED, Model, hf_outputs, load_model, to_hf
 from bertlite.masking import IGNORED
 from bertlite.model import Encoder, MaskedLanguageModel, QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -60,19 +61,15 @@ def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
     for name, inputs in make_inputs(ours.config).items():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             differences = compare(ours, theirs, inputs)
-        unsure = [name for name in ("loss", "gradients") if differences[name] > tolerances[name]]
-        exact = {}
-        if precision == "fp32" and unsure:
+        unsure = [one for one in ("loss", "gradients") if precision == "fp32" and differences[one] > tolerances[one]]
+        if unsure:
             # Where attention is saturated, gradients of q and k are small differences of large numbers, and fp32's
             # rounding alone exceeds what is allowed, on both sides. fp64 tells it from a real difference.
             exact = compare(ours.double(), theirs.double(), inputs)
             ours.float(), theirs.float()
         for quantity, difference in differences.items():
-            tolerance = tolerances.get(quantity, tolerances["outputs"])
-            if exact and quantity in unsure:
-                checks.append(Check(name, f"{quantity} in fp64", exact[quantity], tolerance))
-            else:
-                checks.append(Check(name, quantity, difference, tolerance))
+            found = (f"{quantity} in fp64", exact[quantity]) if quantity in unsure else (quantity, difference)
+            checks.append(Check(name, *found, tolerances.get(quantity, tolerances["outputs"])))
     return checks
 
 
@@ -80,10 +77,17 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     """transformers' model of the folder, and the weight names that it missed or did not know."""
     quieten_transformers()
     options = {"attn_implementation": "sdpa", "dtype": torch.float32, "output_loading_info": True}
-    options |= {"local_files_only": True, "use_safetensors": True}  # whatever the folder says
+    # Whatever the folder says:
+    options |= {"local_files_only": True, "use_safetensors": True, "chunk_size_feed_forward": 0}
     if isinstance(ours, Encoder):
         options["add_pooling_layer"] = ours.pooler is not None
-    theirs, report = getattr(transformers, ARCHITECTURES[type(ours)][0]).from_pretrained(folder, **options)
+    kind = getattr(transformers, ARCHITECTURES[type(ours)][0])
+    try:
+        theirs, report = kind.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises many, for settings that bertlite has no use for
+        raise UserError(
+            f"{folder}: transformers cannot load it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from None
     names = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     return theirs.eval(), [str(name) for name in names if not UNUSED.match(str(name))]
 
@@ -137,8 +141,7 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
     """The largest relative differences of hidden states, outputs, loss and gradients, at real positions."""
     real = inputs.document_ids > 0
     ours.eval()
-    tokens = (inputs.input_ids, inputs.position_ids, inputs.document_ids)
-    states = ours.encoder.hidden_states(*tokens, inputs.token_type_ids)
+    states = ours.encoder.hidden_states(*inputs[:4])
     targets = _targets(ours, inputs)
     # The reference is SDPA with a 4-D bool mask: transformers' eager path takes such a mask for numbers to add.
     mask = (inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :])[:, None]
@@ -148,6 +151,7 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
         position_ids=inputs.position_ids,
         token_type_ids=inputs.token_type_ids,
         output_hidden_states=True,
+        return_dict=True,
         **targets,
     )
     differences = {
@@ -163,7 +167,7 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
         logits, their_logits = (torch.stack([side[name] for name in outputs]) for side in (outputs, reference))
         which = ... if isinstance(ours, SequenceClassifier) else real
         differences["logits"] = _relative(logits[:, which], their_logits[:, which])
-    differences["loss"] = ((our_loss - their_loss).abs() / their_loss.abs()).item()
+    differences["loss"] = ((our_loss - their_loss).abs() / (their_loss.abs().item() or 1.0)).item()
     differences["gradients"] = _gradient_difference(ours, _gradients(our_loss, ours), _gradients(their_loss, theirs))
     return differences
 

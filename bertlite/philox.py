@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 # What a stream of numbers is for. Two purposes never share numbers.
 HELD_OUT, MATES, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT, TOKENIZER_SAMPLE = range(8)
 
+_AT_A_TIME = 1 << 16  # numbers at a time: philox takes some ten times the memory of its result
+
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -39,7 +41,11 @@ def split64(value: NDArray[Any] | int) -> tuple[NDArray[np.uint64], NDArray[np.u
 
 def draw(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> NDArray[np.uint64]:
     """A 32-bit random number for each of the things `first` to `first + count`."""
-    return philox(key, (*split64(np.arange(first, first + count)), epoch, 0))[:, 0]
+    result = np.empty(count, np.uint64)
+    for at in range(0, count, _AT_A_TIME):
+        numbers = np.arange(first + at, first + min(at + _AT_A_TIME, count))
+        result[at : at + _AT_A_TIME] = philox(key, (*split64(numbers), epoch, 0))[:, 0]
+    return result
 
 
 def held_out(count: int, share: float) -> NDArray[np.bool_]:

@@ -16,10 +16,10 @@ from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
 from bertlite.hf import load_model, load_tokenizer_of
-from bertlite.inference import parts
+from bertlite.inference import for_use, parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
-from bertlite.sources import read_rows
+from bertlite.sources import file_texts
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
 
 TEXTS_AT_A_TIME = 64
@@ -30,7 +30,7 @@ def load_classifier(folder: Path, runtime: Runtime) -> tuple[Classifier, PreTrai
     model = load_model(folder, best_kernel(runtime.device))
     if not isinstance(model, Classifier):
         raise UserError(f"{folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune")
-    return model.to(runtime.device), load_tokenizer_of(folder, model)
+    return for_use(model, runtime), load_tokenizer_of(folder, model)
 
 
 def predict(
@@ -48,6 +48,10 @@ def predict(
     between. Raises UserError for a text that is not.
     """
     two = pairs or isinstance(model, QuestionAnswerer)
+    if pairs and isinstance(model, TokenClassifier):
+        raise UserError("--pairs: this model labels the words of one text")
+    if two and model.config.type_vocab_size < 2:
+        raise UserError("the model tells no two texts apart: its type_vocab_size is 1")
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     settings = TaskSettings(train=Place(path="-"), max_length=length, doc_stride=min(64, length // 4))
     encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
@@ -78,9 +82,9 @@ def entities(scores: NDArray[np.float32], encoding: Encoding, text: str, labels:
             continue
         start, end = encoding.offsets[place]
         if word != seen:
-            prefix, _, kind = labels[int(scores[place].argmax())].rpartition("-")
-            kind = "" if kind == "O" else kind
-            if kind and (prefix == "B" or kind != before):
+            label = labels[int(scores[place].argmax())]
+            kind = "" if label == "O" else label[2:] if label.startswith(("B-", "I-")) else label
+            if kind and (label.startswith("B-") or kind != before):
                 found.append({"entity_group": kind, "score": [], "start": start})
             if kind:
                 found[-1]["score"].append(float(scores[place].max()))
@@ -107,7 +111,7 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
     if file is not None:
         if not Path(file).exists():
             raise UserError(f"--file: {file}: there is no such file")
-        yield from read_rows(Path(file), column)
+        yield from file_texts(Path(file), column)
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:

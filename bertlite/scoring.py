@@ -1,10 +1,8 @@
 """Sentences as a masked language model scores them: pseudo-perplexity and minimal pairs (Salazar et al. 2020)."""
 
 # Shapes: N sentences, B masked copies that are computed together, T positions, V vocabulary.
-import json
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from bertlite.config import Source
 from bertlite.errors import UserError
 from bertlite.inference import like_lengths, padded, parts
 from bertlite.model import MaskedLanguageModel
-from bertlite.sources import read_documents, read_lines, source_files
+from bertlite.sources import json_rows, read_documents, read_lines, source_files
 
 SENTENCES_AT_A_TIME = 512
 
@@ -72,7 +70,7 @@ def pseudo_perplexity(
         if rows:
             total += pseudo_log_likelihoods(model, tokenizer, rows).sum().item()
             count += sum(len(row) - 2 for row in rows)
-    return math.exp(-total / count) if total > -700 * count else math.inf
+    return math.exp(-total / count) if total > -700 * count else math.inf  # exp(710) is beyond fp64
 
 
 def minimal_pairs(
@@ -95,6 +93,8 @@ def minimal_pairs(
         scores = pseudo_log_likelihoods(model, tokenizer, [_framed(row, tokenizer) for row in ids])
         for pair, (good, bad) in zip(part, scores.view(-1, 2).tolist(), strict=True):
             right.setdefault(pair.phenomenon, {}).setdefault(pair.paradigm, []).append(good > bad)
+    if not right:
+        raise UserError("--pairs: there is no pair in it")
     phenomena = {
         phenomenon: {
             **_share(*paradigms.values()),
@@ -109,18 +109,15 @@ def minimal_pairs(
 def read_pairs(files: list[str]) -> Iterator[Pair]:
     """The pairs of JSON lines as BLiMP has them. Raises UserError, naming file and line, for any other."""
     for path in (path for file in files for path in source_files(Source(path=file), "--pairs")):
-        for number, text in enumerate(read_lines(path), 1):
+        for where, line in json_rows(read_lines(path), path):
             try:
-                line = json.loads(text)
                 good, bad = line["sentence_good"], line["sentence_bad"]
                 if not isinstance(good, str) or not isinstance(bad, str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}:{number}: not a JSON object with the texts sentence_good and sentence_bad"
-                ) from None
-            paradigm = str(line.get("UID", Path(path).stem))
-            yield Pair(good, bad, str(line.get("linguistics_term", paradigm)), paradigm)
+            except (KeyError, TypeError):
+                raise UserError(f"{where}: not a JSON object with the texts sentence_good and sentence_bad") from None
+            paradigm = str(line.get("UID") or path.stem)
+            yield Pair(good, bad, str(line.get("linguistics_term") or paradigm), paradigm)
 
 
 def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,6 +1,7 @@
 """Text in whatever form it lies: files, compressed or not, tables, and Hugging Face datasets, as documents."""
 
 import bz2
+import csv
 import glob
 import gzip
 import io
@@ -9,9 +10,10 @@ import logging
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +21,7 @@ import zstandard
 
 from bertlite.config import Place, Source
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, sha256, write_json
+from bertlite.files import fingerprint, full_disk_named, sha256, write_json
 from bertlite.runtime import say
 
 
@@ -43,7 +45,7 @@ class _Zstandard(io.RawIOBase):
             if not packed:
                 raise EOFError("compressed file ended before the end of its frame")
             if ended:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
+                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             self.ready = self.frame.decompress(packed)
         size = min(len(buffer), len(self.ready))
         buffer[:size], self.ready = self.ready[:size], self.ready[size:]
@@ -57,15 +59,8 @@ DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 20),
 }
 DAMAGED = (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error)
-# Tables, by the datasets library's name of their reader, and its options.
-TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+csv.field_size_limit(1 << 30)
 
 
 def source_files(source: Source, setting: str) -> list[Path]:
@@ -78,23 +73,19 @@ def source_files(source: Source, setting: str) -> list[Path]:
     if source.path == "sample":
         return [Path(str(files("bertlite") / "sample" / "pretrain.txt"))]
     found: list[Path] = []
-    for match in sorted(Path(name) for name in glob.glob(os.path.expanduser(source.path), recursive=True)):
-        if match.is_dir():
-            inside = (path for path in sorted(match.rglob("*")) if path.is_file())
-            found += [
-                path for path in inside if not any(part.startswith(".") for part in path.relative_to(match).parts)
-            ]
-        else:
-            found.append(match)
+    name = source.path
+    for match in sorted([name] if os.path.lexists(name) else glob.glob(name, recursive=True)):
+        inside = glob.glob(f"{glob.escape(match)}/**", recursive=True) if os.path.isdir(match) else [match]
+        found += sorted(path for path in map(Path, inside) if not path.is_dir())  # glob leaves out hidden ones
     if not found:
-        what = "no file matches" if glob.has_magic(source.path) else "there is no such file"
-        if Path(source.path).is_dir():
+        what = "no file matches" if glob.has_magic(name) else "there is no such file"
+        if os.path.isdir(name):
             what = "there is no file in it"
         raise UserError(f"{setting}: {source.path}: {what} (paths are relative to the current directory)")
     for path in found:
         if not path.exists():
             raise UserError(f"{setting}: {path}: a link to nowhere")
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:  # a pipe may hold something
             raise UserError(f"{setting}: {path} is empty")
     return list(dict.fromkeys(found))  # ** matches a folder and its files
 
@@ -140,20 +131,20 @@ def read_documents(
     read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
     """
     for path in source_files(source, setting):
-        kind = kind_of(path)
-        if kind in TABLES:
-            yield from _read_table(path, kind, source.column)
-            report(path.stat().st_size)
+        if kind_of(path) in TABLES:
+            yield from _column(_read_table(path, report), source.column)
         else:
             yield from _read_text(path, document, report)
     if source.dataset is not None:
         yield from _read_dataset(source, setting)
 
 
-def read_rows(path: Path, column: str) -> Iterator[str]:
-    """Each line of a text file, or `column` of each row of a table, also when it is empty; raises as above."""
-    kind = kind_of(path)
-    yield from _read_table(path, kind, column) if kind in TABLES else read_lines(path)
+def file_texts(path: Path, column: str) -> Iterator[str]:
+    """Each line of a text file, or `column` of each row of a table, also when it is empty.
+
+    Raises UserError as `read_documents` does.
+    """
+    yield from _column(_read_table(path), column) if kind_of(path) in TABLES else read_lines(path)
 
 
 def kind_of(path: Path) -> str:
@@ -197,44 +188,131 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_table(path: Path, kind: str, column: str) -> Iterator[str]:
-    builder, options = TABLES[kind]
-    with datasets_library(str(path), lambda: _broken_line(path) if builder == "json" else None) as datasets:
-        table = datasets.load_dataset(builder, data_files=[str(path)], split="train", streaming=True, **options)
-        yield from _column(table, column, str(path))
+def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
+    """The rows of a table, each with where it stands."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        yield from parquet_rows(path)
+        report(path.stat().st_size)
+        return
+    lines = read_lines(path, report)
+    first = next(lines, "")
+    lines = chain([first], lines)
+    if kind == ".json" and first.lstrip().startswith("["):
+        for number, row in enumerate(json_value("\n".join(lines), str(path)), 1):
+            yield f"{path}: object {number}", row
+    elif kind in (".csv", ".tsv"):
+        yield from delimited_rows(lines, path, "," if kind == ".csv" else "\t", kind == ".csv")
+    else:
+        yield from json_rows(lines, path)
+
+
+def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of JSON lines, each with where it stands; blank lines are none."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{path}:{number}", json_value(line, f"{path}:{number}")
+
+
+def json_value(text: str, where: str) -> Any:
+    """A JSON text's value; half a character, such as a cut emoji, is replaced. Raises UserError, naming `where`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if "\\ud" not in text.lower():
+        return value
+    whole = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return json.loads(whole)
+
+
+def delimited_rows(
+    lines: Iterable[str], path: Path, delimiter: str, quoting: bool, names: list[str] | None = None, advice: str = ""
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of columns, each with where it begins; without `names` the first row is the columns'.
+
+    With `quoting`, a field in quotes may hold delimiters and new lines; without it, the last of `names` takes what is
+    left of its line. Raises UserError, with `advice`, for a row of more or fewer columns.
+    """
+    splits = len(names) - 1 if names else -1
+    split = ((number, line.split(delimiter, splits)) for number, line in enumerate(lines, 1) if line.strip())
+    records = _quoted(lines, path, delimiter) if quoting else split
+    if names is None:
+        names = next(records, (0, []))[1]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column's name stands there twice: {', '.join(names)}{advice}")
+    for number, fields in records:
+        if len(fields) != len(names):
+            raise UserError(
+                f"{path}:{number}: {len(fields)} columns, but {len(names)} are named ({', '.join(names)}){advice}"
+            )
+        yield f"{path}:{number}", dict(zip(names, fields, strict=True))
+
+
+def _quoted(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Records of fields, some in quotes, with the line where each begins."""
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter)
+    number = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield number, fields
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{number}: {error}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a Parquet file, each with where it stands. Raises UserError for what is none."""
+    import pyarrow.parquet  # only data that need it import it
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _read_dataset(source: Source, setting: str) -> Iterator[str]:
     name = f"{setting}: {source.dataset}"
     with datasets_library(name) as datasets:
-        yield from _column(load_dataset(datasets, source, source.streaming), source.column, name)
+        batches = load_dataset(datasets, source, source.streaming).iter(batch_size=1000)
+        rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+        yield from _column(((f"{name}: row {number}", row) for number, row in enumerate(rows, 1)), source.column)
 
 
 @contextmanager
-def datasets_library(name: str, explain: Callable[[], str | None] = lambda: None) -> Iterator[Any]:
-    """The datasets library, quiet, to read `name`: whatever its readers raise becomes a UserError of one line, the one
-    that `explain` finds if it finds any. Only data that need it import it.
-    """
+def datasets_library(name: str) -> Iterator[Any]:
+    """The datasets library, quiet, to read `name`: what its readers raise becomes a UserError of one line."""
     try:
-        import datasets
+        import datasets  # only data that need it import it
     except ImportError:
         raise UserError(f"{name}: the datasets library reads it, and is not installed: pip install datasets") from None
+    import pyarrow
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error comes back as an exception
+    theirs = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
     try:
-        yield datasets
-    except UserError:
-        raise
-    except Exception as error:  # the library raises whatever its readers do
+        with full_disk_named(Path(datasets.config.HF_DATASETS_CACHE)):
+            yield datasets
+    except (*theirs, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(explain() or f"{name}: cannot be read as a dataset: {reason}") from None
+        raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
 
 
 def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:
     """The dataset that a place means: one that was saved to a folder, alone or with others, or one of the hub."""
     folder = Path(str(place.dataset))
     if (folder / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(folder))[place.split]
+        parts = datasets.load_from_disk(str(folder))
+        if place.split not in parts:
+            raise UserError(f"{place.dataset}: there is no split {place.split!r}; there are {', '.join(parts)}")
+        return parts[place.split]
     if (folder / "state.json").exists():
         return datasets.load_from_disk(str(folder))
     return datasets.load_dataset(
@@ -242,24 +320,16 @@ def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:
     )
 
 
-def _column(table: Any, column: str, name: str) -> Iterator[str]:
-    for rows in table.iter(batch_size=1000):
-        if column not in rows:
+def _column(rows: Iterator[tuple[str, Any]], column: str) -> Iterator[str]:
+    """One column's texts; a row that lacks it is empty, unless it is the first."""
+    for number, (where, row) in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: should hold an object with named columns, such as {{"{column}": …}}')
+        if number == 0 and column not in row:
             raise UserError(
-                f"{name}: there is no column {column!r}; there are {', '.join(rows)} (set column, or --column)"
+                f"{where}: there is no column {column!r}; there are {', '.join(row)} (set column, or --column)"
             )
-        for text in rows[column]:
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{name}: the column {column!r} holds {type(text).__name__}, not text")
-            yield text or ""
-
-
-def _broken_line(path: Path) -> str | None:
-    """Where a JSON lines file breaks, found by reading it line by line; None when each line is valid."""
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            if line.strip():
-                json.loads(line)
-        except ValueError as error:
-            return f"{path}:{number}: not valid JSON: {error}"
-    return None
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: the column {column!r} holds {type(text).__name__}, not text")
+        yield text or ""

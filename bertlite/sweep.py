@@ -9,7 +9,7 @@ import pandas
 
 from bertlite.config import FinetuneConfig, Range, SweepConfig
 from bertlite.config_file import dump_config, with_changes
-from bertlite.errors import Failure, UserError
+from bertlite.errors import DiskFull, Failure, UserError
 from bertlite.files import write_whole
 from bertlite.finetune import check_settings, run
 from bertlite.run_folder import open_run, write_config
@@ -36,6 +36,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
         write_config(folder, config)
         storage = f"sqlite:///{folder / 'study.db'}"
         study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+        _keep_best(folder, study, base, space)
         while (done := sum(trial.state.is_finished() for trial in study.trials)) < config.sweep.trials:
             study.sampler = optuna.samplers.TPESampler(seed=config.sweep.seed + done)  # resumed or not, the same
             trial = study.ask()
@@ -45,23 +46,33 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             one = with_changes(base, {**chosen, "output_dir": str(place), "task.test": None}, "sweep.space")
             try:
                 study.tell(trial, run(one)["mean"])
+            except DiskFull:
+                raise
             except Failure as error:  # these settings do not train
                 say(f"trial {trial.number}: {error}")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                continue
-            if study.best_trial.number == trial.number:
-                shutil.rmtree(folder / "model", ignore_errors=True)
-                (place / "model").rename(folder / "model")
-                best = with_changes(base, {**chosen, "output_dir": f"{config.output_dir}-best"}, "sweep.space")
-                write_whole(folder / "best.yaml", dump_config(best))
-            else:
-                shutil.rmtree(place / "model")
-            rows = _rows(study)
-            write_whole(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
-            _draw(folder / "trials.png", rows, list(space))
+            _keep_best(folder, study, base, space)
         if rows := _rows(study):
             return rows
         raise Failure(f"{folder}: no trial ended well")
+
+
+def _keep_best(folder: Path, study: Any, base: FinetuneConfig, space: dict[str, Any]) -> None:
+    """Leave what the trials so far have found, wherever the last process was stopped."""
+    rows = _rows(study)
+    if not rows:
+        return
+    model = folder / f"trial-{rows[0]['trial']:03d}" / "model"
+    if model.exists():
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        model.rename(folder / "model")
+    for other in folder.glob("trial-*/model"):
+        shutil.rmtree(other)
+    chosen = {name: rows[0][name] for name in space}
+    best = with_changes(base, {**chosen, "output_dir": f"{base.output_dir}-best"}, "sweep.space")
+    write_whole(folder / "best.yaml", dump_config(best))
+    write_whole(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
+    _draw(folder / "trials.png", rows, list(space))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,8 +1,5 @@
 """Tables of labelled examples in whatever form they lie, as rows of named columns."""
 
-import csv
-import io
-import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,14 +7,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
-from bertlite.sources import DAMAGED, DECOMPRESSORS, datasets_library, kind_of, load_dataset
-
-csv.field_size_limit(1 << 30)
+from bertlite.sources import (
+    DAMAGED,
+    DECOMPRESSORS,
+    datasets_library,
+    delimited_rows,
+    json_rows,
+    json_value,
+    kind_of,
+    load_dataset,
+    parquet_rows,
+)
 
 
 class Row(NamedTuple):
@@ -39,17 +41,22 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
     path = table_file(place, setting)
     kind = kind_of(path)
     if kind == ".parquet":
-        rows = list(_parquet(path))
+        found: Iterator[tuple[str, Any]] = parquet_rows(path)
     else:
         text = _decoded(path, settings.encoding)
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
         if kind in (".jsonl", ".ndjson"):
-            rows = [Row(f"{path}:{number}", _json(line, f"{path}:{number}")) for number, line in _lines(text)]
+            found = json_rows(lines, path)
         elif kind == ".json":
-            rows = list(_json_document(_json(text, str(path)), path))
+            found = _json_document(json_value(text, str(path)), path)
         elif settings.type == "token-classification":
-            rows = list(_sentences(text, path, settings))
+            found = _sentences(lines, path, settings)
         else:
-            rows = list(_fields(text, path, kind, settings))
+            quoting = settings.quoting if settings.quoting is not None else kind == ".csv"
+            delimiter = settings.delimiter or ("," if kind == ".csv" else "\t")
+            advice = "; see task.columns, task.delimiter and task.quoting"
+            found = delimited_rows(lines, path, delimiter, quoting, settings.columns, advice)
+    rows = [Row(*one) for one in found]
     if not rows:
         raise UserError(f"{setting}: {path} holds no rows")
     for row in rows:
@@ -60,7 +67,7 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
 
 def table_file(place: Place, setting: str) -> Path:
     """The file that a place means. Raises UserError when there is none."""
-    path = Path(str(place.path)).expanduser()
+    path = Path(str(place.path))
     if place.path == "sample":
         part = {"validation": "dev"}.get(setting.split(".")[-1], setting.split(".")[-1])
         path = Path(str(files("bertlite") / "sample" / f"subject_{part}.tsv"))
@@ -95,37 +102,7 @@ def _decoded(path: Path, encoding: str) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.removesuffix("\r")
-
-
-def _fields(text: str, path: Path, kind: str, settings: TaskSettings) -> Iterator[Row]:
-    """Delimited columns. Without quoting, the last of `columns` takes what is left of its line."""
-    delimiter = settings.delimiter or ("," if kind == ".csv" else "\t")
-    names = settings.columns
-    if settings.quoting if settings.quoting is not None else kind == ".csv":
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        numbered: Iterator[tuple[int, list[str]]] = ((reader.line_num, fields) for fields in reader if fields)
-    else:
-        splits = len(names) - 1 if names else -1
-        numbered = ((number, line.split(delimiter, splits)) for number, line in _lines(text))
-    if names is None:
-        names = next(numbered, (0, []))[1]
-        if len(set(names)) < len(names):
-            raise UserError(f"{path}: a column's name stands there twice: {', '.join(names)}; set task.columns")
-    for number, fields in numbered:
-        if len(fields) != len(names):
-            raise UserError(
-                f"{path}:{number}: {len(fields)} columns, but {len(names)} are named ({', '.join(names)}); "
-                "see task.columns, task.delimiter and task.quoting"
-            )
-        yield Row(f"{path}:{number}", dict(zip(names, fields, strict=True)))
-
-
-def _sentences(text: str, path: Path, settings: TaskSettings) -> Iterator[Row]:
+def _sentences(lines: list[str], path: Path, settings: TaskSettings) -> Iterator[tuple[str, Any]]:
     """CoNLL's form: a word a line, its tag in the last column or in that which `columns` calls the label."""
     words: list[str] = []
     tags: list[str] = []
@@ -134,18 +111,15 @@ def _sentences(text: str, path: Path, settings: TaskSettings) -> Iterator[Row]:
     if word is None or tag is None:
         raise UserError(f"task.columns should name {settings.text[0]!r} and {settings.label!r} (task.text, task.label)")
     first = 0
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        line = line.strip("\r\n ")
+    for number, line in enumerate([*lines, ""], 1):
+        line = line.strip("\r ")
         if not line.strip() or line.startswith("-DOCSTART-"):
             if words:
-                yield Row(f"{path}:{first}", {settings.text[0]: words, settings.label: tags})
+                yield f"{path}:{first}", {settings.text[0]: words, settings.label: tags}
             words, tags = [], []
             continue
-        fields = (
-            re.split("[\t]" if "\t" in line else " +", line)
-            if not settings.delimiter
-            else line.split(settings.delimiter)
-        )
+        separator = re.escape(settings.delimiter) if settings.delimiter else "\t" if "\t" in line else " +"
+        fields = re.split(separator, line)
         if len(fields) < 2 or (settings.columns and len(fields) != len(names)):
             raise UserError(f"{path}:{number}: {line!r} should be {' '.join(names)}")
         first = first if words else number
@@ -153,41 +127,25 @@ def _sentences(text: str, path: Path, settings: TaskSettings) -> Iterator[Row]:
         tags.append(fields[tag if settings.columns else -1])
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-
-
-def _json_document(content: Any, path: Path) -> Iterator[Row]:
+def _json_document(content: Any, path: Path) -> Iterator[tuple[str, Any]]:
     """A list of objects, or SQuAD's articles, paragraphs and questions (Rajpurkar et al. 2016) as flat rows."""
     articles = content.get("data") if isinstance(content, dict) else content
     if not isinstance(articles, list):
         raise UserError(f"{path}: should be a list of objects, or have one under the key data, as SQuAD does")
     for number, article in enumerate(articles, 1):
         if not (isinstance(article, dict) and "paragraphs" in article):
-            yield Row(f"{path}: object {number}", article)
+            yield f"{path}: object {number}", article
             continue
         try:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
                     columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
-                    yield Row(f"{path}: question {question['id']}", {**columns, "answers": answers})
+                    yield f"{path}: question {question['id']}", {**columns, "answers": answers}
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: article {number} is not as SQuAD's: {error} is missing or of another kind"
             ) from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    for number, columns in enumerate(table.to_pylist(), 1):
-        yield Row(f"{path}: row {number}", columns)
 
 
 def _dataset(place: Place, setting: str) -> Iterator[Row]:
@@ -197,6 +155,6 @@ def _dataset(place: Place, setting: str) -> Iterator[Row]:
         for number, columns in enumerate(table, 1):
             for key, feature in table.features.items():
                 names = getattr(feature, "feature", feature)  # of a list, its members
-                if hasattr(names, "int2str") and columns[key] != -1:
+                if hasattr(names, "int2str") and columns[key] not in (-1, None):
                     columns[key] = names.int2str(columns[key])
             yield Row(f"{place.dataset}, {place.split}: row {number}", columns)

@@ -52,7 +52,8 @@ class ExampleBatches:
     """Batches of examples packed into rows of one length, like those of pretraining: a pure function of the seed and
     the number of the first row, with hardly any padding and always of one shape.
 
-    `length` is a length of rows to keep to; where examples are longer, or without it, the shortest that packs well.
+    `length` is a length of rows to keep to; where examples are longer, or without it, the shortest that packs well, or
+    else that which packs best.
     """
 
     def __init__(self, examples: Examples, head: type[nn.Module], pad_id: int, seed: int = 0, length: int = 0) -> None:
@@ -60,11 +61,14 @@ class ExampleBatches:
         self.lengths = np.array([len(ids) for ids in examples.ids])
         longest = int(self.lengths.max())
         multiples = range(1, max(1, LONGEST_ROW // longest) + 1)
-        for self.length in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in multiples]:
-            self.rows = len(pack(self.lengths, self.length)[1]) - 1
-            self.padding = 1 - self.lengths.sum() / (self.rows * self.length)
-            if self.padding <= MOST_PADDING:
+        found: dict[int, tuple[float, int]] = {}
+        for one in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in multiples]:
+            rows = len(pack(self.lengths, one)[1]) - 1
+            found[one] = 1 - self.lengths.sum() / (rows * one), rows
+            if found[one][0] <= MOST_PADDING:
                 break
+        self.length = min(found, key=found.__getitem__)  # of few examples, none may pack well
+        self.padding, self.rows = found[self.length]
         self.places = self.length // self.lengths.min()
         self.packings: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -235,15 +239,17 @@ def sorted_labels(labels: set[str]) -> list[str]:
 
 def one_label(row: Row, settings: TaskSettings) -> str:
     value = column(row, settings.label, "task.label")
+    if isinstance(value, list | dict):
+        raise UserError(f"{row.where}: the label in column {settings.label!r} is {value!r}; it should be one text")
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() == "":
         raise UserError(f"{row.where}: the label in column {settings.label!r} is empty: {value!r}")
-    return str(value)
+    return str(value).strip()
 
 
 def several_labels(row: Row, settings: TaskSettings) -> list[str]:
     """A list, or a text cut at `label_separator`; it may be empty."""
     value = column(row, settings.label, "task.label")
-    parts = value if isinstance(value, list) else str(value or "").split(settings.label_separator)
+    parts = value if isinstance(value, list) else str("" if value is None else value).split(settings.label_separator)
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
@@ -251,16 +257,16 @@ def one_number(row: Row, settings: TaskSettings) -> float:
     value = column(row, settings.label, "task.label")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise UserError(f"{row.where}: the target in column {settings.label!r} is {value!r}, which is no finite number")
     return number
 
 
 def words_and_tags(row: Row, settings: TaskSettings) -> tuple[list[str], list[str]]:
-    """A sentence's words and tags, the tags as IOB2: in IOB1, IOB2 and BMES alike, what follows no part of its own
-    kind begins an entity, and so do B and S."""
+    """A sentence's words and tags, the tags as IOB2: in IOB1, IOB2, BMES and BILOU alike, what follows no part of
+    its own kind begins an entity, and so do B, S and U."""
     words, tags = (column(row, name, "task") for name in (settings.text[0], settings.label))
     if not isinstance(words, list) or not isinstance(tags, list):
         raise UserError(
@@ -274,7 +280,7 @@ def words_and_tags(row: Row, settings: TaskSettings) -> tuple[list[str], list[st
     for tag in map(str, tags):
         place, _, kind = tag.partition("-")
         if tag != "O" and (place not in ("B", "I", "M", "E", "S", "L", "U") or not kind):
-            raise UserError(f"{row.where}: {tag!r} is no tag; they are O, B-KIND, I-KIND, or M-, E-, S-KIND in BMES")
+            raise UserError(f"{row.where}: {tag!r} is no tag; they are O, B-KIND, I-KIND, or with M-, E-, S-, L-, U-")
         begins = place in ("B", "S", "U") or kind != before
         result.append("O" if tag == "O" else f"{'B' if begins else 'I'}-{kind}")
         before = "" if place in ("E", "S", "L", "U") else kind
@@ -286,7 +292,7 @@ def answers_of(row: Row) -> tuple[list[str], list[int]]:
     answers = column(row, "answers", "SQuAD's form")
     try:
         return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise UserError(f"{row.where}: answers should hold the lists text and answer_start") from None
 
 

@@ -58,6 +58,8 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         raise UserError(f"{name}: no tokenizer could be loaded from it: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise UserError(f"{name}: the numbers of its pieces have gaps; they should be 0 to {len(tokenizer) - 1}")
     missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(f"{name}: the tokenizer lacks {', '.join(missing)}, which masked language modelling needs")

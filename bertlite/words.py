@@ -14,7 +14,7 @@ def word_start_table(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """For every id of the vocabulary (V,), whether its piece begins a word.
 
     WordPiece marks the pieces that go on (Schuster and Nakajima 2012; BERT writes ##); SentencePiece and byte-level
-    BPE mark those that begin (▁ and Ġ).
+    BPE mark those that begin (▁ and Ġ). Where no piece is marked, each is a word.
     """
     model = json.loads(tokenizer.to_str())["model"]
     starts = np.ones(tokenizer.get_vocab_size(), dtype=bool)
@@ -23,7 +23,7 @@ def word_start_table(tokenizer: Tokenizer) -> NDArray[np.bool_]:
             starts[number] = not piece.startswith(model["continuing_subword_prefix"])
         else:
             starts[number] = piece.startswith(("▁", "Ġ"))
-    return starts
+    return starts if starts.any() else ~starts
 
 
 def jieba_words(text: str) -> list[str]:

@@ -265,6 +265,10 @@ def test_dump_is_complete(load):
         ("data: {train: [a, 3]}", ["data.train is 3", "section"]),
         ("data: {train: 3}", ["data.train is 3", "section"]),
         ("data: {train: [a], document: lines}", ["data.document is 'lines'", "'blank-line'", "'line'"]),
+        ("data: {train: [{path: a, weights: 2}]}", ["data.train.0.weights is not", "Did you mean data.train.weight?"]),
+        ("data: {train: [{column: x}]}", ["data.train.path: name either a path or a dataset"]),
+        ("data: {train: [{path: a, split: dev}]}", ["data.train.split is 'dev', but goes with a dataset"]),
+        ("task: {train: a}\noutput_dir: x", ["its section task is none of this command", "bertlite finetune reads it"]),
         # sections
         ("data: {train: [a]}\ntrain: 5", ["train is 5", "section"]),
         ("data: {train: [a]}\ntrain:", ["train is None", "section"]),

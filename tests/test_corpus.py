@@ -24,7 +24,7 @@ from bertlite import corpus as corpus_module
 from bertlite import sources as sources_module
 from bertlite.config import DataSettings, Source
 from bertlite.corpus import Corpus, cache_folder, prepare_corpus
-from bertlite.errors import UserError
+from bertlite.errors import DataLost, UserError
 from bertlite.files import locked
 from bertlite.sources import file_digest, read_documents, source_files
 from bertlite.tokenizer import SPECIAL_TOKENS, train_word_piece, word_piece, wrap
@@ -372,6 +372,16 @@ def test_a_damaged_file_can_be_mended(tmp_path, prepare, monkeypatch):
     corpus = prepare(path)
     assert len(corpus) == 40
     assert contents(corpus.folder) == contents(prepare(path, cache=tmp_path / "other").folder)
+
+
+@pytest.mark.parametrize("name, size", [("tokens.bin", 10), ("tokens.bin", 11), ("document_starts.bin", 8)])
+def test_a_corpus_that_was_cut_is_named(name, size, tmp_path, prepare):
+    (tmp_path / "text.txt").write_text("one document\n\nanother one")
+    corpus = prepare(tmp_path / "text.txt")
+    with (corpus.folder / name).open("r+b") as file:
+        file.truncate(size)
+    with pytest.raises(DataLost, match="its files were cut; remove it"):
+        prepare(tmp_path / "text.txt")
 
 
 # The cache

@@ -1,11 +1,14 @@
 """Files and folders that are whole or not there."""
 
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bertlite.errors import UserError
 from bertlite.files import new_folder, remove_leftovers, sha256, write_whole
 
 
@@ -33,6 +36,14 @@ def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
         write_whole(path, "new \ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a device or a pipe; name a file"):
+            write_whole(path, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from bertlite import finetune
 from bertlite.batches import Batch
-from bertlite.config import FinetuneConfig, FinetuneTrainSettings
+from bertlite.config import FinetuneConfig, FinetuneTrainSettings, TaskSettings
 from bertlite.config_file import load_config
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs, learning_rate_scale, run, steps_of
@@ -34,10 +34,21 @@ from bertlite.hf import load_model
 from bertlite.masking import IGNORED
 from bertlite.model import SequenceClassifier
 from bertlite.optim import Optimizer, learning_rate_factor
+from bertlite.philox import ROW_ORDER, permute
 from bertlite.predict import entities, load_classifier, predict, read_texts
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
-from bertlite.tasks import TASKS, ExampleBatches, compute_scores, label_loss, summed
+from bertlite.tables import Row
+from bertlite.tasks import (
+    TASKS,
+    ExampleBatches,
+    Examples,
+    compute_scores,
+    label_loss,
+    one_label,
+    several_labels,
+    summed,
+)
 from bertlite.tokenizer import load_tokenizer, train_word_piece, wrap
 
 SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample"
@@ -84,17 +95,17 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory) -> Path:
-    """A tiny Hugging Face BERT of random weights with a tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
+def vocabulary(tmp_path_factory) -> Path:
+    """A folder with a tokenizer of a thousand pieces."""
+    folder = tmp_path_factory.mktemp("vocabulary")
     texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")[:60]
     wrap(train_word_piece(texts, 1000, True)).save_pretrained(folder)
     return folder
 
 
-def with_head(bert: Path, kind: str, out: Path, std: float = 0.1) -> Path:
-    """`bert` as transformers' class for a type of task."""
-    shutil.copytree(bert, out, dirs_exist_ok=True)
+def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
+    """A tiny BERT of random weights as transformers' class for a type of task, with a tokenizer."""
+    shutil.copytree(vocabulary, out, dirs_exist_ok=True)
     theirs, labels = HEADS.get(kind, (BertModel, {}))
     config = BertConfig(**TINY, vocab_size=1000, max_position_embeddings=128, **labels)
     config.problem_type = TASKS[kind].problem_type if kind in TASKS else None
@@ -103,7 +114,7 @@ def with_head(bert: Path, kind: str, out: Path, std: float = 0.1) -> Path:
 
 
 @pytest.fixture
-def write(bert, tmp_path):
+def write(vocabulary, tmp_path):
     """Write the tables and the YAML of a run of seconds, with changes by dotted names; return the configuration."""
 
     def make(kind: str = "classification", rows: list[dict[str, Any]] | None = None, name: str = "run", **changes):
@@ -113,7 +124,7 @@ def write(bert, tmp_path):
             (tmp_path / f"{part}.jsonl").write_text(lines)
         model = tmp_path / "bert"
         if not model.exists():
-            with_head(bert, "", model)
+            with_head(vocabulary, "", model)
         values: dict[str, Any] = {
             "model": {"init_from": str(model)},
             "task": {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
@@ -165,8 +176,8 @@ def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_twenty_steps_are_those_of_transformers(kind, write, bert, tmp_path):
-    model = with_head(bert, kind, tmp_path / "start", std=0.2)
+def test_twenty_steps_are_those_of_transformers(kind, write, vocabulary, tmp_path):
+    model = with_head(vocabulary, kind, tmp_path / "start", std=0.2)
     changes = {
         "train__max_steps": 20,
         "train__learning_rate": 5e-5,
@@ -191,7 +202,7 @@ def test_twenty_steps_are_those_of_transformers(kind, write, bert, tmp_path):
     for step in range(20):
         samples = np.arange(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
         epochs = samples // batches.rows
-        places = finetune_places(samples, batches, epochs)
+        places = permute(samples % batches.rows, batches.rows, (batches.seed, ROW_ORDER), epochs)
         members = [int(one) for pair in zip(epochs, places, strict=True) for one in batches.members(*map(int, pair))]
         losses = [their_loss(theirs, kind, train.examples, member) for member in members]
         loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
@@ -206,15 +217,9 @@ def test_twenty_steps_are_those_of_transformers(kind, write, bert, tmp_path):
     assert log(config.output_dir) == pytest.approx(expected, abs=1e-5, rel=0)
 
 
-def finetune_places(samples, batches, epochs):
-    from bertlite.philox import ROW_ORDER, permute
-
-    return permute(samples % batches.rows, batches.rows, (batches.seed, ROW_ORDER), epochs)
-
-
 @pytest.mark.parametrize("kind", TASKS)
-def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, bert, tmp_path):
-    model = with_head(bert, kind, tmp_path / "start", std=0.2)
+def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, vocabulary, tmp_path):
+    model = with_head(vocabulary, kind, tmp_path / "start", std=0.2)
     work = prepared(write(kind, model__init_from=str(model)))
     ours, theirs = load_model(model), HEADS[kind][0].from_pretrained(model).eval()
     part = work.parts["validation"]
@@ -288,8 +293,8 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_predictions_are_those_of_the_pipeline(kind, bert, tmp_path):
-    folder = with_head(bert, kind, tmp_path, std=0.3)
+def test_predictions_are_those_of_the_pipeline(kind, vocabulary, tmp_path):
+    folder = with_head(vocabulary, kind, tmp_path, std=0.3)
     texts = [text for _, text in SENTENCES[200:270]]
     name, options = PIPELINES[kind]
     expected = pipeline(name, model=str(folder), device="cpu")(texts, **options)
@@ -309,9 +314,9 @@ def test_predictions_are_those_of_the_pipeline(kind, bert, tmp_path):
             assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
-def test_tags_of_words_become_entities_as_seqeval_has_them(bert):
-    tokenizer = load_tokenizer(str(bert))
-    labels = ["O", "B-A", "I-A", "B-B", "I-B"]
+def test_tags_of_words_become_entities_as_seqeval_has_them(vocabulary):
+    tokenizer = load_tokenizer(str(vocabulary))
+    labels = ["O", "B-a-work", "I-a-work", "B-B", "I-B"]  # WNUT17 has a kind with a hyphen
     text = SENTENCES[3][1]
     encoding = tokenizer(text).encodings[0]
     words = sorted({word for word in encoding.word_ids if word is not None})
@@ -332,8 +337,8 @@ def test_tags_of_words_become_entities_as_seqeval_has_them(bert):
         assert all(one["word"] == text[one["start"] : one["end"]] and one["score"] == 2 for one in found)
 
 
-def test_answers_are_the_likeliest_spans_of_the_context(bert, tmp_path):
-    folder = with_head(bert, "question-answering", tmp_path, std=0.3)
+def test_answers_are_the_likeliest_spans_of_the_context(vocabulary, tmp_path):
+    folder = with_head(vocabulary, "question-answering", tmp_path, std=0.3)
     model, tokenizer = load_classifier(folder, start("fp32"))
     tokenizer.model_max_length = 64  # so that contexts are read in pieces
     theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
@@ -545,7 +550,7 @@ def test_class_weights(write):
     assert summed(*label_loss(scores, batch, weights))[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_several_tasks_and_their_table(write, tmp_path, capsys):
+def test_several_tasks_and_their_table(write, tmp_path):
     config = write()
     other = config.task.model_copy(update={"metric": "macro_f1"})
     suite = FinetuneConfig(model=config.model, tasks={"one": config.task, "two": other}, train=config.train,
@@ -586,6 +591,9 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "no label": (C, bad_rows(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
     "NaN": (R, bad_rows(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
     "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', which is no finite number"),
+    "no number that fp32 has": (R, bad_rows(R, 30, label=1e39), {}, r"is 1e\+39, which is no finite number"),
+    "a number of many digits": (R, bad_rows(R, 30, label=10**400), {}, r"which is no finite number"),
+    "a list": (C, bad_rows(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\]; it should be one text"),
     "tags": (T, bad_rows(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
     "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is no tag"),
     "no entity": (T, [row | {"label": ["O"] * len(row["text"])} for row in rows_of(T)], {}, "all tags .* are O"),
@@ -606,7 +614,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "texts": (T, None, {"task__text": ["a", "b"]}, r"task\.text names 2 columns; token-classification reads 1"),
     "model": (C, None, {"model__init_from": None}, r"no model to begin from: name it by --model"),
     "no model": (C, None, {"model__init_from": "/nowhere"}, r"/nowhere: no such model folder"),
-    "one row": (C, rows_of(C)[:25], {"task__validation": None}, "all 1 rows have the label"),
+    "one row": (R, rows_of(R)[:25], {"task__validation": None}, r"task\.train holds one row, so none can be held out"),
 }
 
 
@@ -616,6 +624,23 @@ def test_bad_input_is_named_and_leaves_nothing_behind(name, write, tmp_path):
     with pytest.raises(UserError, match=message):
         run(write(kind, rows, **changes))
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
+
+
+def test_a_label_is_the_same_with_and_without_blanks_around_it():
+    settings = TaskSettings.model_validate({"train": "x", "type": "multilabel"})
+    assert one_label(Row("", {"label": " a "}), settings) == "a"
+    for value, wanted in {0: ["0"], 1: ["1"], "": [], "a, b": ["a", "b"]}.items():
+        assert several_labels(Row("", {"label": value}), settings) == wanted
+
+
+@pytest.mark.parametrize("lengths", [[12], [140, 9], [90, 60, 61, 130, 20, 77, 50, 52, 30, 100]])
+def test_few_examples_take_few_positions(lengths):
+    """Less than as many again as there are tokens, where no length of rows packs them well."""
+    ids = [[1] * length for length in lengths]
+    examples = Examples(ids, ids, [None] * len(ids), list(range(len(ids))), [0] * len(ids), 0)
+    batches = ExampleBatches(examples, SequenceClassifier, 0)
+    assert batches.rows * batches.length < 2 * sum(lengths) + 8
+    assert batches.length % 8 == 0 and batches.length >= max(lengths)
 
 
 def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, capsys):
@@ -630,8 +655,8 @@ def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, c
     assert ignored == {6, 7}
     texts = {number: row["answers"]["text"][0] for number, row in enumerate(rows[24:])}
     found = set()
-    for ids, spans, owner, target in zip(*list(vars(examples).values())[:1], examples.spans, examples.owners,
-                                         examples.targets, strict=True):  # fmt: skip
+    columns = examples.ids, examples.spans, examples.owners, examples.targets
+    for ids, spans, owner, target in zip(*columns, strict=True):
         if target[0] > 0:
             context = rows[24 + owner]["context"]
             covered = context[spans[target[0]][0] : spans[target[1]][1]]

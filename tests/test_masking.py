@@ -134,6 +134,19 @@ def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
                 assert len(set(chosen[row, word])) == 1, "a word is masked in part"
 
 
+@pytest.mark.parametrize("length", [32, 512])  # 15 % of both, without [CLS] and [SEP], is a half above a whole number
+def test_no_rounding_hides_more_tokens_than_there_are_slots_for(length):
+    ids = np.full((1, length), VOCABULARY.ordinary_ids[0])
+    ids[0, [0, -1]] = SPECIAL[0]
+    slots = prediction_slots(length, MaskingSettings())
+    rates = np.nextafter([0.15], 1)
+    inputs, positions, labels = mask_rows(
+        ids, np.ones_like(ids, bool), np.arange(1), VOCABULARY, "token", rates, slots, (0, 3)
+    )
+    assert set(np.flatnonzero(inputs != ids)) <= set(positions[labels != IGNORED].tolist())
+    assert (labels != IGNORED).sum() == slots
+
+
 @settings(deadline=None)
 @given(rate=RATE, length=st.integers(8, 300), data=st.data())
 def test_prediction_slots_are_enough_for_any_number_of_documents_in_a_full_row(rate, length, data):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.scheme import IOB1, IOB2, IOBES, Entities
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
 from bertlite import metrics
@@ -50,6 +50,7 @@ def test_answers_are_compared_without_case_articles_and_punctuation():
 def test_labels_and_numbers():
     assert CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 0]) == f1_score([0, 1, 1], [0, 1, 0])
     assert CLASSIFICATION["f1"]([0, 1, 2], [0, 1, 0]) == CLASSIFICATION["macro_f1"]([0, 1, 2], [0, 1, 0])
+    assert CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 2]) == CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 0])  # one measure
     assert CLASSIFICATION["f1"]([0, 0], [0, 0]) == 0  # no warning, no error
     assert CLASSIFICATION["matthews_correlation"]([0, 1, 0, 1], [0, 1, 0, 1]) == 1
     assert MULTILABEL["accuracy"]([[0, 1], [1, 1]], [[0, 1], [1, 0]]) == 0.5
@@ -63,6 +64,7 @@ TAGS = {
     IOB1: "I-A I-A O I-A B-A I-B O I-B B-B I-A",
     IOB2: "B-A I-A O B-A B-A B-B O B-B B-B B-A",
     IOBES: "B-A E-A O S-A S-A B-B I-B E-B S-B B-A I-A I-A E-A",
+    BILOU: "B-A L-A O U-A U-A B-B I-B L-B U-B B-A I-A I-A L-A",
 }
 
 

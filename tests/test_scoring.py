@@ -119,18 +119,20 @@ def test_long_documents_are_cut_into_pieces(every_head, model, tmp_path):
 
 
 def test_one_pair_without_names_takes_those_of_its_file(model, tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"sentence_good": "A state.", "sentence_bad": "State a."}')
+    (tmp_path / "mine.jsonl").write_text('{"sentence_good": "A state.", "sentence_bad": "State a.", "UID": null}\n\n')
     assert list(minimal_pairs(*model, read_pairs([str(tmp_path)]))["phenomena"]) == ["mine"]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"sentence_good": "a", "sentence_bad": "b"}\nnothing', r"p\.jsonl:2: not a JSON object with the texts"),
+        ('{"sentence_good": "a", "sentence_bad": "b"}\nnothing', r"p\.jsonl:2: not valid JSON"),
         ('{"sentence_good": "a"}', r"p\.jsonl:1: not a JSON object"),
         ('{"sentence_good": "a", "sentence_bad": 3}', r"p\.jsonl:1: not a JSON object"),
         ("[1]", r"p\.jsonl:1: not a JSON object"),
         ("", r"p\.jsonl is empty"),
+        ("\n\n", r"--pairs: there is no pair in it"),
+        ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
         ('{"sentence_good": "a", "sentence_bad": ""}', r"0 tokens, not 1 to 48"),
         (json.dumps({"sentence_good": "a", "sentence_bad": "b " * 49}), r"49 tokens, not 1 to 48.*'b b b"),
     ],

@@ -30,17 +30,17 @@ def write_jsonl(path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
 
 
-def write_table(path, delimiter):
+def write_csv(path):
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["id", "body"], delimiter=delimiter)
+        writer = csv.DictWriter(file, ["id", "body"])
         writer.writeheader()
         writer.writerows(ROWS)
 
 
 WRITERS = {
     "rows.jsonl": write_jsonl,
-    "rows.csv": lambda path: write_table(path, ","),
-    "rows.tsv": lambda path: write_table(path, "\t"),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8"),
+    "rows.csv": write_csv,
     "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
     "rows.txt": lambda path: path.write_text("\n\n".join(DOCUMENTS), encoding="utf-8"),
 }
@@ -73,6 +73,39 @@ def prepare(tmp_path, tokenizer, train, **data):
 def test_every_form_gives_the_same_documents(tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert documents(tmp_path / name, column="body") == DOCUMENTS
+
+
+def test_lines_of_a_json_file_are_read_too(tmp_path):
+    write_jsonl(tmp_path / "rows.json")
+    assert documents(tmp_path / "rows.json", column="body") == DOCUMENTS
+
+
+def test_what_a_table_says_is_left_as_it_stands(tmp_path):
+    """No quotes in .tsv, as GLUE has it, and no guesses at types: NA, numbers and dates are texts."""
+    texts = ['Hello "there', 'third" one', "NA", "null", "007", "2026-01-01", '"']
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *(f"{text}\t1" for text in texts)]))
+    assert documents(tmp_path / "a.tsv") == texts
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    assert documents(tmp_path / "a.csv") == texts
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert documents(tmp_path / "a.jsonl") == texts
+
+
+def test_half_a_character_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "cut \ud83d"}) + "\n" + json.dumps({"text": "whole \U0001f600"})
+    )
+    assert documents(tmp_path / "a.jsonl") == ["cut \ufffd", "whole \U0001f600"]
+
+
+def test_a_name_with_brackets_is_a_name_first(tmp_path):
+    for folder in ("d[1]", "d1"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "x.jsonl")
+    assert source_files(Source(path=str(tmp_path / "d[1]" / "x.jsonl")), "") == [tmp_path / "d[1]" / "x.jsonl"]
+    assert source_files(Source(path=str(tmp_path / "d[1]")), "") == [tmp_path / "d[1]" / "x.jsonl"]
+    assert source_files(Source(path=str(tmp_path / "d[0-9]")), "") == [tmp_path / "d1" / "x.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
@@ -111,9 +144,9 @@ def test_sources_of_all_forms_in_one_list(tmp_path, tokenizer):
         write(tmp_path / name)
     train = [{"path": str(tmp_path / name), "column": "body"} for name in WRITERS]
     corpus = prepare(tmp_path, tokenizer, train)
-    assert corpus.summary.source_documents == [50] * 5
+    assert corpus.summary.source_documents == [50] * len(WRITERS)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in DOCUMENTS]
-    assert [corpus.document(number).tolist() for number in range(len(corpus))] == ids * 5
+    assert [corpus.document(number).tolist() for number in range(len(corpus))] == ids * len(WRITERS)
 
 
 def test_duplicates_and_lengths_are_dropped_and_counted(tmp_path, tokenizer):
@@ -171,7 +204,10 @@ def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
         ("a.jsonl", '{"body": "x", "id": 1}\n', "no column 'text'; there are body, id"),
         ("a.csv", "title,content\na,b\n", "no column 'text'; there are title, content"),
         ("a.jsonl", '{"text": 1}\n', "holds int, not text"),
-        ("a.parquet", "no parquet", "a.parquet: cannot be read"),
+        ("a.jsonl", '{"text": "x"}\n["x"]\n', "a.jsonl:2: should hold an object"),
+        ("a.json", '[{"text": "x"},\n{"text": oops}]', r"a.json: not valid JSON: .*line 2"),
+        ("a.csv", 'text,label\nx,1\n"y\nz",2,3\nx,1\n', "a.csv:3: 3 columns, but 2 are named"),
+        ("a.parquet", "no parquet", "a.parquet: not a readable Parquet file"),
     ],
 )
 def test_a_bad_table_is_named(tmp_path, name, content, expected):
@@ -194,6 +230,12 @@ def test_a_truncated_file_is_named(tmp_path, name, suffix, compress):
     (tmp_path / (name + suffix)).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{name}{suffix}: "):
         documents(tmp_path / (name + suffix), column="body")
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="there is no split 'test'; there are train"):
+        list(read_documents(Source(dataset=str(tmp_path / "saved"), split="test"), "line", "data.train"))
 
 
 def test_an_unreachable_dataset_is_named():

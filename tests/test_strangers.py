@@ -44,10 +44,33 @@ def use(folder: Path) -> None:
     model, tokenizer = load_masked_lm(folder)
     fill(model, tokenizer, "w1 [MASK] w2")
     tokenizer("w1 w2 unknown")
+    check_parity(folder)
 
 
 def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"problem_type": "guessing"}, r"config\.json: problem_type is 'guessing'"),
+        ({"add_cross_attention": True}, r"config\.json: add_cross_attention is True"),
+        ({"layer_norm_eps": "small"}, r"config\.json: layer_norm_eps is 'small': "),
+        ({"dtype": "float99"}, r"model: no tokenizer could be loaded from it: .*float99"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"model: transformers cannot load it: "),
+    ],
+)
+def test_settings_that_one_side_cannot_read_are_named(folder, changes, message):
+    change_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        use(folder)
+
+
+@pytest.mark.parametrize("changes", [{"return_dict": False}, {"chunk_size_feed_forward": 7}])
+def test_settings_that_change_no_number_are_passed_over(folder, changes):
+    change_json(folder / "config.json", **changes)
+    assert all(check.ok for check in check_parity(folder))
 
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

@@ -10,11 +10,11 @@ import sys
 import optuna
 import pytest
 import yaml
-from test_finetune import bert, rows_of, with_head, write  # fixtures
+from test_finetune import rows_of, vocabulary, with_head, write  # fixtures
 
 from bertlite.config import FinetuneConfig, SweepConfig
 from bertlite.config_file import load_config
-from bertlite.errors import UserError
+from bertlite.errors import DiskFull, UserError
 from bertlite.finetune import run
 from bertlite.sweep import sweep, table
 
@@ -70,6 +70,32 @@ def test_a_sweep_goes_on_as_if_it_had_not_stopped(write_sweep, tmp_path):
     assert sweep(write_sweep("cut", trials=4), resume=True) == whole
 
 
+def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, tmp_path, monkeypatch):
+    def killed(folder, study, *_):
+        if study.trials:
+            raise KeyboardInterrupt
+
+    whole = sweep(write_sweep("whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bertlite.sweep._keep_best", killed)  # the trial is told, its model has no place yet
+        sweep(write_sweep("cut"))
+    assert sweep(write_sweep("cut"), resume=True) == whole
+    assert [path.parent.name for path in (tmp_path / "cut").rglob("model")] == ["cut"]
+    best = load_config(FinetuneConfig, tmp_path / "cut" / "best.yaml")
+    assert best.train.learning_rate == whole[0]["train.learning_rate"]
+
+
+def test_a_full_disk_ends_a_sweep_and_costs_no_trial(write_sweep, tmp_path, monkeypatch):
+    def full(*_):
+        raise DiskFull("full")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFull):
+        patch.setattr("bertlite.sweep.run", full)
+        sweep(write_sweep())
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    assert not any(trial.state.is_finished() for trial in study.trials)
+
+
 @pytest.mark.parametrize(
     "space, message",
     [
@@ -86,13 +112,7 @@ def test_a_space_that_cannot_be_is_refused_before_anything_runs(space, message, 
     assert not (tmp_path / "sweep").exists()
 
 
-def test_the_commands(
-    bertlite,
-    write,
-    bert,
-    tmp_path,
-    monkeypatch,
-):
+def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
     model = str(write().model.init_from)
     path = tmp_path / "run.yaml"
     values = yaml.safe_load(path.read_text())
@@ -125,7 +145,7 @@ def test_the_commands(
         code, _, err = bertlite("predict", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1
 
-    with_head(bert, "token-classification", tmp_path / "tokens")
+    with_head(vocabulary, "token-classification", tmp_path / "tokens")
     assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
     values |= {"sweep": {"trials": 1, "space": {"train.max_steps": [2]}}, "output_dir": str(tmp_path / "sweep")}
     path.write_text(yaml.safe_dump(values))

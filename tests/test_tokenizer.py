@@ -554,6 +554,13 @@ def folder_of_a_slow_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
+def json_with_a_gap(folder: Path) -> str:
+    pieces = {piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the"])} | {"a": 40}
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
 ALL = "\n".join(SPECIAL_TOKENS)
 
 
@@ -581,6 +588,7 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (written("tokenizer.json", b"\xff\xfe\x00"), "no tokenizer could be loaded"),
         (broken_folder, "no tokenizer could be loaded"),
         (json_without_mask, "mask"),
+        (json_with_a_gap, "the numbers of its pieces have gaps; they should be 0 to 6"),
         (folder_without_mask, "mask"),
         (folder_of_a_slow_tokenizer, "tokenizer.json"),
     ],
