@@ -14,8 +14,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """How much each query attends to each key: (B,H,Q,T), rows sum to 1.
 
-    Scores are scaled by √K in q, which is smaller than the scores, and turned into weights in fp32 at least. A query
-    that may attend nowhere attends everywhere alike: padding gets numbers that nobody reads, never NaN.
+    √K divides q, not the scores, as q is smaller; the softmax is in fp32 at least. A query that may attend nowhere
+    attends everywhere alike: padding gets numbers that nobody reads, never NaN.
     """
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
     if mask is not None:

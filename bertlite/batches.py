@@ -33,7 +33,7 @@ from bertlite.words import word_start_table
 PLAN_VERSION = 3  # raise it when the same corpus would give other rows
 LEAST_PIECE = 8  # tokens of a long document that are worth a piece of their own
 COUNTED_ROWS = 10_000  # that tell how often tokens occur
-DEFAULTS = TrainSettings()
+NO_TRAINING = TrainSettings()
 EVALUATION_MASKING = MaskingSettings()  # held-out text is masked alike whatever the training does: losses compare
 
 
@@ -242,7 +242,7 @@ class Batches:
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         masking: MaskingSettings = EVALUATION_MASKING,
-        train: TrainSettings = DEFAULTS,
+        train: TrainSettings = NO_TRAINING,
     ) -> None:
         self.corpus, self.plan, self.masking, self.train = corpus, plan, masking, train
         self.tokenizer = tokenizer

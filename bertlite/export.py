@@ -35,7 +35,7 @@ class Options:
 
 
 def hugging_face(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: Options) -> list[str]:
-    """A Hugging Face folder: config.json, model.safetensors and the tokenizer, equal to transformers in all numbers."""
+    """A Hugging Face folder: config.json, model.safetensors and the tokenizer."""
     save_model(model, folder, DTYPES[options.dtype or "fp32"])
     tokenizer.save_pretrained(folder)
     return [f"The weights are stored in {options.dtype or 'fp32'}."]

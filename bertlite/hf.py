@@ -238,7 +238,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, 
         raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
     found = {int(layer[1]) for name in weights if (layer := re.search(r"encoder\.layer\.(\d+)\.", name))}
     if found != set(range(layers)):
-        raise UserError(f"{folder}: config.json speaks of {layers} layers, the weights of {len(found)}")
+        raise UserError(f"{folder}: config.json means the layers 0 to {layers - 1}, the weights are of {sorted(found)}")
     for decoder, tied in {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -1,6 +1,5 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
-# (PyTorch gives the call of a module no type.)
 # Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row, L labels.
 import math
 from collections.abc import Callable
@@ -288,7 +287,8 @@ def sinusoids(positions: int, size: int) -> Tensor:
 
 
 def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]], pad_token_id: int) -> None:
-    """Exchange a model's vocabulary: entry i becomes the mean of the old entries `old_ids[i]`, or of all without any.
+    """Exchange a model's vocabulary: entry i becomes the mean of the old entries `old_ids[i]`, or of all of them
+    where `old_ids[i]` is empty.
 
     An entry is a row of the word embedding and a number of the decoder's bias.
     """

@@ -68,15 +68,28 @@ TAGS = {
 }
 
 
+def iob2(tags: list[str]) -> list[str]:
+    settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
+    return words_and_tags(Row("here", {"text": ["word"] * len(tags), "label": tags}), settings)[1]
+
+
 @pytest.mark.parametrize("scheme", TAGS)
 def test_tags_of_every_scheme_become_iob2(scheme):
     tags = TAGS[scheme].split()
     expected = [one.to_tuple()[1:] for one in Entities([tags], scheme).entities[0]]
     forms = [tags, [tag.replace("I-", "M-") for tag in tags]] if scheme is IOBES else [tags]  # M as BMES has it
     for form in forms:
-        settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
-        row = Row("here", {"text": ["word"] * len(form), "label": form})
-        _, converted = words_and_tags(row, settings)
+        converted = iob2(form)
         assert {tag[0] for tag in converted} <= set("BIO")
         assert [(kind, start, end + 1) for kind, start, end in get_entities(converted)] == expected
         assert [one.to_tuple()[1:] for one in Entities([converted], IOB2).entities[0]] == expected
+
+
+@pytest.mark.parametrize("last, single", ["ES", "LU"])
+def test_last_and_single_tags_end_an_entity_also_where_their_scheme_is_broken(last, single):
+    for tags, expected in {
+        f"B-A {last}-A I-A": "B-A I-A B-A",
+        f"{single}-A I-A": "B-A B-A",
+        f"B-A I-A {single}-A": "B-A I-A B-A",
+    }.items():
+        assert iob2(tags.split()) == expected.split()
