@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
     Only for names that no other process is writing.
     """
     for path in folder.glob(f".{name}.*"):
-        if re.search(r"\.(\d+|\w{8})$", path.name):  # a process's number, or mkdtemp's letters
+        if re.search(r"\.\w{8}$", path.name):  # tempfile's letters
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -57,7 +58,11 @@ def locked(path: Path) -> Iterator[None]:
     """Only one process at a time makes `path`; the operating system frees the lock when that process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {path}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         remove_leftovers(path.parent, path.name)
         yield
 
@@ -72,11 +77,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path.parent}: there is no such folder; make it first")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; name a file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with full_disk_named(path.parent):  # a name of its own: containers that share a folder share process numbers
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    aside = Path(name)
     try:
         with full_disk_named(path.parent):
-            with aside.open("wb") as file:
+            with open(number, "wb") as file:
                 yield file
+            aside.chmod(0o666 & ~_umask())
             sync(aside)
             aside.replace(path)
             sync(path.parent)

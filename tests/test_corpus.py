@@ -691,7 +691,7 @@ def test_what_a_killed_process_was_just_writing_is_removed(prepare, tmp_path):
     folder = prepare(path).folder
     whole = contents(folder)
     (folder / "corpus.json").unlink()
-    (folder / ".progress.json.4242").write_text('{"documents"')
+    (folder / ".progress.json.x4y2z4w2").write_text('{"documents"')
     prepare(path)
     assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == whole
 

@@ -38,6 +38,12 @@ def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
+def test_a_file_is_as_readable_as_any_new_one(tmp_path):
+    write_whole(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):
@@ -47,9 +53,9 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    for name in (".step-00000020.abc_1xyz", ".step-00000020.4711"):
+    for name in (".step-00000020.abc_1xyz", ".step-00000020.12345678"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".step-00000040.12").write_text("")
+    (tmp_path / ".step-00000040.q2w3e4r5").write_text("")
     kept = {".git", ".step-00000020.lock", "step-00000020", ".model.abc_1xyz", ".step-00000020"}
     for name in kept:
         (tmp_path / name).mkdir()

@@ -481,8 +481,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads that do not divide": (with_config(num_attention_heads=5), r"num_attention_heads is 5.*hidden_size 24"),
     "size that is no number": (with_config(hidden_size="24"), r"config\.json: hidden_size "),
     "size below 1": (with_config(vocab_size=0), r"config\.json: vocab_size "),
-    "more layers in the config": (with_config(num_hidden_layers=3), r"means the layers 0 to 2, the weights are of \[0, 1\]"),
-    "fewer layers in the config": (with_config(num_hidden_layers=1), r"means the layers 0 to 0, the weights are of \[0, 1\]"),
+    "more layers in the config": (
+        with_config(num_hidden_layers=3),
+        r"means the layers 0 to 2, the weights are of \[0, 1\]",
+    ),
+    "fewer layers in the config": (
+        with_config(num_hidden_layers=1),
+        r"means the layers 0 to 0, the weights are of \[0, 1\]",
+    ),
     "another width in the config": (with_config(hidden_size=30), r"has shape \(600, 24\).*means \(600, 30\)"),
     "another vocabulary in the config": (
         with_config(vocab_size=601),
