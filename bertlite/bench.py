@@ -43,7 +43,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     pairs = list(pairwise(laps[WARM_UP - 1 :]))
     step = median(now.at - before.at for before, now in pairs)
     T = config.data.sequence_length
-    shape, rows = architecture(config, prepared.tokenizer), config.train.global_batch_size
+    shape, rows = architecture(config, prepared.tokenizer), config.train.global_batch_size // runtime.world_size
     flops = matmul_flops(shape, rows, T, prediction_slots(T, config.masking))
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
@@ -66,7 +66,7 @@ def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps
     laps: list[Lap] = []
     with TemporaryDirectory() as folder:
         training = new_training(config, prepared, Path(folder), runtime)
-        training.evaluate, training.save = None, lambda state, progress: None
+        training.evaluate, training.saves = None, False
         training.synchronize = runtime.device.type == "cuda"
         training.watch = lambda *_: laps.append(Lap(perf_counter(), training.progress.tokens, dict(training.seconds)))
         training.run()

@@ -5,9 +5,9 @@ step-00001000/           config.json, model.safetensors, tokenizer files
 """
 
 import json
-import os
 import re
 import shutil
+import tempfile
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,17 @@ NAME = re.compile(r"step-(\d{8,})")
 
 def save_checkpoint(
     run: Path,
-    step: int,
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
-    spare: int | None = None,
 ) -> Path:
-    """Write `RUN/checkpoints/step-…` in one step, then remove the oldest valid ones beyond `keep`, but not that of
-    step `spare`.
+    """Write `RUN/checkpoints/step-…` in one step, then remove the oldest valid ones beyond `keep`, but not the best.
 
     Raises Failure when the disk is full; the checkpoints before are intact then.
     """
-    folder = checkpoint_folder(run, step)
+    folder, best = (checkpoint_folder(run, state["progress"][name]) for name in ("step", "best_step"))
     if folder.exists():
         if problem(folder) is None:
             return folder
@@ -58,18 +55,18 @@ def save_checkpoint(
             if path.is_file()
         }
         write_json(training / "manifest.json", contents)
-    others = [one for one in _checkpoints(run) if one not in (folder, checkpoint_folder(run, spare))]
+    others = [one for one in _checkpoints(run) if one not in (folder, best)]
     if len(others) >= keep:
         valid = [one for one in others if problem(one) is None]
-        for old in valid[: len(valid) - keep + 1]:
-            aside = old.with_name(f".{old.name}.{os.getpid()}")  # a kill leaves nothing half-removed under its name
-            shutil.rmtree(old.rename(aside))
+        for old in valid[: max(0, len(valid) - keep + 1)]:
+            hidden = tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent)
+            shutil.rmtree(old.rename(hidden))  # a kill leaves nothing half-removed under its name
     return folder
 
 
-def checkpoint_folder(run: Path, step: int | None) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step or 0:08d}"
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def save_final_model(run: Path, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:

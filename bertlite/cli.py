@@ -6,11 +6,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bertlite import __version__
+
+if TYPE_CHECKING:
+    from bertlite.api import LoadedModel
 
 app = typer.Typer(
     add_completion=False,
@@ -141,24 +144,20 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a masked language model: loss and accuracy on held-out text, and which sentence of a pair it prefers."""
-    from bertlite.attention import best_kernel
     from bertlite.errors import UserError
     from bertlite.evaluate import evaluate_pairs, evaluate_text
-    from bertlite.hf import load_masked_lm
-    from bertlite.run_folder import model_folder
-    from bertlite.runtime import start
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
-    runtime = start(precision.value)
-    loaded, tokenizer = load_masked_lm(model_folder(model), best_kernel(runtime.device))
+    loaded = _loaded(model, precision)
+    masked_lm, tokenizer, runtime = loaded.masked_lm, loaded.tokenizer, loaded.runtime
     result: dict[str, Any] = {}
     if data:
         result |= evaluate_text(
-            loaded, tokenizer, data, runtime, sequence_length, document.value, column, pseudo_perplexity
+            masked_lm, tokenizer, data, runtime, sequence_length, document.value, column, pseudo_perplexity
         )
     if pairs:
-        result |= evaluate_pairs(loaded, tokenizer, pairs, runtime)
+        result |= evaluate_pairs(masked_lm, tokenizer, pairs, runtime)
     if as_json:
         print(json.dumps(result))
         return
@@ -219,16 +218,11 @@ def predict(
 ) -> None:
     """Say what a fine-tuned model predicts: labels with probabilities, entities, or answers."""
     from bertlite.errors import UserError
-    from bertlite.predict import as_text, load_classifier, read_texts
-    from bertlite.predict import predict as predict_texts
-    from bertlite.run_folder import model_folder
-    from bertlite.runtime import start
+    from bertlite.predict import as_text, read_texts
 
     if texts and file:
         raise UserError("predict reads either TEXT or --file, not both")
-    runtime = start(precision.value)
-    loaded, tokenizer = load_classifier(model_folder(model), runtime)
-    for result in predict_texts(loaded, tokenizer, texts or read_texts(file, column), runtime, pairs, top_k):
+    for result in _loaded(model, precision).predictions(texts or read_texts(file, column), pairs, top_k):
         print(json.dumps(result, ensure_ascii=False) if as_json else as_text(result), flush=True)
 
 
@@ -241,16 +235,7 @@ def fill(
     as_json: AsJson = False,
 ) -> None:
     """Show what a masked language model expects in place of [MASK]."""
-    from bertlite.fill import fill as fill_masks
-    from bertlite.hf import load_masked_lm
-    from bertlite.inference import for_use
-    from bertlite.run_folder import model_folder
-    from bertlite.runtime import start
-
-    runtime = start(precision.value)
-    loaded, tokenizer = load_masked_lm(model_folder(model))
-    with runtime.autocast():
-        result = fill_masks(for_use(loaded, runtime), tokenizer, text, top_k)
+    result = _loaded(model, precision).fill(text, top_k)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
@@ -270,25 +255,18 @@ def embed(
     pooling: Annotated[str, typer.Option(help="How a text's vectors become one: mean, cls or max.")] = "mean",
     layer: Annotated[int, typer.Option(help="Which layer's output; 0 is the embeddings', -1 the last.")] = -1,
     normalize: Annotated[bool, typer.Option("--normalize", help="Give every vector the length 1.")] = False,
-    sequence_length: Annotated[int | None, typer.Option(help="Where texts are cut; as trained if unset.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=3, help="Where texts are cut; default as trained.")] = None,
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     precision: Precision = Compute.FP32,
 ) -> None:
     """Turn each line of a file into a vector."""
-    from bertlite.attention import best_kernel
     from bertlite.config import Source
-    from bertlite.embed import Embedder
-    from bertlite.hf import load_encoder
-    from bertlite.inference import for_use
-    from bertlite.run_folder import model_folder
-    from bertlite.runtime import start
     from bertlite.sources import file_texts, source_files
 
-    runtime = start(precision.value)
-    encoder, tokenizer = load_encoder(model_folder(model), best_kernel(runtime.device))
+    loaded = _loaded(model, precision)
     files = source_files(Source(path=file), "FILE")
-    embedder = Embedder(for_use(encoder, runtime), tokenizer, pooling, layer, normalize, sequence_length)
-    with runtime.autocast():
+    embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
+    with loaded.runtime.autocast():
         rows, size = embedder.file((text for path in files for text in file_texts(path, column)), out)
     print(f"{out}: {rows:,} vectors of {size}")
 
@@ -382,6 +360,13 @@ def _changes(overrides: list[str] | None, out: Path | None, model: str | None = 
     """--set, --model and --out as changes of settings."""
     named = {"model.init_from": model, "output_dir": out and str(out)}
     return [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
+
+
+def _loaded(model: str, precision: Compute) -> "LoadedModel":
+    from bertlite.api import LoadedModel
+    from bertlite.runtime import start
+
+    return LoadedModel(model, start(precision.value))
 
 
 def _say(text: str, code: int) -> int:

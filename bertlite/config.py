@@ -255,6 +255,9 @@ ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("<balanced>")]
     | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("<weights>")],
     Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
+    BeforeValidator(  # labels that look like numbers
+        lambda value: {str(label): weight for label, weight in value.items()} if isinstance(value, dict) else value
+    ),
 ]
 
 

@@ -1,5 +1,6 @@
 """`bertlite evaluate`: the loss and accuracy of a masked language model on held-out text."""
 
+import math
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,7 +9,6 @@ from bertlite.batches import Batches, make_plan
 from bertlite.config import DataSettings
 from bertlite.corpus import prepare_corpus
 from bertlite.errors import UserError
-from bertlite.inference import for_use
 from bertlite.model import MaskedLanguageModel
 from bertlite.pretrain import masked_lm_scores
 from bertlite.runtime import Runtime
@@ -43,8 +43,9 @@ def evaluate_text(
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
-    for_use(model, runtime)
     scores = evaluate(model, masked_lm_scores, batches.evaluation, len(plan), ROWS_AT_A_TIME, runtime)
+    if math.isnan(scores["accuracy"]):
+        raise UserError("--data: the text is too short to hide one of its tokens; give more of it")
     result = {f"eval_{name}": value for name, value in scores.items()}
     if pseudo:
         with runtime.autocast():
@@ -56,7 +57,6 @@ def evaluate_pairs(
     model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, files: list[str], runtime: Runtime
 ) -> dict[str, Any]:
     """`pairs_accuracy`, and under `phenomena` the accuracy of each and of its paradigms. Raises UserError."""
-    for_use(model, runtime)
     with runtime.autocast():
         result = minimal_pairs(model, tokenizer, read_pairs(files))
     return {"pairs_accuracy": result["accuracy"], "phenomena": result["phenomena"]}

@@ -117,7 +117,7 @@ def export(source: Path, out: Path, format: str, options: Options = Options()) -
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
-    tokenizer = load_tokenizer_of(source, model)
+    tokenizer = load_tokenizer_of(source, model.config)
     with new_folder(out) as aside:
         found = target.write(model, tokenizer, aside, options)
         checks = check_parity(aside if format == "hf" else source)

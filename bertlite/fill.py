@@ -26,7 +26,6 @@ def fill(
         raise UserError(f"the text is {ids.shape[1]} tokens long, more than the model's {limit} positions")
     if not 0 < top_k <= model.config.vocab_size:
         raise UserError(f"--top-k is {top_k}; it goes from 1 to the vocabulary's {model.config.vocab_size}")
-    model.eval()
     with torch.inference_mode():
         inputs = (ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids), masks[None])
         logits = model(*(tensor.to(model.head.bias.device) for tensor in inputs))[0]

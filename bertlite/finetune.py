@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.checkpoint import checkpoint_folder, newest_checkpoint, save_checkpoint, save_final_model
-from bertlite.config import FinetuneConfig, FinetuneTrainSettings, Optimization, TaskSettings, TrainSettings
+from bertlite.checkpoint import checkpoint_folder, newest_checkpoint, problem, save_final_model
+from bertlite.config import (
+    Architecture,
+    FinetuneConfig,
+    FinetuneTrainSettings,
+    Optimization,
+    TaskSettings,
+    TrainSettings,
+)
 from bertlite.config_file import choose
-from bertlite.errors import UserError
+from bertlite.errors import Failure, UserError
 from bertlite.files import fingerprint, new_folder, write_json, write_whole
-from bertlite.hf import begin_from, load_model, load_tokenizer_of, read_architecture
+from bertlite.hf import load_model, load_tokenizer_of, read_architecture, weights_for
 from bertlite.metrics import CLASSIFICATION
 from bertlite.model import Classifier, initialize, parameter_count
 from bertlite.optim import OPTIMIZERS, SCHEDULES, Optimizer
 from bertlite.philox import held_out
 from bertlite.run_folder import model_folder, open_run, write_config
-from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
+from bertlite.runtime import Runtime, barrier, leave_process_group, rank_from_environment, say, start
 from bertlite.tables import Row, read_rows, table_file
 from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, compute_scores, label_loss, summed
-from bertlite.train import Progress, Training, evaluate, resume_from, rows_at_a_time
+from bertlite.train import Training, evaluate, rows_at_a_time
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
 WORST = 100  # examples of the largest loss that are written down
@@ -51,8 +58,8 @@ class FineTuning:
     config: FinetuneConfig
     settings: TaskSettings
     task: Task
-    source: Path
-    folder: Path
+    architecture: Architecture
+    begin: dict[str, Tensor]  # what the model to begin from has for this one
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     class_weights: Tensor | None
@@ -77,7 +84,9 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     """
     check_settings(config)
     if config.task is not None:
-        return _run_task(config, config.task, resume)
+        results = _run_task(config, config.task, resume)
+        leave_process_group()
+        return results
     suite = Path(config.output_dir)
     results = {}
     for name, task in config.tasks.items():  # before the first is trained
@@ -89,7 +98,9 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         say(f"task {name}")
         one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})
         results[name] = _run_task(one, task, resume)
-    write_json(suite / "results.json", results)
+    if rank_from_environment() == 0:
+        write_json(suite / "results.json", results)
+    leave_process_group()
     return results
 
 
@@ -144,7 +155,7 @@ def compute_outputs(
         return {"loss": total, "count": count}
 
     alone = replace(runtime, rank=0, world_size=1)  # each rank computes all: it decides what is best by it
-    at_a_time = max(1, POSITIONS_AT_A_TIME // batches.length)
+    at_a_time = max(1, min(batches.rows, POSITIONS_AT_A_TIME // batches.length))
     means = evaluate(model, collect, make_batch, batches.rows, at_a_time, alone)
     numbers = range(len(outputs))
     return [outputs[number] for number in numbers], [losses[number] for number in numbers], means["loss"]
@@ -163,12 +174,11 @@ def table(results: dict[str, Any]) -> str:
 def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> dict[str, Any]:
     runtime = start(config.train.precision, config.train.compile)
     folder = Path(config.output_dir)
-    source = model_folder(str(config.model.init_from))
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "results.json").exists():
             say(f"{folder}: the run has finished")
             return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        work = _prepare(config, settings, source, runtime)
+        work = _prepare(config, settings, model_folder(str(config.model.init_from)), runtime)
         if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
             write_config(folder, config)
         barrier()
@@ -187,7 +197,6 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
                 shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
         barrier()
         say(f"the model of the best seed is in {folder / 'model'}")
-    leave_process_group()
     return results
 
 
@@ -200,8 +209,8 @@ def _summary(seeds: dict[str, dict[str, float]], metric: str, on: str) -> dict[s
 def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runtime: Runtime) -> FineTuning:
     """Read, check and tokenise everything."""
     task = TASKS[settings.type]
-    begin = load_model(source)
-    tokenizer, architecture = load_tokenizer_of(source, begin), begin.config
+    architecture = read_architecture(source).model_copy(update=config.model.model_dump(exclude={"init_from"}))
+    tokenizer = load_tokenizer_of(source, architecture)
     if settings.max_length > architecture.max_position_embeddings:
         raise UserError(
             f"task.max_length is {settings.max_length}, more than the {architecture.max_position_embeddings} "
@@ -234,10 +243,11 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
     weights = _class_weights(settings, labels, parts["train"].examples)
-    folder = Path(config.output_dir)
+    with torch.device("meta"):
+        begin = weights_for(task.head(architecture, labels), source)
     torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
     compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
-    return FineTuning(config, settings, task, source, folder, tokenizer, labels, weights, parts, runtime, compute)
+    return FineTuning(config, settings, task, architecture, begin, tokenizer, labels, weights, parts, runtime, compute)
 
 
 def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
@@ -249,16 +259,16 @@ def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -
     every = train.eval_steps or epoch
     shared = {name: getattr(train, name) for name in Optimization.model_fields} | {"global_batch_size": rows}
     return TrainSettings(
-        **shared, max_steps=steps, seed=seed, logging_steps=train.logging_steps, eval_steps=every, save_steps=every
-    )
+        **shared, max_steps=steps, seed=seed, logging_steps=train.logging_steps, eval_steps=every, save_steps=every,
+        save_total_limit=1,
+    )  # fmt: skip
 
 
 def first_model(work: FineTuning, kernel: str, seed: int) -> Classifier:
     """A new head, by `seed`, on the encoder of the model to begin from."""
-    architecture = read_architecture(work.source).model_copy(update=work.config.model.model_dump(exclude={"init_from"}))
-    model = work.task.head(architecture, work.labels, kernel, work.task.problem_type)
-    initialize(model, architecture.initializer_range, seed)
-    begin_from(model, work.source)
+    model = work.task.head(work.architecture, work.labels, kernel, work.task.problem_type)
+    initialize(model, work.architecture.initializer_range, seed)
+    model.load_state_dict(model.state_dict() | work.begin)
     return model
 
 
@@ -275,16 +285,21 @@ def learning_rate_scale(decay: float, layers: int) -> Callable[[str], float]:
 
 def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     """Train with one seed, and measure its best checkpoint; what is done already is read."""
-    folder = work.folder / f"seed-{seed}"
+    folder = Path(work.config.output_dir) / f"seed-{seed}"
+    runtime = work.runtime
     if (folder / "results.json").exists():
+        if runtime.rank == 0:  # left by a process that was killed after it had written the results
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
-    runtime = work.runtime
     training = _new_training(work, folder, seed, resume)
     training.run()
     barrier()
     progress = training.progress
-    best: Any = load_model(checkpoint_folder(folder, progress.best_step), best_kernel(runtime.device))
+    place = checkpoint_folder(folder, progress.best_step)
+    if damage := problem(place):
+        raise Failure(f"{place}: the best checkpoint cannot be read: {damage}; start another run with --out")
+    best: Any = load_model(place, best_kernel(runtime.device))
     barrier()
     best.to(runtime.device)
     scores, predictions, losses = _measure(work, best, work.measured_on)
@@ -292,7 +307,7 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     results["best_step"] = progress.best_step
     if runtime.rank == 0:
         _write_findings(work, folder, predictions, losses)
-        if not (folder / "model").exists():  # of a process that was killed right after
+        if not (folder / "model").exists():  # left by a process that was killed before the results
             save_final_model(folder, best, work.tokenizer)
         write_json(folder / "results.json", results)
         shutil.rmtree(folder / "checkpoints")
@@ -313,12 +328,7 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
     model.to(runtime.device)
-    optimizer = Optimizer(model, settings, learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers)))
-    micro_batch = rows_at_a_time(settings, model, batches.length, 0, runtime)
     facts = {"text": _digest(work), **runtime.facts()}
-    progress = Progress()
-    if checkpoint is not None:
-        progress, micro_batch = resume_from(checkpoint, optimizer, settings, facts, runtime)
     say(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
@@ -328,27 +338,25 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
     if loss is label_loss:
         weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
         loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
-
-    def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
-        state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
-        best = progress.best_step
-        save_checkpoint(folder, progress.step, model, work.tokenizer, optimizer_state, state, keep=1, spare=best)
-
-    return Training(
+    scale = learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers))
+    training = Training(
         folder=folder,
         model=model,
+        tokenizer=work.tokenizer,
         loss=lambda model, batch: summed(*loss(work.compute(model, batch), batch)),
         make_batch=batches.training,
         evaluate=lambda: _measure(work, model, "validation")[0],
-        save=save,
         settings=settings,
         runtime=runtime,
-        micro_batch=micro_batch,
-        progress=progress,
-        optimizer=optimizer,
+        facts=facts,
+        micro_batch=rows_at_a_time(settings, model, batches.length, 0, runtime),
+        optimizer=Optimizer(model, settings, scale),
         metric=work.metric,
         patience=train.early_stopping_patience,
     )
+    if checkpoint is not None:
+        training.resume(checkpoint)
+    return training
 
 
 def _digest(work: FineTuning) -> str:
@@ -406,11 +414,13 @@ def _draw_confusion(path: Path, references: list[int], predictions: list[int], l
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    size = 4 + 0.35 * len(labels)
+    size = min(4 + 0.35 * len(labels), 40)  # inches
     figure = Figure(figsize=(size, size), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
+    display = ConfusionMatrixDisplay.from_predictions(
         references, predictions, labels=range(len(labels)), display_labels=labels, normalize="true",
         include_values=len(labels) <= 20, values_format=".2f", xticks_rotation="vertical", cmap="Blues", colorbar=False,
         ax=figure.subplots(),
     )  # fmt: skip
+    if len(labels) > 100:  # nobody can read them
+        display.ax_.set(xticks=[], yticks=[])
     figure.savefig(path)

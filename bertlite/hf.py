@@ -161,12 +161,12 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
             model = kind(config, _labels(about, kind, weights, folder), kernel, about.get("problem_type"))
         else:
             model = MaskedLanguageModel(config, kernel)
-    _give_weights(model, weights, folder)
+    model.load_state_dict(_our_weights(model, weights, folder)[0], assign=True)
     return model
 
 
-def begin_from(model: Classifier, folder: Path) -> None:
-    """Give a newly initialised model what a Hugging Face BERT folder has for it, and say what it lacks.
+def weights_for(model: Classifier, folder: Path) -> dict[str, Tensor]:
+    """What a Hugging Face BERT folder has for a model, under our names; says what it lacks.
 
     The head is taken when it is of the same kind for the same labels. Raises UserError, naming the file, when the
     folder holds no such encoder.
@@ -178,33 +178,20 @@ def begin_from(model: Classifier, folder: Path) -> None:
     fits = kind is type(model) and _labels(about, kind, weights, folder) == model.labels
     wanted = ("bert.", "classifier.", "qa_outputs.") if fits else ("bert.",)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(wanted)}
-    missing = _give_weights(model, weights, folder, may_lack=("bert.pooler.", "classifier.", "qa_outputs."))
+    given, missing = _our_weights(model, weights, folder, may_lack=("bert.pooler.", "classifier.", "qa_outputs."))
     if missing:
         parts = dict.fromkeys("pooler" if "pooler" in name else "head" for name in missing)
         say(f"{folder} has no {' and no '.join(parts)} for this; new weights take their place")
+    return given
 
 
-def load_tokenizer_of(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(folder: Path, config: Architecture) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
     tokenizer = load_tokenizer(str(folder))
-    size, known = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+    size, known = max(tokenizer.get_vocab().values()) + 1, config.vocab_size
     if size > known:
         raise UserError(f"{folder}: the tokenizer has {size:,} pieces, but the model embeds {known:,}")
     return tokenizer
-
-
-def load_masked_lm(folder: Path, kernel: str = "sdpa") -> tuple[MaskedLanguageModel, PreTrainedTokenizerBase]:
-    """A masked language model and its tokenizer. Raises UserError when the folder holds another kind of model."""
-    model = load_model(folder, kernel)
-    if not isinstance(model, MaskedLanguageModel):
-        raise UserError(f"{folder}: the model has no masked language modelling head")
-    return model, load_tokenizer_of(folder, model)
-
-
-def load_encoder(folder: Path, kernel: str = "sdpa") -> tuple[Encoder, PreTrainedTokenizerBase]:
-    """The encoder of any model, with the pooler if it has one, and its tokenizer."""
-    model = load_model(folder, kernel)
-    return model.encoder, load_tokenizer_of(folder, model)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -331,8 +318,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _give_weights(model: Model, weights: dict[str, Tensor], folder: Path, may_lack: tuple[str, ...] = ()) -> list[str]:
-    """Give a model a folder's weights, under Hugging Face's names; returns those that the folder lacks.
+def _our_weights(
+    model: Model, weights: dict[str, Tensor], folder: Path, may_lack: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A folder's weights in fp32 under our names, and Hugging Face's names of those that it lacks.
 
     Raises UserError when one does not fit, the model has none of that name, or one is lacking whose name does not
     begin as `may_lack` says.
@@ -352,10 +341,9 @@ def _give_weights(model: Model, weights: dict[str, Tensor], folder: Path, may_la
         if name in weights and weights[name].shape != meant.shape:
             shape = tuple(weights[name].shape)
             raise UserError(f"{folder}: {name} has shape {shape}, but config.json means {tuple(meant.shape)}")
-    state = {
+    ours = {
         name: torch.cat([weights[their].float() for their in names])
         for name, names in weight_names(model).items()
         if not set(names) & set(lacking)
     }
-    model.load_state_dict(state, strict=not lacking, assign=True)
-    return lacking
+    return ours, lacking

@@ -50,8 +50,9 @@ def muon(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[torc
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all the rest."""
     hidden = {name: tensor for name, tensor in tensors.items() if "layers." in name and tensor.ndim == 2}
     others = {name: tensor for name, tensor in tensors.items() if name not in hidden}
-    part = torch.optim.Muon(hidden.values(), lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
-    return [part, *adamw(others, settings)]
+    rate, decay = settings.muon_learning_rate, settings.weight_decay
+    parts = [torch.optim.Muon(hidden.values(), lr=rate, weight_decay=decay)] if hidden else []  # all may be frozen
+    return [*parts, *adamw(others, settings)]
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -91,7 +91,9 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
 
 def described(result: dict[str, Any]) -> str:
     """What `plan` returns, as lines for people."""
-    epochs = "an unknown number of" if result["epochs"] is None else f"about {result['epochs']:.2g}"
+    epochs = "an unknown number of"
+    if result["epochs"] is not None:
+        epochs = f"about {result['epochs']:,.{0 if result['epochs'] >= 10 else 1}f}"
     duration = "not measured"
     if result["seconds"] is not None:
         hours = timedelta(seconds=round(result["seconds"]))
@@ -148,5 +150,7 @@ def _rows(
     """The rows that all of the text fills, from those that a part of each source fills."""
     if None in parts:
         return None
-    tokens = np.diff(corpus.starts[np.cumsum([0, *corpus.summary.source_documents])]) / np.array(parts)
+    documents = corpus.summary.source_documents
+    ends = np.cumsum([0, *documents, *[0] * (len(parts) - len(documents))])  # the last sources may have kept none
+    tokens = np.diff(corpus.starts[ends]) / np.array(parts)
     return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.piece_lengths.sum())

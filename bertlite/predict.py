@@ -11,26 +11,16 @@ from scipy.special import expit, softmax
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.attention import best_kernel
 from bertlite.config import Place, TaskSettings
 from bertlite.errors import UserError
 from bertlite.finetune import compute_outputs
-from bertlite.hf import load_model, load_tokenizer_of
-from bertlite.inference import for_use, parts
+from bertlite.inference import parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
 from bertlite.sources import file_texts
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
 
 TEXTS_AT_A_TIME = 64
-
-
-def load_classifier(folder: Path, runtime: Runtime) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """A fine-tuned model and its tokenizer. Raises UserError when the folder holds another kind of model."""
-    model = load_model(folder, best_kernel(runtime.device))
-    if not isinstance(model, Classifier):
-        raise UserError(f"{folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune")
-    return for_use(model, runtime), load_tokenizer_of(folder, model)
 
 
 def predict(

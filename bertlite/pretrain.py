@@ -1,6 +1,5 @@
 """`bertlite prepare` and `bertlite pretrain`: from a configuration to a corpus, and to a trained model."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
 from bertlite.batches import Batch, Batches, Plan, make_plan
-from bertlite.checkpoint import newest_checkpoint, save_checkpoint, save_final_model
+from bertlite.checkpoint import newest_checkpoint, save_final_model
 from bertlite.config import Architecture, PretrainConfig, Shape
 from bertlite.config_file import choose
 from bertlite.corpus import Corpus, cache_folder, prepare_corpus
@@ -25,7 +24,7 @@ from bertlite.run_folder import model_folder, open_run, write_config
 from bertlite.runtime import Runtime, barrier, leave_process_group, say, start
 from bertlite.sources import read_documents, source_digest
 from bertlite.tokenizer import configured_tokenizer, pieces_before
-from bertlite.train import Progress, Training, evaluate, resume_from, rows_at_a_time
+from bertlite.train import Training, evaluate, rows_at_a_time
 from bertlite.words import SEGMENTERS
 
 # What a model to begin from does not bring along.
@@ -179,7 +178,7 @@ def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> Masked
         say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
         weights = begin.encoder.state_dict()
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
-    old = load_tokenizer_of(source, begin)
+    old = load_tokenizer_of(source, begin.config)
     _exchange_vocabulary(model, old.get_vocab(), tokenizer)
     return model
 
@@ -234,39 +233,32 @@ def new_training(
     model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(config, batches, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
-    optimizer = Optimizer(model, settings)
-    slots = prediction_slots(T, config.masking)
-    micro_batch = rows_at_a_time(settings, model, T, slots, runtime)
-    texts = [part.folder for part in prepared[1:]]
-    facts = {"text": [folder.name for folder in texts], **runtime.facts()}
-    progress = Progress()
-    if checkpoint is not None:
-        progress, micro_batch = resume_from(checkpoint, optimizer, settings, facts, runtime)
-    say(
-        f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
-        f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
-        f"a step, {micro_batch} at a time on each of {runtime.world_size} rank(s)"
-    )
-
     loss, scores = masked_lm_loss, masked_lm_scores
     if runtime.compile:
         loss, scores = torch.compile(loss, dynamic=False), torch.compile(scores, dynamic=False)
-
-    def save(optimizer_state: dict[str, Tensor], progress: Progress) -> None:
-        state = {"progress": asdict(progress), "facts": facts | {"rows at a time": micro_batch}}
-        save_checkpoint(folder, progress.step, model, tokenizer, optimizer_state, state, settings.save_total_limit)
-
-    return Training(
+    training = Training(
         folder=folder,
         model=model,
+        tokenizer=tokenizer,
         loss=loss,
         make_batch=batches.training,
-        evaluate=lambda: evaluate(model, scores, validation.evaluation, len(validation.plan), micro_batch, runtime),
-        save=save,
+        evaluate=lambda: evaluate(
+            model, scores, validation.evaluation, len(validation.plan), training.micro_batch, runtime
+        ),
         settings=settings,
         runtime=runtime,
-        micro_batch=micro_batch,
-        progress=progress,
-        optimizer=optimizer,
+        facts={"text": [part.folder.name for part in prepared[1:]], **runtime.facts()},
+        micro_batch=rows_at_a_time(settings, model, T, prediction_slots(T, config.masking), runtime),
+        optimizer=Optimizer(model, settings),
         watch=PlateauWatch(settings, batches.unigram_entropy),
+        batch_command=f"bertlite batch {folder / 'config.yaml'} --step",
     )
+    if checkpoint is not None:
+        training.resume(checkpoint)
+    facts = training.facts
+    say(
+        f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
+        f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
+        f"a step, {training.micro_batch} at a time on each of {runtime.world_size} rank(s)"
+    )
+    return training

@@ -15,7 +15,6 @@ from bertlite.config_file import differences, dump_config, load_config
 from bertlite.errors import UserError
 from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
 from bertlite.hf import local_folder
-from bertlite.runtime import say
 
 
 @contextmanager
@@ -46,9 +45,10 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
                 created = False
                 raise UserError(f"{folder}: another process is using this run folder") from None
             _check_config(folder, config, resume)
-            for name in ("config.yaml", "metrics.jsonl", "model"):
-                remove_leftovers(folder, name)
-            remove_leftovers(folder / "checkpoints", "step-*")
+            for place in (folder, *folder.glob("seed-*")):
+                for name in ("config.yaml", "metrics.jsonl", "model", "results.json", "worst.jsonl"):
+                    remove_leftovers(place, name)
+                remove_leftovers(place / "checkpoints", "step-*")
             yield
     finally:
         if created and os.listdir(folder) == [".lock"]:  # nothing was begun
@@ -71,7 +71,6 @@ def model_folder(name: str) -> Path:
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise UserError(f"{name}: a run folder without a valid checkpoint yet")
-        say(f"{name}: the run has not finished; this is {checkpoint.name}")
         return checkpoint
     return local_folder(name)
 

@@ -65,7 +65,7 @@ class ExampleBatches:
         for one in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in multiples]:
             rows = len(pack(self.lengths, one)[1]) - 1
             found[one] = 1 - self.lengths.sum() / (rows * one), rows
-            if found[one][0] <= MOST_PADDING:
+            if found[one][0] <= MOST_PADDING or rows == 1:
                 break
         self.length = min(found, key=found.__getitem__)  # of few examples, none may pack well
         self.padding, self.rows = found[self.length]

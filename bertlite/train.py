@@ -4,16 +4,17 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from bertlite.batches import Batch
-from bertlite.checkpoint import load_training_state
+from bertlite.checkpoint import load_training_state, save_checkpoint
 from bertlite.config import Architecture, TrainSettings
 from bertlite.errors import DataLost, Failure, UserError
 from bertlite.hf import Model
@@ -65,19 +66,25 @@ class Progress:
 
 @dataclass
 class Training:
-    """A training run: `loss` is backpropagated through `model`; `evaluate`, if any, and `save` are called when due."""
+    """A training run: `loss` is backpropagated through `model`; `evaluate`, if any, is called when due.
+
+    `facts` are what has to be equal for equal results; `settings.save_total_limit` checkpoints are kept, and the best.
+    """
 
     folder: Path
     model: Model
+    tokenizer: PreTrainedTokenizerBase
     loss: Loss
     make_batch: MakeBatch
     evaluate: Callable[[], dict[str, float]] | None
-    save: Callable[[dict[str, Tensor], Progress], None]
     settings: TrainSettings
     runtime: Runtime
+    facts: dict[str, Any]
     micro_batch: int  # rows that a rank computes at a time
-    progress: Progress
     optimizer: Optimizer
+    progress: Progress = field(default_factory=Progress)
+    saves: bool = True
+    batch_command: str | None = None  # what prints the batch of the step whose number follows
     watch: Watch = lambda step, loss_sum, scored: None
     synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
     metric: str | None = None  # which result of an evaluation says what is best
@@ -100,7 +107,8 @@ class Training:
         self.window = (time.perf_counter(), self.progress.tokens)
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.part_began = time.perf_counter()
-        self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training", disable=None)
+        self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training",
+                        disable=True if self.runtime.rank else None)  # fmt: skip
         try:
             with ThreadPoolExecutor(1, "batches") as executor:
                 self._loop(executor)
@@ -114,6 +122,30 @@ class Training:
         finally:
             stop_request.deferred = False
             self.bar.close()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up the training state of a checkpoint, with as many rows at a time unless they are set anew.
+
+        Raises UserError for another text than before; another machine is announced.
+        """
+        try:
+            tensors, state = load_training_state(checkpoint)
+            self.optimizer.load_state(tensors)
+            self.progress, before = Progress(**state["progress"]), state["facts"]
+            rows = self.settings.per_device_train_batch_size or before["rows at a time"]
+            text = before["text"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
+            ) from None
+        if self.facts["text"] != text:
+            raise UserError(f"{self.folder}: the text or the tokenizer has changed since the run began; "
+                            "start another run")  # fmt: skip
+        self.micro_batch = min(rows, math.ceil(self.settings.global_batch_size / self.runtime.world_size))
+        for name, now in {**self.facts, "rows at a time": self.micro_batch}.items():
+            if now != before.get(name):
+                say(f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be")
+        say(f"resuming from {checkpoint}")
 
     def _loop(self, executor: ThreadPoolExecutor) -> None:
         settings, progress = self.settings, self.progress
@@ -201,15 +233,17 @@ class Training:
     def _skip(self) -> None:
         """Leave out a step whose loss or gradient is not finite, or end where that is the policy or does not help."""
         progress = self.progress
-        what = (
-            f"the loss or its gradient is not finite at step {progress.step + 1}; its batch: "
-            f"bertlite batch {self.folder / 'config.yaml'} --step {progress.step + 1}"
-        )
+        what = f"the loss or its gradient is not finite at step {progress.step + 1}"
+        if self.batch_command:
+            what += f"; its batch: {self.batch_command} {progress.step + 1}"
         if self.settings.on_nonfinite_loss == "stop" or progress.skipped_in_a_row == MOST_SKIPPED:
-            raise Failure(
-                f"{what}\nthe checkpoints before are intact: --resume --set train.on_nonfinite_loss=skip leaves such "
-                "steps out; if there are many, start a new run with a lower train.learning_rate or more warm-up"
-            )
+            advice = "start a new run with a lower train.learning_rate or more warm-up"
+            if self.batch_command and self.saved > 0:
+                advice = (
+                    "the checkpoints before are intact: --resume --set train.on_nonfinite_loss=skip leaves such steps "
+                    f"out; if there are many, {advice}"
+                )
+            raise Failure(f"{what}\n{advice}")
         say(f"skipped: {what}")
         self.optimizer.step(learning_rate_factor(progress.step, self.settings), skip=True)
         progress.step += 1
@@ -279,9 +313,11 @@ class Training:
     def _save(self) -> None:
         began = time.perf_counter()
         self.progress.elapsed_seconds = began - self.started
-        if self.runtime.rank == 0:
+        if self.runtime.rank == 0 and self.saves:
             self.metrics.sync()
-            self.save(self.optimizer.state(), self.progress)
+            state = {"progress": asdict(self.progress), "facts": self.facts | {"rows at a time": self.micro_batch}}
+            save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer.state(), state,
+                            self.settings.save_total_limit)  # fmt: skip
         self.saved, self.saved_at = self.progress.step, time.perf_counter()
         self._pass_over(began)
 
@@ -295,39 +331,13 @@ class Training:
             self.metrics.write(line)
 
 
-def resume_from(
-    checkpoint: Path, optimizer: Optimizer, settings: TrainSettings, facts: dict[str, Any], runtime: Runtime
-) -> tuple[Progress, int]:
-    """Take up the training state of a checkpoint: how far it came, and the rows at a time, the same unless set anew.
-
-    `facts` are what has to be equal for equal results. Raises UserError for another text than before; another machine
-    is announced.
-    """
-    try:
-        tensors, state = load_training_state(checkpoint)
-        optimizer.load_state(tensors)
-        progress, before = Progress(**state["progress"]), state["facts"]
-        rows = settings.per_device_train_batch_size or before["rows at a time"]
-        text = before["text"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
-        ) from None
-    if facts["text"] != text:
-        raise UserError(f"{checkpoint.parent.parent}: the text or the tokenizer has changed since the run began; "
-                        "start another run")  # fmt: skip
-    rows = min(rows, math.ceil(settings.global_batch_size / runtime.world_size))
-    for name, now in {**facts, "rows at a time": rows}.items():
-        if now != before.get(name):
-            say(f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be")
-    say(f"resuming from {checkpoint}")
-    return progress, rows
-
-
 def evaluate(
     model: nn.Module, scores: Scores, make_batch: MakeBatch, rows: int, micro_batch: int, runtime: Runtime
 ) -> dict[str, float]:
-    """The means of `scores` over rows 0 to `rows`, shared out among the ranks; the model computes without dropout."""
+    """The means of `scores` over rows 0 to `rows`, shared out among the ranks; the model computes without dropout.
+
+    Of nothing they are NaN.
+    """
     model.eval()
     sums: dict[str, Tensor] = {}
     with torch.inference_mode(), runtime.autocast():
@@ -339,8 +349,8 @@ def evaluate(
             for name, value in scores(model, batch).items():
                 sums[name] = sums.get(name, 0) + value.double()
         all_reduce_sum(list(sums.values()))
-    count = max(1.0, sums.pop("count").item())
-    return {name: value.item() / count for name, value in sums.items()}
+    count = sums.pop("count").item()
+    return {name: value.item() / count if count else math.nan for name, value in sums.items()}
 
 
 def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, runtime: Runtime) -> int:

@@ -111,14 +111,15 @@ def test_evaluate_repeats_the_evaluation_of_the_training(bertlite, trained, text
 
 def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     """By hand: the rows and masks of the evaluation, the model of transformers."""
+    from bertlite.api import LoadedModel
     from bertlite.batches import Batches, make_plan
     from bertlite.config import DataSettings
     from bertlite.corpus import prepare_corpus
     from bertlite.evaluate import evaluate_text
-    from bertlite.hf import load_masked_lm
     from bertlite.runtime import start
 
-    model, tokenizer = load_masked_lm(trained / "model")
+    loaded = LoadedModel(trained / "model", start())
+    model, tokenizer = loaded.masked_lm, loaded.tokenizer
     files = [text_files["validation"]]
     for length in (64, 33):
         result = evaluate_text(model, tokenizer, files, start(), sequence_length=length)
@@ -279,6 +280,21 @@ def test_a_text_too_short_to_learn_from_is_an_error(bertlite, write_config, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_too_short_to_measure_by_is_an_error(bertlite, trained, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat")
+    code, out, err = bertlite("evaluate", trained, "--data", tmp_path / "short.txt")
+    assert code == 2 and not out and "--data: the text is too short to hide one of its tokens" in err
+
+
+def test_an_unfinished_run_is_told_of(bertlite, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    assert bertlite("fill", tmp_path / "run", "The [MASK].")[2] == ""
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert (
+        "run: the run has not finished; this is its step-00000100" in bertlite("fill", tmp_path / "run", "A [MASK].")[2]
+    )
+
+
 def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     code, _, err = bertlite("pretrain", write_config(tokenizer__path=str(tmp_path / "vocab.txt")))
@@ -303,7 +319,7 @@ def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tm
         (("export", "{trained}", "{new}", "--dtype", "int4"), "--dtype is 'int4'"),
         (("predict", "{trained}", "a text", "--file", "{text}"), "either TEXT or --file"),
         (("evaluate", "{trained}"), "--pairs FILE"),
-        (("evaluate", "{trained}", "--pairs", "{text}"), ":1: not a JSON object"),
+        (("evaluate", "{trained}", "--pairs", "{text}"), ":1: not valid JSON"),
         (("evaluate", "{trained}", "--pairs", "{text}", "--pseudo-perplexity"), "needs --data FILE"),
         (("embed", "{broken}", "{text}", "--out", "{new}"), "model.safetensors: damaged"),
         (("embed", "{trained}", "{none}", "--out", "{new}"), "FILE: "),

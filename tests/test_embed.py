@@ -17,9 +17,15 @@ from bertlite import load
 from bertlite.attention import KERNELS
 from bertlite.embed import POOLINGS, Embedder
 from bertlite.errors import Failure, UserError
-from bertlite.hf import load_encoder
+from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.inference import OneDnnLinear, for_use, like_lengths, padded
 from bertlite.runtime import Runtime
+
+
+def load_encoder(folder, kernel="sdpa"):
+    model = load_model(folder, kernel)
+    return model.encoder, load_tokenizer_of(folder, model.config)
+
 
 TEXTS = ["The state.", "", "A much longer sentence, of the people and for the people of the union.", "b", "b " * 90]
 CPU = torch.device("cpu")

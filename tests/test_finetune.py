@@ -25,17 +25,18 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from bertlite import finetune
+from bertlite.api import LoadedModel
 from bertlite.batches import Batch
 from bertlite.config import FinetuneConfig, FinetuneTrainSettings, TaskSettings
 from bertlite.config_file import load_config
-from bertlite.errors import UserError
+from bertlite.errors import Failure, UserError
 from bertlite.finetune import compute_outputs, learning_rate_scale, run, steps_of
 from bertlite.hf import load_model
 from bertlite.masking import IGNORED
 from bertlite.model import SequenceClassifier
 from bertlite.optim import Optimizer, learning_rate_factor
 from bertlite.philox import ROW_ORDER, permute
-from bertlite.predict import entities, load_classifier, predict, read_texts
+from bertlite.predict import entities, predict, read_texts
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
 from bertlite.tables import Row
@@ -298,7 +299,8 @@ def test_predictions_are_those_of_the_pipeline(kind, vocabulary, tmp_path):
     texts = [text for _, text in SENTENCES[200:270]]
     name, options = PIPELINES[kind]
     expected = pipeline(name, model=str(folder), device="cpu")(texts, **options)
-    model, tokenizer = load_classifier(folder, start("fp32"))
+    loaded = LoadedModel(folder, start("fp32"))
+    model, tokenizer = loaded.model, loaded.tokenizer
     found = list(predict(model, tokenizer, texts, start("fp32")))
     assert len(found) == len(expected) == 70  # more than are computed at a time, in their order
     for ours, theirs, text in zip(found, expected, texts, strict=True):
@@ -339,7 +341,8 @@ def test_tags_of_words_become_entities_as_seqeval_has_them(vocabulary):
 
 def test_answers_are_the_likeliest_spans_of_the_context(vocabulary, tmp_path):
     folder = with_head(vocabulary, "question-answering", tmp_path, std=0.3)
-    model, tokenizer = load_classifier(folder, start("fp32"))
+    loaded = LoadedModel(folder, start("fp32"))
+    model, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.model_max_length = 64  # so that contexts are read in pieces
     theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
     context = " ".join(text for _, text in SENTENCES[:4])
@@ -370,7 +373,8 @@ def test_pairs(write, tmp_path):
     run(config)
     batch = prepared(config).parts["train"].batches.training(0, 2)
     assert batch.token_type_ids.max() == 1
-    model, tokenizer = load_classifier(tmp_path / "run" / "model", start("fp32"))
+    loaded = LoadedModel(tmp_path / "run" / "model", start("fp32"))
+    model, tokenizer = loaded.model, loaded.tokenizer
     (ours,) = predict(model, tokenizer, ["one text\tanother one"], start("fp32"), pairs=True)
     theirs = pipeline("text-classification", model=str(tmp_path / "run" / "model"), device="cpu")
     expected = theirs({"text": "one text", "text_pair": "another one"})
@@ -400,6 +404,13 @@ def test_resuming_is_bit_for_bit(write, tmp_path):
     one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert run(cut, resume=True) == results  # it has finished
+    gone = cut.model_copy(update={"model": cut.model.model_copy(update={"init_from": str(tmp_path / "gone")})})
+    source = Path(cut.model.init_from)
+    source.rename(tmp_path / "gone")
+    assert run(cut, resume=True) == results
+    (tmp_path / "gone").rename(source)
+    with pytest.raises(UserError, match=r"model\.init_from is .*gone"):
+        run(gone, resume=True)
     with pytest.raises(UserError, match="already holds a run"):
         run(cut)
     with pytest.raises(UserError, match=r"train\.max_steps is 7, but the run there has 6"):
@@ -497,6 +508,18 @@ def test_settings_that_may_change_no_loss(write, usual):
     config = write(name="intervals", train__logging_steps=2, train__eval_steps=2, train__max_steps=4)
     run(config)
     assert len(log(config.output_dir)) == len(log(config.output_dir, "eval_accuracy")) == 2
+
+
+def test_a_loss_that_is_not_finite_ends_with_advice_that_can_be_followed(write):
+    with pytest.raises(Failure, match="not finite at step") as failure:
+        run(write(train__learning_rate=1e30, train__num_train_epochs=3))
+    advice = "start a new run with a lower train.learning_rate or more warm-up"
+    assert str(failure.value).splitlines()[1:] == [advice] and "batch" not in str(failure.value)
+
+
+def test_weights_of_labels_that_look_like_numbers():
+    settings = TaskSettings.model_validate({"train": "x", "class_weights": {0: 1.0, "1": 2.0}})
+    assert settings.class_weights == {"0": 1.0, "1": 2.0}
 
 
 def test_layerwise_rates_and_frozen_layers(write):
@@ -668,7 +691,7 @@ def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, c
 def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
     config = write()
     with pytest.raises(UserError, match="the model is not fine-tuned"):
-        load_classifier(Path(str(config.model.init_from)), start("fp32"))
+        LoadedModel(str(config.model.init_from), start("fp32")).predict("a")
 
 
 def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):

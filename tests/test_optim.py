@@ -319,3 +319,13 @@ def test_every_setting_changes_the_weights(setting, optim):
     else:
         expected = set(before) - (by_muon if optim == "muon" else set())
     assert changed == expected
+
+
+def test_muon_without_matrices_is_adamw():
+    """All layers may be frozen."""
+    tensors = {
+        "embeddings.word.weight": nn.Parameter(torch.zeros(3, 2)),
+        "layers.0.norm.weight": nn.Parameter(torch.ones(2)),
+    }
+    (only,) = OPTIMIZERS["muon"](tensors, TrainSettings())
+    assert isinstance(only, torch.optim.AdamW)

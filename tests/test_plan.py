@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_a_plan_is_what_the_run_takes(write_config, optim):
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
     assert 0.6 * result["disk"] < sum(sizes) <= 1.05 * result["disk"]
     assert result["warnings"] == [] and result["seconds"] is None
+
+
+def test_sources_that_keep_no_document_count_nothing(write_config, text_files, tmp_path):
+    copies = [str(shutil.copy(text_files["train"], tmp_path / f"{number}.txt")) for number in range(3)]
+    path = write_config(data__train=copies, data__remove_duplicates=True)
+    prepared = prepare(load_config(PretrainConfig, path))
+    assert planned(path)["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
 
 
 def test_nothing_is_left_and_nothing_is_begun(write_config, tmp_path):

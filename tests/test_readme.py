@@ -1,14 +1,18 @@
-"""What the README tells people to write is valid, and what it tells them to run exists."""
+"""What the README tells people to write is valid, and what it tells them to run runs."""
 
 import json
 import lzma
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -82,13 +86,21 @@ def test_the_python_example_of_the_readme_runs(every_head, tmp_path, monkeypatch
     exec(example, scope)
     assert scope["vectors"].shape == (2, 24) and scope["answers"][0].keys() >= {"score", "token_str"}
     several = scope["film"].predict(["A film.", "Another."])
-    assert [set(one) for one in several] == [{"label", "score"}] * 2 and scope["film"].predict("A film.") == several[0]
+    assert [set(one) for one in several] == [{"label", "score"}] * 2
+    alone = scope["film"].predict("A film.")
+    assert (alone["label"], alone["score"]) == (several[0]["label"], pytest.approx(several[0]["score"], abs=1e-5))
 
 
 def commands() -> list[list[str]]:
-    """The commands of the README in their order, each as the shell would split it."""
+    """The commands of the README in their order, then those within its prose, each as the shell would split it."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    within = re.findall(r"`(bertlite [^`\s]+\s[^`]+)`", prose)
+    return [words for line in [*lines, *within] if (words := shlex.split(line, comments=True))]
+
+
+SHELL = [["scripts/quickstart"], ["scripts/test"]]  # the commands that install into .venv
+MEASUREMENTS = [words for words in commands() if words[0] != "bertlite" and words not in SHELL]
 
 
 # What makes a command short enough for a test; added to the settings and options that the README gives.
@@ -98,7 +110,7 @@ SMALL_SETTINGS = {
     "tokenizer": {"path": "vocabulary"},
     "sweep": {"trials": 2},
 }
-SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300"}
+SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300", "--step": "2"}
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -143,12 +155,19 @@ def readers_folder(tmp_path, text_files, every_head, monkeypatch) -> Path:
     return tmp_path
 
 
+def run_script(words: list[str]) -> None:
+    subprocess.run([sys.executable, ROOT / words[0], *smaller(words)[1:]], check=True)
+
+
 def test_the_commands_of_the_readme_run(bertlite, readers_folder):
     for words in commands():
         if words[0] == "bertlite":
             code, _, errors = bertlite(*smaller(words)[1:])
             assert code == 0, f"{words}: {errors}"
+        elif words[0] == "scripts/curve":
+            run_script(words)
     assert {path.name for path in (readers_folder / "runs").iterdir()} == {"mine", "reviews", "sweep", "wikipedia"}
+    assert "held out" in (readers_folder / "curve.svg").read_text()
 
 
 @pytest.mark.slow
@@ -157,8 +176,31 @@ def test_the_measurements_of_the_readme_run(bertlite, readers_folder, monkeypatc
     for words in commands():
         if words[0] == "bertlite":
             assert bertlite(*smaller(words)[1:])[0] == 0
-        elif words not in (["scripts/quickstart"], ["scripts/test"]):
-            subprocess.run([sys.executable, ROOT / words[0], *smaller(words)[1:]], check=True)
+        elif words not in SHELL:
+            run_script(words)
+
+
+class Parsed(Exception):
+    """A script has understood its options."""
+
+
+@pytest.mark.parametrize("words", MEASUREMENTS, ids=" ".join)
+def test_scripts_know_the_options_that_the_readme_gives_them(words, monkeypatch):
+    parse = ArgumentParser.parse_args
+
+    def parse_and_stop(parser: ArgumentParser) -> None:
+        parse(parser)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", words)
+    with patch.dict(os.environ), pytest.raises(Parsed):  # some set variables
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", SHELL, ids=" ".join)
+def test_shell_scripts_are_well_formed(words):
+    subprocess.run(["bash", "-n", *words], cwd=ROOT, check=True)
 
 
 def test_files_named_in_the_readme_exist():

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from test_train import metrics, pretrain, traces
 
 from bertlite.batches import Batches
-from bertlite.checkpoint import newest_checkpoint, problem
+from bertlite.checkpoint import newest_checkpoint, problem, save_checkpoint
 from bertlite.config import PretrainConfig
 from bertlite.config_file import load_config
 from bertlite.errors import UserError
 from bertlite.files import sha256
+from bertlite.hf import load_model
 from bertlite.optim import OPTIMIZERS
 from bertlite.run_folder import model_folder, open_run
+from bertlite.tokenizer import load_tokenizer
 
 
 def crash_after(folder: Path, step: int, copy: Path) -> Path:
@@ -207,6 +209,20 @@ def test_old_checkpoints_go_but_invalid_ones_stay(write_config):
     names = sorted(checkpoint.name for checkpoint in (folder / "checkpoints").iterdir())
     assert names == ["step-00000010", "step-00000010.invalid-1", "step-00000012", "step-00000012.invalid-1"]
     assert problem(folder / "checkpoints/step-00000012") is None
+
+
+def test_damaged_checkpoints_cost_no_valid_one(every_head, tmp_path):
+    model, tokenizer = load_model(every_head["BertModel"]), load_tokenizer(str(every_head["BertModel"]))
+
+    def save(step: int) -> Path:
+        return save_checkpoint(tmp_path, model, tokenizer, {}, {"progress": {"step": step, "best_step": 0}}, keep=4)
+
+    folders = [save(step) for step in (1, 2, 3, 4)]
+    for folder in folders[2:]:
+        damage(folder / "model.safetensors", "flipped")
+    folders += [save(5), save(6), save(7)]
+    valid = [folder for folder in folders if folder.exists() and problem(folder) is None]
+    assert [folder.name[-1] for folder in valid] == ["2", "5", "6", "7"]
 
 
 def test_a_folder_in_use_is_refused_and_a_crash_leaves_no_lock(write_config, tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 import bertlite.inference
 from bertlite.config import Source
 from bertlite.errors import UserError
-from bertlite.hf import load_masked_lm
+from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.inference import for_use
 from bertlite.runtime import Runtime
 from bertlite.scoring import minimal_pairs, pseudo_log_likelihoods, pseudo_perplexity, read_pairs
@@ -49,7 +49,8 @@ def reference(folder: Path, sentence: str) -> float:
 
 @pytest.fixture
 def model(every_head):
-    model, tokenizer = load_masked_lm(every_head["BertForMaskedLM"])
+    model = load_model(every_head["BertForMaskedLM"])
+    tokenizer = load_tokenizer_of(every_head["BertForMaskedLM"], model.config)
     return for_use(model, RUNTIME), tokenizer
 
 
