@@ -130,7 +130,8 @@ def readers_folder(tmp_path, text_files, every_head, monkeypatch) -> Path:
     """Where somebody who follows the README stands: texts, tables, minimal pairs and configurations lie there."""
     text, held_out = (Path(text_files[name]).read_text(encoding="utf-8") for name in ("train", "validation"))
     texts = {"texts/a.txt": text, "enwiki.txt.xz": text, "enwiki_0.txt.xz": text, "held-out.txt": held_out,
-             "enwiki_valid.txt": held_out, "other.txt": held_out[:300], "texts.txt": held_out[:300],
+             "enwiki_valid.txt": held_out, "zhwiki.txt.xz": text, "zhwiki_valid.txt": held_out,
+             "other.txt": held_out[:300], "texts.txt": held_out[:300],
              "sentences.txt": held_out}  # fmt: skip
     for folder in ("texts", "blimp"):
         (tmp_path / folder).mkdir()
@@ -143,7 +144,7 @@ def readers_folder(tmp_path, text_files, every_head, monkeypatch) -> Path:
         "data: {train: [texts/*.txt], validation: [held-out.txt]}\noutput_dir: runs/mine"
     )
     (reviews,) = [block for block in blocks("yaml") if "runs/reviews" in block]
-    for name in ("reviews", "trec6", "sst2", "banking77", "cola"):
+    for name in ("reviews", "trec6", "sst2", "banking77", "cola", "agnews", "mrpc", "wnut17", "chnsenticorp"):
         (tmp_path / f"{name}.yaml").write_text(reviews)
     sample = (ROOT / "bertlite/sample/subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]
     for name, rows in {"train": sample[:80], "dev": sample[80:120], "test": sample[:40]}.items():
@@ -166,7 +167,13 @@ def test_the_commands_of_the_readme_run(bertlite, readers_folder):
             assert code == 0, f"{words}: {errors}"
         elif words[0] == "scripts/curve":
             run_script(words)
-    assert {path.name for path in (readers_folder / "runs").iterdir()} == {"mine", "reviews", "sweep", "wikipedia"}
+    assert {path.name for path in (readers_folder / "runs").iterdir()} == {
+        "mine",
+        "reviews",
+        "sweep",
+        "wikipedia",
+        "chinese",
+    }
     assert "held out" in (readers_folder / "curve.svg").read_text()
 
 
