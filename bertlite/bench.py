@@ -93,11 +93,14 @@ def matmul_flops(config: Architecture, rows: int, positions: int, slots: int) ->
     """Floating point operations of the matrix products of one step, forward and backward, for one rank.
 
     A multiply and an add are two; the backward pass takes twice what the forward pass does (Kaplan et al. 2020, 2.1).
+    The last layer attends to all positions from the slots alone.
     """
     D, inner = config.hidden_size, config.intermediate_size
-    layer = positions * 2 * (4 * D * D + 2 * D * inner) + 4 * positions * positions * D
+    key_and_value = positions * 4 * D * D
+    for_each_query = 4 * D * D + 4 * D * inner + 4 * positions * D  # its projections, feed-forward and attention
+    queries = (config.num_hidden_layers - 1) * positions + slots
     head = slots * 2 * (D * D + D * config.vocab_size)
-    return 3 * rows * (config.num_hidden_layers * layer + head)
+    return 3 * rows * (config.num_hidden_layers * key_and_value + queries * for_each_query + head)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

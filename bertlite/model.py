@@ -1,6 +1,6 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
-# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P predictions of a row, L labels.
+# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P wanted places of a row, L labels.
 import math
 from collections.abc import Callable
 
@@ -88,12 +88,16 @@ class MultiHeadAttention(nn.Module):
         return attention_weights(q, k, mask)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        if query is key and key is value:
+        """q, k and v, (B,H,·,K) each, by as few matrix products as there are different inputs."""
+        weight, bias, D = self.qkv.weight, self.qkv.bias, query.shape[-1]
+        if query is key is value:
             projected = self.qkv(query).chunk(3, dim=-1)
+        elif key is value:
+            q = linear(query, weight[:D], bias[:D])
+            projected = q, *linear(key, weight[D:], bias[D:]).chunk(2, dim=-1)
         else:
-            weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-            projected = tuple(map(linear, (query, key, value), weights, biases))
-        return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)  # (B,H,·,K) each
+            projected = tuple(map(linear, (query, key, value), weight.chunk(3), bias.chunk(3)))
+        return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
 
 
 class Layer(nn.Module):
@@ -110,9 +114,21 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, x, x, mask)))
-        return self.norm(x + self.dropout(self.down(self.activation(self.up(x)))))  # (B,T,D)
+    def forward(self, x: Tensor, mask: Tensor | None, wanted: Tensor | None = None) -> Tensor:
+        """The output (B,T,D) at all places, or (B,P,D) at those of `wanted` (B,P); the mask is then (B,1,P,T)."""
+        query = x if wanted is None else at_places(x, wanted)
+        query = self.attention_norm(query + self.dropout(self.attention(query, x, x, mask)))
+        return self.norm(query + self.dropout(self.down(self.activation(self.up(query)))))
+
+
+def at_places(x: Tensor, wanted: Tensor) -> Tensor:
+    """The vectors of x (B,T,D) at the places (B,P) of each row: (B,P,D)."""
+    return x.gather(1, wanted[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def same_document(query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """The mask (B,1,Q,T) under which tokens see their own document, from document numbers (B,Q) and (B,T)."""
+    return (query_ids[:, :, None] == key_ids[:, None, :])[:, None]
 
 
 class Pooler(nn.Module):
@@ -152,28 +168,30 @@ class Encoder(nn.Module):
         position_ids: Tensor,
         document_ids: Tensor,
         token_type_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
         depth: int | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """The output (B,T,D) of the last layer, or of the first `depth` layers."""
-        return self.hidden_states(input_ids, position_ids, document_ids, token_type_ids, depth)[-1]
+        """The output (B,T,D) of the last layer, or of the first `depth` layers.
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        document_ids: Tensor,
-        token_type_ids: Tensor | None = None,
-        depth: int | None = None,
-    ) -> list[Tensor]:
-        """The output of the embeddings and of each layer, or of the first `depth` layers, (B,T,D) each."""
-        mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]  # (B,1,T,T)
-        states = [self.embeddings(input_ids, position_ids, token_type_ids)]
+        With `wanted` (B,P) it is (B,P,D), at these places of each row: the last layer, whose output at other places
+        nobody needs, computes no more. `states`, where given, takes up the output of the embeddings and of each layer.
+        """
+        mask = same_document(document_ids, document_ids)
+        x = self.embeddings(input_ids, position_ids, token_type_ids)
+        if states is not None:
+            states.append(x)
         for layer in self.layers if depth is None else self.layers[:depth]:
+            inputs: tuple[Tensor, ...] = (x, mask)
+            if wanted is not None and layer is self.layers[-1]:
+                inputs = x, same_document(document_ids.gather(1, wanted), document_ids), wanted
             if self.gradient_checkpointing and self.training:
-                states.append(checkpoint(layer, states[-1], mask, use_reentrant=False))
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                states.append(layer(states[-1], mask))
-        return states
+                x = layer(*inputs)
+            if states is not None:
+                states.append(x)
+        return x
 
 
 class MaskedLMHead(nn.Module):
@@ -191,7 +209,7 @@ class MaskedLMHead(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """The encoder under a masked language modelling head that runs only where a prediction is wanted."""
+    """The encoder under a masked language modelling head; last layer and head run only where a prediction is wanted."""
 
     def __init__(self, config: Architecture, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -208,9 +226,8 @@ class MaskedLanguageModel(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Scores (B,P,V) for the tokens at `prediction_positions` (B,P) of each row; all else is (B,T)."""
-        hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids)
-        wanted = prediction_positions[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.head(hidden.gather(1, wanted), self.encoder.embeddings.word.weight)
+        hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids, prediction_positions)
+        return self.head(hidden, self.encoder.embeddings.word.weight)
 
 
 class Classifier(nn.Module):

@@ -34,7 +34,7 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
     warmup = math.ceil(settings.warmup_ratio * settings.max_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return SCHEDULES[settings.lr_scheduler_type]((step - warmup) / max(1, settings.max_steps - warmup))
+    return SCHEDULES[settings.lr_scheduler_type]((step - warmup) / (settings.max_steps - warmup))
 
 
 def adamw(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:

@@ -256,9 +256,10 @@ def new_training(
     if checkpoint is not None:
         training.resume(checkpoint)
     facts = training.facts
+    ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
     say(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
         f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
-        f"a step, {training.micro_batch} at a time on each of {runtime.world_size} rank(s)"
+        f"a step, {training.micro_batch} at a time{ranks}"
     )
     return training

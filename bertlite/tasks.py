@@ -119,11 +119,17 @@ class ExampleBatches:
 
 def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
     """The head's scores: (R,P,L), one for each example, or (R,T,L), one for each token."""
-    hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids)
-    if not isinstance(model, SequenceClassifier):
+    of_sequences = isinstance(model, SequenceClassifier)
+    hidden = model.encoder(
+        batch.input_ids,
+        batch.position_ids,
+        batch.document_ids,
+        batch.token_type_ids,
+        batch.prediction_positions if of_sequences else None,
+    )
+    if not of_sequences:
         return model.classify(hidden)
-    firsts = hidden.gather(1, batch.prediction_positions[..., None].expand(-1, -1, hidden.shape[-1]))
-    return model.classify(firsts.flatten(0, 1)[:, None]).view(*batch.prediction_positions.shape, -1)
+    return model.classify(hidden.flatten(0, 1)[:, None]).view(*batch.prediction_positions.shape, -1)
 
 
 # Losses take scores and a batch, and return the loss of each place (R,P) or token (R,T), and which of them count.

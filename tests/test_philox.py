@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertlite import philox as philox_module
-from bertlite.philox import ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, below, permute, philox, split64
+from bertlite.philox import (
+    MATES,
+    ROW_ORDER,
+    SOURCE_ORDER,
+    TRAINING_MASKS,
+    below,
+    draw,
+    held_out,
+    permute,
+    philox,
+    split64,
+)
 
 WORD = st.integers(0, 2**32 - 1)
 PURPOSES = {name: value for name, value in vars(philox_module).items() if name.isupper() and not name.startswith("_")}
@@ -141,3 +152,13 @@ def test_no_two_purposes_share_numbers():
     streams = [philox((0, purpose), counter) for purpose in PURPOSES.values()]
     for first, second in combinations(streams, 2):
         assert not (first == second).any()
+
+
+def test_a_seed_means_the_same_in_every_version():
+    """Else what a run has seen, and what was held out from it, would change when it is resumed by a newer version."""
+    assert permute(np.arange(10), 10, (7, ROW_ORDER), 3).tolist() == [2, 5, 9, 8, 0, 3, 6, 7, 1, 4]
+    epochs = np.repeat([0, 1, 2, 3], 5)
+    order = [16, 8, 19, 2, 7, 8, 9, 18, 1, 6, 6, 7, 16, 17, 5, 5, 12, 16, 3, 0]
+    assert permute(np.arange(20), 20, (0, SOURCE_ORDER), epochs).tolist() == order
+    assert np.flatnonzero(held_out(40, 0.1)).tolist() == [2, 14, 29, 37]
+    assert draw(3, (1, MATES), 5, 2).tolist() == [375845274, 1999634829, 481803444]
