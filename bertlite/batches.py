@@ -51,7 +51,7 @@ class Batch:
         return len(self.input_ids)
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(tensor.to(device) for tensor in vars(self).values()))
+        return type(self)(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def slice(self, start: int, end: int) -> Self:
         """Rows start to end."""

@@ -243,8 +243,7 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
     weights = _class_weights(settings, labels, parts["train"].examples)
-    with torch.device("meta"):
-        begin = weights_for(task.head(architecture, labels), source)
+    begin = weights_for(task.head, labels, source)
     torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
     compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
     return FineTuning(config, settings, task, architecture, begin, tokenizer, labels, weights, parts, runtime, compute)

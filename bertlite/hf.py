@@ -165,17 +165,19 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
     return model
 
 
-def weights_for(model: Classifier, folder: Path) -> dict[str, Tensor]:
-    """What a Hugging Face BERT folder has for a model, under our names; says what it lacks.
+def weights_for(head: type[Classifier], labels: list[str], folder: Path) -> dict[str, Tensor]:
+    """What a Hugging Face BERT folder has for a model of this kind, under our names; says what it lacks.
 
     The head is taken when it is of the same kind for the same labels. Raises UserError, naming the file, when the
     folder holds no such encoder.
     """
-    about, _, weights = _read_folder(folder)
+    about, config, weights = _read_folder(folder)
     kind = _kind(about, weights)
     if kind is Encoder:
         weights = {f"bert.{name.removeprefix('bert.')}": tensor for name, tensor in weights.items()}
-    fits = kind is type(model) and _labels(about, kind, weights, folder) == model.labels
+    with torch.device("meta"):
+        model = head(config, labels)
+    fits = kind is head and _labels(about, kind, weights, folder) == labels
     wanted = ("bert.", "classifier.", "qa_outputs.") if fits else ("bert.",)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(wanted)}
     given, missing = _our_weights(model, weights, folder, may_lack=("bert.pooler.", "classifier.", "qa_outputs."))
@@ -214,17 +216,20 @@ def local_folder(name: str) -> Path:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tensor]]:
-    """config.json, the encoder that it describes, and all weights, which are as many and in as many layers."""
+    """config.json, the encoder that it describes, and all weights, which are in as many layers."""
     about, config = _read_config(folder)
     weights = _read_weights(folder)
-    D, layers = config.hidden_size, config.num_hidden_layers
-    entries = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    meant = entries * D + layers * D * (4 * D + 2 * config.intermediate_size)
-    held = sum(tensor.numel() for tensor in weights.values())
-    if meant > 10 * held:  # and would take memory; less of a difference is named weight by weight
-        raise UserError(f"{folder}: config.json means {meant:,} numbers, but the weights are {held:,}")
+    sides = ("vocab_size", "max_position_embeddings", "type_vocab_size", "intermediate_size", "hidden_size")
+    longest = max(sides, key=lambda name: getattr(config, name))
+    largest, held = config.hidden_size * getattr(config, longest), sum(tensor.numel() for tensor in weights.values())
+    if largest > 10 * held:  # perhaps more than torch can count; lesser differences are named weight by weight
+        raise UserError(
+            f"{folder / 'config.json'}: {longest} is {getattr(config, longest):,}, which means a matrix of {largest:,} "
+            f"numbers, but the weights are {held:,} in all"
+        )
+    layers = config.num_hidden_layers
     found = {int(layer[1]) for name in weights if (layer := re.search(r"encoder\.layer\.(\d+)\.", name))}
-    if found != set(range(layers)):
+    if len(found) != layers or max(found) != layers - 1:
         raise UserError(f"{folder}: config.json means the layers 0 to {layers - 1}, the weights are of {sorted(found)}")
     for decoder, tied in {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

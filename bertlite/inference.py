@@ -25,9 +25,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-class OneDnnLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return _linear(input, self.weight, self.bias)
+class OneDnnLinear(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight, self.bias)
+
+    def part(self, x: Tensor, coordinates: slice) -> Tensor:
+        return _linear(x, self.weight[coordinates], self.bias[coordinates])
 
 
 class OneDnnHead(MaskedLMHead):

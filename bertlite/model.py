@@ -1,6 +1,6 @@
 """The encoder, from the bottom to the top: BERT (Devlin et al. 2018) in plain PyTorch."""
 
-# Shapes: B batch, T tokens, D hidden size, H heads, K = D // H, V vocabulary, P wanted places of a row, L labels.
+# Shapes: B batch, T tokens, P positions of a row, D hidden size, H heads, K = D // H, V vocabulary, L labels.
 import math
 from collections.abc import Callable
 
@@ -33,6 +33,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def part(self, x: Tensor, coordinates: slice) -> Tensor:
+        """Some of the output's coordinates."""
+        return linear(x, self.weight[coordinates], self.bias[coordinates])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -88,15 +92,15 @@ class MultiHeadAttention(nn.Module):
         return attention_weights(q, k, mask)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, (B,H,·,K) each, by as few matrix products as there are different inputs."""
-        weight, bias, D = self.qkv.weight, self.qkv.bias, query.shape[-1]
+        """q, k and v, (B,H,·,K) each: by one matrix product where all are of one tensor, by two where k and v are."""
+        D = query.shape[-1]
         if query is key is value:
             projected = self.qkv(query).chunk(3, dim=-1)
         elif key is value:
-            q = linear(query, weight[:D], bias[:D])
-            projected = q, *linear(key, weight[D:], bias[D:]).chunk(2, dim=-1)
+            projected = self.qkv.part(query, slice(D)), *self.qkv.part(key, slice(D, None)).chunk(2, dim=-1)
         else:
-            projected = tuple(map(linear, (query, key, value), weight.chunk(3), bias.chunk(3)))
+            thirds = [slice(number * D, (number + 1) * D) for number in range(3)]
+            projected = tuple(map(self.qkv.part, (query, key, value), thirds))
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
 
 
@@ -114,20 +118,20 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None, wanted: Tensor | None = None) -> Tensor:
-        """The output (B,T,D) at all places, or (B,P,D) at those of `wanted` (B,P); the mask is then (B,1,P,T)."""
-        query = x if wanted is None else at_places(x, wanted)
-        query = self.attention_norm(query + self.dropout(self.attention(query, x, x, mask)))
-        return self.norm(query + self.dropout(self.down(self.activation(self.up(query)))))
+    def forward(self, x: Tensor, mask: Tensor | None, output_positions: Tensor | None = None) -> Tensor:
+        """The output (B,T,D), or (B,P,D) at `output_positions` (B,P) alone; the mask is then (B,1,P,T)."""
+        y = x if output_positions is None else at_positions(x, output_positions)
+        y = self.attention_norm(y + self.dropout(self.attention(y, x, x, mask)))
+        return self.norm(y + self.dropout(self.down(self.activation(self.up(y)))))
 
 
-def at_places(x: Tensor, wanted: Tensor) -> Tensor:
-    """The vectors of x (B,T,D) at the places (B,P) of each row: (B,P,D)."""
-    return x.gather(1, wanted[..., None].expand(-1, -1, x.shape[-1]))
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """The vectors of x (B,T,D) at some positions (B,P) of each row: (B,P,D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def same_document(query_ids: Tensor, key_ids: Tensor) -> Tensor:
-    """The mask (B,1,Q,T) under which tokens see their own document, from document numbers (B,Q) and (B,T)."""
+    """The mask (B,1,P,T) under which tokens see their own document, from document numbers (B,P) and (B,T)."""
     return (query_ids[:, :, None] == key_ids[:, None, :])[:, None]
 
 
@@ -168,30 +172,38 @@ class Encoder(nn.Module):
         position_ids: Tensor,
         document_ids: Tensor,
         token_type_ids: Tensor | None = None,
-        wanted: Tensor | None = None,
+        output_positions: Tensor | None = None,
         depth: int | None = None,
-        states: list[Tensor] | None = None,
     ) -> Tensor:
         """The output (B,T,D) of the last layer, or of the first `depth` layers.
 
-        With `wanted` (B,P) it is (B,P,D), at these places of each row: the last layer, whose output at other places
-        nobody needs, computes no more. `states`, where given, takes up the output of the embeddings and of each layer.
+        With `output_positions` (B,P) it is (B,P,D), what lies there; the last of the layers then computes no more.
         """
         mask = same_document(document_ids, document_ids)
         x = self.embeddings(input_ids, position_ids, token_type_ids)
-        if states is not None:
-            states.append(x)
-        for layer in self.layers if depth is None else self.layers[:depth]:
+        layers = self.layers if depth is None else self.layers[:depth]
+        for layer in layers:
             inputs: tuple[Tensor, ...] = (x, mask)
-            if wanted is not None and layer is self.layers[-1]:
-                inputs = x, same_document(document_ids.gather(1, wanted), document_ids), wanted
+            if output_positions is not None and layer is layers[-1]:
+                queries = document_ids.gather(1, output_positions)
+                inputs = x, same_document(queries, document_ids), output_positions
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
-            if states is not None:
-                states.append(x)
         return x
+
+    def hidden_states(self, *inputs: Tensor) -> list[Tensor]:
+        """The output of the embeddings and of each layer, (B,T,D) each; inputs as for `forward`."""
+        states: list[Tensor] = []
+        parts = [self.embeddings, *self.layers]
+        hooks = [part.register_forward_hook(lambda part, inputs, output: states.append(output)) for part in parts]
+        try:
+            self(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
 
 
 class MaskedLMHead(nn.Module):

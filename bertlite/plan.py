@@ -13,7 +13,7 @@ import torch
 
 from bertlite.attention import best_kernel
 from bertlite.batches import Plan
-from bertlite.bench import peak_memory, rehearse
+from bertlite.bench import matmul_flops, peak_memory, rehearse
 from bertlite.config import PretrainConfig, Source
 from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
@@ -57,7 +57,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             "parameters": parameters,
             "tokens": round(trained * tokens_of_a_row),
             "epochs": trained / epoch if epoch else None,
-            "floating_point_operations": 6.0 * parameters * trained * T,
+            "floating_point_operations": float(trained * matmul_flops(model.config, 1, T, slots)),
             "rows_at_a_time": rows,
             "memory": peak_memory(runtime.device)
             + 2 * weights

@@ -22,8 +22,10 @@ class PlateauWatch:
 
     settings: TrainSettings
     unigram_entropy: Callable[[], float]
-    sums: tuple[float, int, int] = (0.0, 0, 0)  # loss, scored, steps of the window
-    before: float = math.inf
+    loss_sum: float = 0.0  # of the window, …
+    scored: int = 0
+    steps: int = 0
+    before: float = math.inf  # … and the mean of the one before
     silent: bool = False
 
     def __call__(self, step: int, loss_sum: float, scored: int) -> None:
@@ -31,11 +33,12 @@ class PlateauWatch:
         window = max(LEAST_WINDOW, warmup // 2)
         if self.silent or step <= max(warmup, LEAST_WINDOW):
             return
-        self.sums = self.sums[0] + loss_sum, self.sums[1] + scored, self.sums[2] + 1
-        if self.sums[2] < window:
+        self.loss_sum, self.scored, self.steps = self.loss_sum + loss_sum, self.scored + scored, self.steps + 1
+        if self.steps < window:
             return
-        mean = self.sums[0] / max(1, self.sums[1])
-        stalled, self.before, self.sums = mean > self.before - PROGRESS, mean, (0.0, 0, 0)
+        mean = self.loss_sum / max(1, self.scored)
+        stalled, self.before = mean > self.before - PROGRESS, mean
+        self.loss_sum, self.scored, self.steps = 0.0, 0, 0
         if stalled and -BELOW < mean - (level := self.unigram_entropy()) < ABOVE:
             self.silent = True
             say(

@@ -111,9 +111,8 @@ def batch_of_step(config: PretrainConfig, step: int) -> list[list[str]]:
     """The rows that step `step`, counted from 1, trains on, as `Batches.describe` shows them."""
     if not 1 <= step <= config.train.max_steps:
         raise UserError(f"--step is {step}, but the run goes from 1 to train.max_steps {config.train.max_steps}")
-    prepared, G = prepare(config), config.train.global_batch_size
-    batches = training_batches(config, prepared)
-    return batches.describe(batches.training((step - 1) * G, G))
+    batches, rows = training_batches(config, prepare(config)), config.train.global_batch_size
+    return batches.describe(batches.training((step - 1) * rows, rows))
 
 
 def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:

@@ -32,10 +32,6 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def memory(self) -> str:
-        """Whose memory tensors take."""
-        return "GPU's memory" if self.device.type == "cuda" else "memory"
-
     def facts(self) -> dict[str, str | int | bool]:
         """What has to be equal for two runs to be equal bit for bit."""
         return {

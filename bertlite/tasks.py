@@ -119,17 +119,11 @@ class ExampleBatches:
 
 def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
     """The head's scores: (R,P,L), one for each example, or (R,T,L), one for each token."""
-    of_sequences = isinstance(model, SequenceClassifier)
-    hidden = model.encoder(
-        batch.input_ids,
-        batch.position_ids,
-        batch.document_ids,
-        batch.token_type_ids,
-        batch.prediction_positions if of_sequences else None,
-    )
-    if not of_sequences:
+    firsts = batch.prediction_positions if isinstance(model, SequenceClassifier) else None
+    hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids, firsts)
+    if firsts is None:
         return model.classify(hidden)
-    return model.classify(hidden.flatten(0, 1)[:, None]).view(*batch.prediction_positions.shape, -1)
+    return model.classify(hidden.flatten(0, 1)[:, None]).view(*firsts.shape, -1)
 
 
 # Losses take scores and a batch, and return the loss of each place (R,P) or token (R,T), and which of them count.

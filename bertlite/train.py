@@ -184,8 +184,8 @@ class Training:
         return self.make_batch(first, end - first)
 
     def _rows(self, step: int) -> tuple[int, int]:
-        G, rank, ranks = self.settings.global_batch_size, self.runtime.rank, self.runtime.world_size
-        return step * G + rank * G // ranks, step * G + (rank + 1) * G // ranks
+        size, rank, ranks = self.settings.global_batch_size, self.runtime.rank, self.runtime.world_size
+        return step * size + rank * size // ranks, step * size + (rank + 1) * size // ranks
 
     def _step(self, share: Batch) -> None:
         """One optimizer step: sums over all rows of all ranks, divided once."""
@@ -207,8 +207,9 @@ class Training:
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
+                memory = "GPU's memory" if device.type == "cuda" else "memory"
                 raise Failure(
-                    f"{len(rows)} rows at a time do not fit into the {self.runtime.memory()}: lower "
+                    f"{len(rows)} rows at a time do not fit into the {memory}: lower "
                     "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
                 ) from None
             sums += torch.stack([loss.detach().double(), count.double(), torch.zeros_like(count).double()])

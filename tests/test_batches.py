@@ -283,13 +283,20 @@ def test_equal_arguments_make_equal_batches(batches, tokenizer):
 def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     """Else a run that is resumed by a newer version would see other text, or other masks."""
     corpus = make_corpus([9, 1, 14, 3, 22, 5, 2, 8])
-    stream = Batches(corpus, make_plan(corpus, 16), tokenizer, 16, MaskingSettings(rate=0.3), TrainSettings(seed=7))
+    plan, masking = make_plan(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
+    stream = Batches(corpus, plan, tokenizer, 16, masking, TrainSettings(seed=7))
     assert stream.rows(np.arange(10)).tolist() == [4, 1, 5, 3, 0, 2, 5, 3, 1, 0]
-    batch = stream.training(3, 2)
-    first, second = batch.input_ids.tolist()
-    assert first == [2, 61, 62, 63, 64, 4, 66, 67, 4, 3, 2, 59, 4, 3, 0, 0]
-    assert second == [2, 15, 16, 17, 18, 19, 20, 21, 4, 4, 4, 25, 26, 27, 28, 3]
-    assert batch.labels.tolist() == [[65, 68, 60, -100], [18, 22, 23, 24]]
+    batch, held_out = stream.training(3, 4), stream.evaluation(3, 1)
+    assert batch.input_ids.tolist() == [
+        [2, 61, 62, 63, 64, 4, 66, 67, 4, 3, 2, 59, 4, 3, 0, 0],
+        [2, 15, 16, 17, 18, 19, 20, 21, 4, 4, 4, 25, 26, 27, 28, 3],
+        [2, 54, 55, 4, 57, 58, 3, 2, 14, 3, 0, 0, 0, 0, 0, 0],
+        [2, 4, 4, 48, 49, 50, 51, 52, 53, 3, 0, 0, 0, 0, 0, 0],
+    ]
+    assert batch.labels.tolist() == [[65, 68, 60, -100], [18, 22, 23, 24], [56, 57, -100, -100], [46, 47, -100, -100]]
+    assert held_out.input_ids.tolist() == [[2, 4, 62, 63, 64, 65, 66, 67, 68, 3, 2, 59, 4, 3, 0, 0]]
+    plan.groups = [(0.5, 2), (3.0, 4)]
+    assert stream.rows(np.arange(14)).tolist() == [3, 2, 5, 4, 4, 0, 5, 3, 3, 5, 2, 4, 2, 2]
 
 
 def test_every_epoch_is_all_rows_in_a_new_order(batches):

@@ -111,6 +111,19 @@ def test_linear_layers_compute_the_same_by_one_dnn(every_head):
         torch.testing.assert_close(fast(*inputs), encoder.eval()(*inputs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_no_linear_layer_is_computed_by_another_library(name, every_head):
+    """Also where the last layer computes a part of its outputs."""
+    model = for_use(load_model(every_head[name]), FP32)
+    inputs = padded([[5] * 20, [7] * 3], 0, CPU)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        model.encoder(*inputs, output_positions=torch.zeros(2, 1).long())
+        model(*inputs, *[torch.zeros(2, 1).long()] * (name == "BertForMaskedLM"))
+    names = [event.key for event in profile.key_averages()]
+    assert any("_linear_pointwise" in name for name in names)
+    assert not {"aten::linear", "aten::mm", "aten::addmm"} & set(names)
+
+
 def test_bf16_is_close_and_not_the_same(every_head):
     exact, rounded = load(every_head["BertModel"]).encode(TEXTS), load(every_head["BertModel"], "bf16").encode(TEXTS)
     cosine = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)

@@ -112,6 +112,11 @@ BEGINNINGS = {
 }
 
 
+def weights_of(model, folder):
+    """What a folder has for a model like this one."""
+    return weights_for(type(model), model.labels, folder)
+
+
 @pytest.mark.parametrize("name", BEGINNINGS)
 def test_fine_tuning_begins_from_any_bert(name, tmp_path, capsys):
     kind, missing = BEGINNINGS[name]
@@ -120,7 +125,7 @@ def test_fine_tuning_begins_from_any_bert(name, tmp_path, capsys):
     ours = make_ours(SequenceClassifier, ["a", "b"])
     before = ours.classifier.weight.clone(), ours.encoder.pooler.dense.weight.clone()
     capsys.readouterr()
-    ours.load_state_dict(ours.state_dict() | weights_for(ours, tmp_path))
+    ours.load_state_dict(ours.state_dict() | weights_of(ours, tmp_path))
     encoder = theirs if kind is BertModel else theirs.bert
     tokens = make_rows([[16], [9]], 16)
     expected = encoder(tokens[0], tokens[2])
@@ -139,25 +144,28 @@ def test_a_head_for_the_same_labels_is_kept_and_no_other(tmp_path, capsys):
     theirs.save_pretrained(tmp_path)
     same, other = make_ours(SequenceClassifier, ["a", "b"]), make_ours(SequenceClassifier, ["b", "a"])
     capsys.readouterr()
-    same.load_state_dict(same.state_dict() | weights_for(same, tmp_path))
+    same.load_state_dict(same.state_dict() | weights_of(same, tmp_path))
     assert torch.equal(same.classifier.weight, theirs.classifier.weight)
     assert not capsys.readouterr().err
-    other.load_state_dict(other.state_dict() | weights_for(other, tmp_path))
+    other.load_state_dict(other.state_dict() | weights_of(other, tmp_path))
     assert not torch.equal(other.classifier.weight, theirs.classifier.weight)
     tokens = make_ours(TokenClassifier, ["a", "b"])
-    tokens.load_state_dict(tokens.state_dict() | weights_for(tokens, tmp_path))
+    tokens.load_state_dict(tokens.state_dict() | weights_of(tokens, tmp_path))
     assert not torch.equal(tokens.classifier.weight, theirs.classifier.weight)
 
 
 def test_a_folder_of_another_shape_or_without_an_encoder_is_refused(tmp_path):
     make_theirs(SequenceClassifier).save_pretrained(tmp_path)
+    about = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(about.replace('"vocab_size": 50', '"vocab_size": 60'))
     with pytest.raises(UserError, match=r"word_embeddings.weight has shape \(50, 24\)"):
-        weights_for(make_ours(SequenceClassifier, ["a"], vocab_size=60), tmp_path)
+        weights_of(make_ours(SequenceClassifier, ["a"]), tmp_path)
+    (tmp_path / "config.json").write_text(about)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["bert.embeddings.LayerNorm.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing, such as bert.embeddings.LayerNorm.bias"):
-        weights_for(make_ours(SequenceClassifier, ["a"]), tmp_path)
+        weights_of(make_ours(SequenceClassifier, ["a"]), tmp_path)
 
 
 def test_labels_that_do_not_fit_the_head_are_refused(tmp_path):

@@ -16,7 +16,15 @@ from bertlite.attention import KERNELS
 from bertlite.config import Architecture
 from bertlite.errors import UserError
 from bertlite.hf import weight_names
-from bertlite.model import ACTIVATIONS, Embeddings, Encoder, MaskedLanguageModel, initialize, parameter_count
+from bertlite.model import (
+    ACTIVATIONS,
+    Embeddings,
+    Encoder,
+    MaskedLanguageModel,
+    at_positions,
+    initialize,
+    parameter_count,
+)
 
 # No size is that of another dimension, and the layer norms' epsilon is large enough to be seen.
 SHAPE = {
@@ -88,16 +96,18 @@ def test_outputs_of_all_layers_are_those_of_transformers(kernel, activation, tra
     tokens = input_ids, _, document_ids = make_rows([[16], [9], [1]], 16)
     segments = make_segments(input_ids.shape)
 
-    states = []
-    last = ours(*tokens, segments, states=states)
+    states = ours.hidden_states(*tokens, segments)
     expected = theirs(input_ids, document_ids, segments, output_hidden_states=True)
 
     real = document_ids > 0
     assert len(states) == len(expected.hidden_states) == SHAPE["num_hidden_layers"] + 1
     for state, reference in zip(states, expected.hidden_states, strict=True):
         close(state[real], reference[real])
-    assert torch.equal(last, states[-1])
-    assert torch.equal(ours(*tokens, segments, depth=1), states[1])
+    assert torch.equal(ours(*tokens, segments), states[-1])
+    few = torch.tensor([[3, 0], [8, 1], [0, 0]])
+    for depth in (1, 2):
+        assert torch.equal(ours(*tokens, segments, depth=depth), states[depth])
+        close(ours(*tokens, segments, few, depth), at_positions(states[depth], few))
     close(ours.pooler(states[-1]), expected.pooler_output)
 
 
@@ -180,6 +190,28 @@ def test_a_packed_row_gives_each_document_what_it_gets_alone(kernel, training, r
             close(by_itself[0], expected)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_some_positions_of_packed_rows_get_what_they_get_among_all(kernel, training, precision):
+    """Outputs and gradients, also where a position is wanted twice."""
+    ours, _ = make_pair(kernel, "encoder")
+    ours.train(training)
+    tokens = make_rows([[7, 4, 5], [1, 9]], 18)
+    wanted = torch.tensor([[0, 6, 8, 15], [0, 1, 9, 0]])
+    results = []
+    for few in (True, False):
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = ours(*tokens, output_positions=wanted) if few else at_positions(ours(*tokens), wanted)
+        output.float().tanh().sum().backward()
+        gradients = [parameter.grad for name, parameter in ours.named_parameters() if "pooler" not in name]
+        results.append([output.float(), *gradients])
+    tolerance = {"fp32": 1e-5, "bf16": 0.1}[precision]
+    for some, all_of_them in zip(*results, strict=True):
+        assert (some - all_of_them).norm() <= tolerance * all_of_them.norm()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_other_documents_and_padding_change_nothing_bit_for_bit(kernel):
     ours, _ = make_pair(kernel, "encoder", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
@@ -200,11 +232,15 @@ RATES = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dropout_is_active_in_training_and_off_in_eval_mode_and_at_rate_0(kernel, rate):
     tokens = make_rows([[16], [9]], 16)
-    dropping, _ = make_pair(kernel, "encoder", **{rate: 0.1})
-    plain, _ = make_pair(kernel, "encoder")
-    assert not torch.equal(dropping(*tokens), dropping(*tokens))
-    assert torch.equal(plain(*tokens), plain(*tokens))
-    assert torch.equal(dropping.eval()(*tokens), plain(*tokens))
+    dropping, _ = make_pair(kernel, "encoder", num_hidden_layers=1, **{rate: 0.1})
+    dropping.embeddings.dropout.p = 0.0
+    plain, _ = make_pair(kernel, "encoder", num_hidden_layers=1)
+    for positions in (None, torch.tensor([[0, 3], [8, 0]])):
+        dropped = [dropping.train()(*tokens, output_positions=positions) for _ in range(2)]
+        expected = plain(*tokens, output_positions=positions)
+        assert not torch.equal(*dropped)
+        assert torch.equal(plain(*tokens, output_positions=positions), expected)
+        assert torch.equal(dropping.eval()(*tokens, output_positions=positions), expected)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

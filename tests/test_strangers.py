@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForMaskedLM
 from bertlite.checkpoint import problem
 from bertlite.errors import UserError
 from bertlite.fill import fill
-from bertlite.hf import load_model, load_tokenizer_of
+from bertlite.hf import load_model, load_tokenizer_of, weights_for
+from bertlite.model import SequenceClassifier
 from bertlite.parity import check_parity
 from bertlite.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
 
@@ -122,8 +123,13 @@ def test_a_pipe_is_not_waited_for(folder):
 )
 def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
     change_json(folder / "config.json", **changes)
-    with pytest.raises(UserError, match=r"config\.json means [\d,]+ numbers, but the weights are"):
+    message = (
+        r"config\.json(: \w+ is .* means a matrix of [\d,]+ numbers, but| means the layers 0 to \d+,) the weights are"
+    )
+    with pytest.raises(UserError, match=message):
         load_model(folder)
+    with pytest.raises(UserError, match=message):
+        weights_for(SequenceClassifier, ["a"], folder)
 
 
 def write_header(path: Path, header: dict, body: bytes = b"", size: int | None = None) -> None:
