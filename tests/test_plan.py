@@ -12,8 +12,11 @@ import pytest
 from test_train import metrics, pretrain, weights
 
 from bertlite import plan as planning
-from bertlite.config import PretrainConfig
+from bertlite.bench import matmul_flops
+from bertlite.config import MaskingSettings, PretrainConfig
 from bertlite.config_file import load_config
+from bertlite.hf import read_architecture
+from bertlite.masking import prediction_slots
 from bertlite.plan import described, plan
 from bertlite.pretrain import prepare
 
@@ -32,6 +35,8 @@ def test_a_plan_is_what_the_run_takes(write_config, optim):
     assert result["tokens"] == pytest.approx(metrics(folder)[-1]["tokens"], rel=0.01)
     prepared = prepare(load_config(PretrainConfig, path))
     assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
+    of_a_step = matmul_flops(read_architecture(folder / "model"), 8, 64, prediction_slots(64, MaskingSettings()))
+    assert result["floating_point_operations"] == 12 * of_a_step
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
     assert 0.6 * result["disk"] < sum(sizes) <= 1.05 * result["disk"]
     assert result["warnings"] == [] and result["seconds"] is None
