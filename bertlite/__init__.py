@@ -1,8 +1,12 @@
 """bertlite turns a pile of text into a BERT that Hugging Face loads, and proves that it is one."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from bertlite.api import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
 
 

@@ -45,7 +45,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
 def test_imports_come_from_rows_above(path):
     if path.stem == "__init__":
-        assert not imported(path)
+        assert imported(path) <= {"api"}, "for type checkers; see that --help imports nothing heavy"
         return
     wrong = {name for name in imported(path) if ROW[name] >= ROW[path.stem]}
     assert not wrong, f"{path.name} (row {ROW[path.stem]}) imports {wrong}"
