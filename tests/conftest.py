@@ -8,10 +8,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests start processes bes
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
 from bertlite import cli
+
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile("bertlite", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
+hypothesis.settings.load_profile("bertlite")
 
 SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample" / "pretrain.txt"
 
