@@ -328,16 +328,22 @@ def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tm
         (("embed", "{trained}", "{text}", "--out", "{new}", "--pooling", "sum"), "--pooling is 'sum'"),
         (("fill", "org/name", "a [MASK]"), "org/name"),
         (("pretrain", "nowhere.yaml"), "nowhere.yaml"),
+        (("batch", "{trained}/config.yaml", "--step", "99999"), "--step is 99999, but the run goes from 1 to"),
+        (("pretrain", "{trained}/config.yaml", "--out", "{text}"), "is a file; name another folder with --out"),
+        (("pretrain", "{trained}/config.yaml", "--out", "{text}/run"), "run: cannot be made or written: Not a dir"),
+        (("pretrain", "{trained}/config.yaml", "--out", "{encoder}"), "encoder: holds other things and no run"),
+        (("fill", "{begun}", "a [MASK]"), "begun: a run folder without a valid checkpoint yet"),
     ],
 )
 def test_a_wrong_argument_is_named(bertlite, trained, tmp_path, text_files, arguments, expected):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=1000)
     BertModel(config).save_pretrained(tmp_path / "encoder")
     shutil.copytree(tmp_path / "encoder", tmp_path / "broken")
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    places = {name: tmp_path / name for name in ("none", "empty", "new", "encoder", "broken")}
+    places = {name: tmp_path / name for name in ("none", "empty", "new", "encoder", "broken", "begun")}
     filled = [part.format(trained=trained, text=text_files["train"], **places) for part in arguments]
     code, out, err = bertlite(*filled)
     assert (code, out) == (2, "") and expected in err

@@ -15,7 +15,7 @@ from bertlite.batches import make_plan
 from bertlite.config import DataSettings, Source
 from bertlite.corpus import BATCH_CHARACTERS, prepare_corpus
 from bertlite.errors import UserError
-from bertlite.sources import read_documents, source_files
+from bertlite.sources import read_documents, source_digest, source_files
 from bertlite.tokenizer import load_tokenizer
 
 DOCUMENTS = [f'Document {number}, with "quotes", a\ttab and é, 中文.\nTwo lines.' for number in range(50)]
@@ -130,6 +130,28 @@ def test_a_dataset_saved_to_disk(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     source = Source(dataset=str(tmp_path / "saved"), column="body")
     assert list(read_documents(source, "line", "data.train")) == DOCUMENTS
+
+
+def test_a_dataset_is_another_text_when_its_files_or_settings_are_others(tmp_path):
+    (tmp_path / "mine").mkdir()
+    write_jsonl(tmp_path / "mine" / "train.jsonl")
+    source = Source(dataset=str(tmp_path / "mine"), column="body")
+
+    def digest(**changes) -> list:
+        return source_digest(source.model_copy(update=changes), "data.train", tmp_path / "cache")
+
+    before = digest()
+    assert digest() == before
+    for name, value in {"column": "id", "name": "other", "split": "test", "revision": "main"}.items():
+        assert digest(**{name: value}) != before, name
+    (tmp_path / "mine" / "train.jsonl").write_text('{"body": "another"}\n')
+    assert digest() != before
+
+
+def test_rows_without_text_are_counted(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": " "}\n{"text": null}\n')
+    summary = prepare(tmp_path, tokenizer, [str(tmp_path / "a.jsonl")]).summary
+    assert (summary.read, summary.documents, summary.empty) == (3, 1, 2)
 
 
 def test_a_folder_means_its_files_in_order_without_hidden_ones(tmp_path):

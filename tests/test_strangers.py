@@ -58,6 +58,7 @@ def change_json(path: Path, **changes) -> None:
     [
         ({"problem_type": "guessing"}, r"config\.json: problem_type is 'guessing'"),
         ({"add_cross_attention": True}, r"config\.json: add_cross_attention is True"),
+        ({"pad_token_id": 50}, r"config\.json: pad_token_id is 50, outside of the vocabulary of 30"),
         ({"layer_norm_eps": "small"}, r"config\.json: layer_norm_eps is 'small': "),
         ({"dtype": "float99"}, r"model: no tokenizer could be loaded from it: .*float99"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"model: transformers cannot load it: "),
@@ -66,6 +67,12 @@ def change_json(path: Path, **changes) -> None:
 def test_settings_that_one_side_cannot_read_are_named(folder, changes, message):
     change_json(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
+        use(folder)
+
+
+def test_a_file_that_is_larger_than_any_of_its_kind_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr("bertlite.files.LARGEST_JSON", 100)
+    with pytest.raises(UserError, match=r"json: [\d,]+ bytes are too many for such a file"):
         use(folder)
 
 

@@ -14,7 +14,7 @@ from test_finetune import rows_of, vocabulary, with_head, write  # fixtures
 
 from bertlite.config import FinetuneConfig, SweepConfig
 from bertlite.config_file import load_config
-from bertlite.errors import DiskFull, UserError
+from bertlite.errors import DiskFull, Failure, UserError
 from bertlite.finetune import run
 from bertlite.sweep import sweep, table
 
@@ -96,6 +96,20 @@ def test_a_full_disk_ends_a_sweep_and_costs_no_trial(write_sweep, tmp_path, monk
     assert not any(trial.state.is_finished() for trial in study.trials)
 
 
+def test_settings_that_do_not_train_cost_a_trial_and_no_sweep(write_sweep, capsys):
+    with pytest.raises(Failure, match="no trial ended well"):
+        sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
+    assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
+    rows = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
+    assert {row["train.learning_rate"] for row in rows} == {1e-4}
+
+
+def test_a_suite_is_not_searched(write_sweep):
+    config = write_sweep()
+    with pytest.raises(UserError, match="searches the settings of one task; the file has several"):
+        sweep(config.model_copy(update={"task": None, "tasks": {"one": config.task}}))
+
+
 @pytest.mark.parametrize(
     "space, message",
     [
@@ -145,7 +159,13 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
         code, _, err = bertlite("predict", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1
 
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
+    code, _, err = bertlite("predict", tmp_path / "run")
+    assert code == 2 and "standard input:2: not UTF-8" in err
+
     with_head(vocabulary, "token-classification", tmp_path / "tokens")
+    code, _, err = bertlite("predict", tmp_path / "tokens", "--pairs", "Ada\tspoke")
+    assert code == 2 and "--pairs: this model labels the words of one text" in err
     assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
     values |= {"sweep": {"trials": 1, "space": {"train.max_steps": [2]}}, "output_dir": str(tmp_path / "sweep")}
     path.write_text(yaml.safe_dump(values))

@@ -79,6 +79,8 @@ def test_conll_columns(tmp_path):
     (tmp_path / "a.conll").write_text("Ada B-PER\nspoke\n")
     with pytest.raises(UserError, match=r"a\.conll:2: 'spoke' should be text label"):
         read(tmp_path / "a.conll", type="token-classification")
+    with pytest.raises(UserError, match=r"task\.columns should name 'text' and 'label'"):
+        read(tmp_path / "a.conll", type="token-classification", columns=["text", "tag"])
 
 
 def test_squad_becomes_flat_rows(tmp_path):
@@ -106,6 +108,7 @@ BAD = {
     "empty": (b"", {}, r"bad\.tsv holds no rows"),
     "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no rows"),
     "twice": (b"text\ttext\nx\ty\n", {}, "a column's name stands there twice"),
+    "carriage return": (b"text|label\na\rb|1\n", {"delimiter": "|", "quoting": True}, r"bad\.tsv:2: "),
     "fields": (b"text\tlabel\nx\ty\tz\n", {}, r"bad\.tsv:2: 3 columns, but 2 are named"),
 }
 

@@ -29,6 +29,7 @@ from bertlite.tokenizer import (
     word_piece,
     wrap,
 )
+from bertlite.words import word_start_table
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 VOCABULARIES = {name: DATA / "vocab" / name for name in ("bert-base-uncased", "bert-base-chinese")}
@@ -561,6 +562,13 @@ def json_with_a_gap(folder: Path) -> str:
     return str(folder / "tokenizer.json")
 
 
+def folder_for_short_texts(folder: Path) -> str:
+    tokenizer = wrap(word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the"])}, True))
+    tokenizer.model_max_length = 7
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 ALL = "\n".join(SPECIAL_TOKENS)
 
 
@@ -591,6 +599,7 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (json_with_a_gap, "the numbers of its pieces have gaps; they should be 0 to 6"),
         (folder_without_mask, "mask"),
         (folder_of_a_slow_tokenizer, "tokenizer.json"),
+        (folder_for_short_texts, "model_max_length is 7; it should be 8 or more"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
@@ -601,3 +610,12 @@ def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
     message = str(caught.value)
     assert name.removeprefix("./") in message and reason.lower() in message.lower()
     assert len(message.splitlines()) == 1
+
+
+def test_pieces_that_begin_words_are_told_by_the_marks_of_each_kind():
+    pieces = ["Ġthe", "the", "▁a", "##b", "[UNK]"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    byte_pairs, word_pieces = models.BPE(vocabulary, []), models.WordPiece(vocabulary, unk_token="[UNK]")
+    assert word_start_table(Tokenizer(byte_pairs)).tolist() == [True, False, True, False, False]
+    assert word_start_table(Tokenizer(word_pieces)).tolist() == [True, True, True, False, True]
+    assert word_start_table(Tokenizer(models.BPE({"a": 0, "b": 1}, []))).all()  # none is marked

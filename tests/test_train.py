@@ -16,10 +16,11 @@ from transformers import BertForMaskedLM
 from bertlite.batches import Batches
 from bertlite.config import PretrainConfig
 from bertlite.config_file import load_config
-from bertlite.errors import Failure
+from bertlite.errors import Failure, UserError
 from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.optim import OPTIMIZERS
 from bertlite.pretrain import prepare, run
+from bertlite.runtime import start
 
 TIMES = ("tokens_per_second", "elapsed_seconds")
 
@@ -161,6 +162,19 @@ def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
     assert bf16 == pytest.approx(plain, abs=3e-2)
     assert both == pytest.approx(plain, abs=3e-2)
     assert bf16 != plain
+
+
+def test_without_a_compiler_the_model_runs_uncompiled_unless_it_must_not(monkeypatch, capsys):
+    assert start("fp32", "auto").compile and start("fp32", True).compile  # here there is one
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not start("fp32", "auto").compile
+    assert "the model runs uncompiled, more slowly: compiling needs a C++ compiler (no-such-" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"train\.compile is true, but that needs a C\+\+ compiler"):
+        start("fp32", True)
+    monkeypatch.undo()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    with pytest.raises(UserError, match="Python's headers"):
+        start("fp32", True)
 
 
 def test_training_that_diverges_ends_with_advice(write_config):
