@@ -295,6 +295,9 @@ def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     ]
     assert batch.labels.tolist() == [[65, 68, 60, -100], [18, 22, 23, 24], [56, 57, -100, -100], [46, 47, -100, -100]]
     assert held_out.input_ids.tolist() == [[2, 4, 62, 63, 64, 65, 66, 67, 68, 3, 2, 59, 4, 3, 0, 0]]
+    row = "[CLS] w10 w11 w12 {w13 → w13} w14 w15 w16 {[MASK] → w17} {[MASK] → w18} {[MASK] → w19} w20 w21 w22 w23 [SEP]"
+    other = ["[CLS] w49 w50 {[MASK] → w51} {w52 → w52} w53 [SEP]", "[CLS] w9 [SEP]"]
+    assert stream.describe(batch.slice(1, 3)) == [[row], other]
     plan.groups = [(0.5, 2), (3.0, 4)]
     assert stream.rows(np.arange(14)).tolist() == [3, 2, 5, 4, 4, 0, 5, 3, 3, 5, 2, 4, 2, 2]
 
