@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel, pipeline
 
 from bertlite import __version__, cli, load
@@ -348,6 +349,13 @@ def test_a_wrong_argument_is_named(bertlite, trained, tmp_path, text_files, argu
     code, out, err = bertlite(*filled)
     assert (code, out) == (2, "") and expected in err
     assert not (tmp_path / "new").exists()
+
+
+def test_what_the_hub_answers_is_told_in_one_line(bertlite):
+    with pytest.raises(OSError) as caught:
+        snapshot_download("org/name")
+    code, _, err = bertlite("fill", "org/name", "a [MASK]")
+    assert code == 2 and err.endswith(f"the hub gave no such model: {str(caught.value).strip().splitlines()[0]}\n")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_path):

@@ -154,9 +154,16 @@ def test_no_two_purposes_share_numbers():
         assert not (first == second).any()
 
 
+def test_many_draws_are_those_of_its_parts():
+    parts = [draw(count, (3, MATES), 1, first) for first, count in ((5, 65_000), (65_005, 70_000), (135_005, 1))]
+    assert np.array_equal(draw(135_001, (3, MATES), 1, 5), np.concatenate(parts))
+
+
 def test_a_seed_means_the_same_in_every_version():
     """Else what a run has seen, and what was held out from it, would change when it is resumed by a newer version."""
     assert permute(np.arange(10), 10, (7, ROW_ORDER), 3).tolist() == [2, 5, 9, 8, 0, 3, 6, 7, 1, 4]
+    few = [permute(np.arange(size), size, (0, ROW_ORDER), 1).tolist() for size in (2, 3, 4)]
+    assert few == [[1, 0], [2, 0, 1], [3, 0, 1, 2]]
     epochs = np.repeat([0, 1, 2, 3], 5)
     order = [16, 8, 19, 2, 7, 8, 9, 18, 1, 6, 6, 7, 16, 17, 5, 5, 12, 16, 3, 0]
     assert permute(np.arange(20), 20, (0, SOURCE_ORDER), epochs).tolist() == order
