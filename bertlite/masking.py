@@ -46,7 +46,7 @@ def choose_whole_words(
     score = np.take_along_axis(random, np.maximum.accumulate(  # that of the word's first token
         np.where(np.diff(word, axis=1, prepend=-1) > 0, np.arange(word.shape[1]), 0), axis=1), axis=1)  # fmt: skip
     order = np.lexsort((word, np.where(maskable, score, LAST)), axis=1)  # words by score, their tokens together
-    ordered = np.take_along_axis(np.where(maskable, word, -word - 1), order, axis=1)
+    ordered = np.take_along_axis(np.where(maskable, word, 0), order, axis=1)
     ends = np.diff(ordered, axis=1, append=-1) != 0  # the last token of each word, in this order
     at = np.arange(word.shape[1])
     size_up_to_end = np.minimum.accumulate(np.where(ends, at + 1, len(at) + 1)[:, ::-1], axis=1)[:, ::-1]
