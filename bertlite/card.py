@@ -112,7 +112,7 @@ def _of_the_run(source: Path) -> list[str]:
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         text.append(
             f"## Evaluation\n\n{results['metric']}: {results['mean']:.4f} ± {results['std']:.4f} over "
-            f"{len(results['seeds'])} seed(s)."
+            f"{len(results['seeds'])} seed(s), on the {results['measured_on']} examples."
         )
     recipe = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     return [*text, f"## Recipe\n\n```yaml\n{recipe}```"]

@@ -217,6 +217,8 @@ def _extended(
     for text in sample:
         uses.update(domain.encode(text, add_special_tokens=False).tokens)
     new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
+    if len(new) < settings.extend:
+        say(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
     return extended(vocabulary, new[: settings.extend])
 
 

@@ -273,11 +273,11 @@ def test_the_model_card_tells_of_a_task_and_of_nothing(every_head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(every_head["BertForSequenceClassification"], run / "model")
     (run / "config.yaml").write_text("task: {type: classification, train: ../data/train.tsv}")
-    results = {"metric": "accuracy", "mean": 0.875, "std": 0.0125, "seeds": {"0": {}, "1": {}}}
+    results = {"metric": "accuracy", "mean": 0.875, "std": 0.0125, "measured_on": "test", "seeds": {"0": {}, "1": {}}}
     (run / "results.json").write_text(json.dumps(results))
     export(run / "model", tmp_path / "out", "hf")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s)" in card and "train: train.tsv" in card
+    assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s), on the test examples." in card and "train: train.tsv" in card
     export(every_head["BertModel"], tmp_path / "bare", "hf")
     assert "says nothing about its training" in (tmp_path / "bare" / "README.md").read_text()
 

@@ -221,6 +221,13 @@ def test_state_of_another_model_is_refused():
         Optimizer(make_model(), settings()).load_state({"encoder.layers.7.up.weight.exp_avg": torch.zeros(1)})
 
 
+def test_state_of_more_or_fewer_weights_is_refused():
+    state = {f"{name}.exp_avg": torch.zeros(1) for name in Optimizer(make_model(), settings()).tensors}
+    for other in ({**state, "encoder.layers.7.up.weight.exp_avg": torch.zeros(1)}, dict([*state.items()][1:])):
+        with pytest.raises(KeyError, match="the optimizer's state is not that of this model"):
+            Optimizer(make_model(), settings()).load_state(other)
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UserError, match=r"train\.optim is 'adam'.*Did you mean adamw"):
         Optimizer(make_model(), settings(optim="adam"))

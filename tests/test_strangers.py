@@ -139,6 +139,14 @@ def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
         weights_for(SequenceClassifier, ["a"], folder)
 
 
+def test_layers_with_a_gap_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("encoder.layer.1.", "encoder.layer.2."): tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"means the layers 0 to 1, the weights are of \[0, 2\]"):
+        load_model(folder)
+
+
 def write_header(path: Path, header: dict, body: bytes = b"", size: int | None = None) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + body)
