@@ -24,6 +24,8 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=1 << 24)]  # a matrix of two such sides has as many bytes as 64 bits can count
+Depth = Annotated[int, Field(gt=0, le=10_000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file, a folder, or a name of the hub
@@ -32,15 +34,15 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file, a fo
 class Shape(Section):
     """The encoder's shape; the defaults are google-research/bert's BERT-mini."""
 
-    hidden_size: Positive = 256
-    num_hidden_layers: Positive = 4
-    num_attention_heads: Positive = 4
-    intermediate_size: Positive = 1024
+    hidden_size: Width = 256
+    num_hidden_layers: Depth = 4
+    num_attention_heads: Width = 4
+    intermediate_size: Width = 1024
     hidden_act: str = "gelu"
     hidden_dropout_prob: Probability = 0.0
     attention_probs_dropout_prob: Probability = 0.0
-    max_position_embeddings: Positive = 512
-    type_vocab_size: Positive = 2
+    max_position_embeddings: Width = 512
+    type_vocab_size: Width = 2
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
 
@@ -69,7 +71,7 @@ class ModelSettings(Shape):
 class Architecture(Shape):
     """A complete description of an encoder: its shape, and what the tokenizer decides."""
 
-    vocab_size: Positive
+    vocab_size: Width
     pad_token_id: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ class TokenizerSettings(Section):
     """Which tokenizer: a given one (`path`), perhaps extended and padded, or WordPiece trained on the text."""
 
     path: PathText | None = None
-    vocab_size: Positive = 30522
+    vocab_size: Width = 30522
     lowercase: bool = True
     train_characters: Positive = 100_000_000
     pad_to_multiple_of: Positive | None = None

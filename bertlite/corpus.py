@@ -26,6 +26,7 @@ from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
 
 CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
+MANY_TOKENS_A_WORD, MANY_UNKNOWN = 2.5, 0.02  # signs of a vocabulary that is not this text's
 BATCHES_PER_SYNC = 16  # after so many, what is on the disk is certain and an interruption goes on from there
 Id = np.unsignedinteger[Any]  # of a token, of two bytes where the vocabulary allows it, else four
 
@@ -56,6 +57,19 @@ class Summary:
             f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens, "
             f"{self.tokens / max(1, self.words):.2f} a word, {self.unknown_tokens / max(1, self.tokens):.2%} unknown"
             + (f"; dropped: {dropped}" if dropped else "")
+        )
+
+    def doubt(self) -> str:
+        """Why the vocabulary seems to be another text's, or nothing."""
+        if self.unknown_tokens > MANY_UNKNOWN * self.tokens:
+            sign = f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown ones"
+        elif self.tokens > MANY_TOKENS_A_WORD * self.words:
+            sign = f"{self.tokens / max(1, self.words):.1f} tokens a word, where 1 to 2 are usual"
+        else:
+            return ""
+        return (
+            f"{sign}: a vocabulary too small for this text (tokenizer.vocab_size), or of other text (without "
+            "tokenizer.path one is trained; tokenizer.extend adds words)"
         )
 
 
@@ -116,6 +130,8 @@ def prepare_corpus(
             _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
     corpus = Corpus(folder)
     say(f"{setting}: {corpus.summary.text()} ({folder})")
+    if doubt := corpus.summary.doubt():
+        say(f"{setting}: warning: {doubt}")
     return corpus
 
 
@@ -126,9 +142,9 @@ def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path,
     now = {part: fingerprint(value) for part, value in parts.items()}
     if record.exists():
         before = json.loads(record.read_text())
-        changed = " and ".join(part for part in now if before.get(part) != now[part])
+        changed = ", ".join(part for part in now if before.get(part) != now[part])
         if changed:
-            say(f"{setting}: {changed} changed since the last time; preparing the corpus again")
+            say(f"{setting}: preparing the corpus anew; other than the last time: {changed}")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, now)
 

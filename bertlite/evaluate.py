@@ -5,13 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.batches import Batches, make_plan
+from bertlite.batches import EVALUATION_MASKING, Batches, make_plan
 from bertlite.config import DataSettings
 from bertlite.corpus import prepare_corpus
 from bertlite.errors import UserError
 from bertlite.model import MaskedLanguageModel
 from bertlite.pretrain import masked_lm_scores
-from bertlite.runtime import Runtime
+from bertlite.runtime import Runtime, say
 from bertlite.scoring import minimal_pairs, pseudo_perplexity, read_pairs
 from bertlite.train import evaluate
 
@@ -43,6 +43,10 @@ def evaluate_text(
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
+    say(
+        f"--data: {plan.tokens():,} tokens in {len(plan):,} rows of {length}; {EVALUATION_MASKING.rate:.0%} of the "
+        "tokens are masked, the same ones every time"
+    )
     scores = evaluate(model, masked_lm_scores, batches.evaluation, len(plan), ROWS_AT_A_TIME, runtime)
     if math.isnan(scores["accuracy"]):
         raise UserError("--data: the text is too short to hide one of its tokens; give more of it")

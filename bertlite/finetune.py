@@ -5,7 +5,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,12 @@ class FineTuning:
     parts: dict[str, Part]
     runtime: Runtime
     compute: Callable[..., Tensor]  # compute_scores, compiled where that is wanted
+
+    @cached_property
+    def digest(self) -> str:
+        """What stands for all examples of the run: the same digest, the same examples."""
+        parts = [part.examples for part in self.parts.values()]
+        return fingerprint([[part.ids, [np.asarray(target).tolist() for target in part.targets]] for part in parts])
 
     @property
     def metric(self) -> str:
@@ -220,7 +226,7 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         raise UserError(
             f"train.frozen_layers is {config.train.frozen_layers}; the model has {architecture.num_hidden_layers}"
         )
-    tokenizer.model_max_length = settings.max_length
+    trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
     rows = {"train": read_rows(settings.train, settings, "task.train")}
     labels = task.labels(rows["train"], settings)
     for name, place in {"validation": settings.validation, "test": settings.test}.items():
@@ -242,6 +248,16 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
             raise UserError(f"task.text: {config.model.init_from} tells no two texts apart (type_vocab_size is 1)")
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
         say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
+        if task.metrics is CLASSIFICATION:
+            absent = [label for number, label in enumerate(labels) if number not in examples.targets]
+            if absent:
+                say(f"{name}: no row is labelled {', '.join(absent)}; what the model makes of that is not measured")
+    longest = max(int(part.batches.lengths.max()) for part in parts.values())
+    if longest > trained_length:
+        say(
+            f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on {trained_length}: "
+            f"it learns the later positions from this task alone; a lower task.max_length cuts them off"
+        )
     weights = _class_weights(settings, labels, parts["train"].examples)
     begin = weights_for(task.head, labels, source)
     torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
@@ -327,7 +343,7 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
     model.to(runtime.device)
-    facts = {"text": _digest(work), **runtime.facts()}
+    facts = {"text": work.digest, **runtime.facts()}
     say(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
@@ -356,13 +372,6 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
     if checkpoint is not None:
         training.resume(checkpoint)
     return training
-
-
-def _digest(work: FineTuning) -> str:
-    return fingerprint(
-        [[part.examples.ids, [np.asarray(target).tolist() for target in part.examples.targets]]
-         for part in work.parts.values()]
-    )  # fmt: skip
 
 
 def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:

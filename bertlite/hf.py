@@ -219,14 +219,6 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, 
     """config.json, the encoder that it describes, and all weights, which are in as many layers."""
     about, config = _read_config(folder)
     weights = _read_weights(folder)
-    sides = ("vocab_size", "max_position_embeddings", "type_vocab_size", "intermediate_size", "hidden_size")
-    longest = max(sides, key=lambda name: getattr(config, name))
-    largest, held = config.hidden_size * getattr(config, longest), sum(tensor.numel() for tensor in weights.values())
-    if largest > 10 * held:  # perhaps more than torch can count; lesser differences are named weight by weight
-        raise UserError(
-            f"{folder / 'config.json'}: {longest} is {getattr(config, longest):,}, which means a matrix of {largest:,} "
-            f"numbers, but the weights are {held:,} in all"
-        )
     layers = config.num_hidden_layers
     found = {int(layer[1]) for name in weights if (layer := re.search(r"encoder\.layer\.(\d+)\.", name))}
     if len(found) != layers or max(found) != layers - 1:

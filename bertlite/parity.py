@@ -18,6 +18,7 @@ from bertlite.errors import UserError
 from bertlite.hf import ARCHITECTURES, UNUSED, Model, hf_outputs, load_model, to_hf
 from bertlite.masking import IGNORED
 from bertlite.model import Encoder, MaskedLanguageModel, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from bertlite.runtime import out_of_memory
 
 # Of the largest reference value (at least 1), of the reference loss, and of the norm of a reference gradient.
 TOLERANCES = {
@@ -85,6 +86,8 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     try:
         theirs, report = kind.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises many, for settings that bertlite has no use for
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{folder}: transformers cannot load it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from None

@@ -19,7 +19,7 @@ from bertlite.corpus import Corpus
 from bertlite.masking import prediction_slots
 from bertlite.model import MaskedLanguageModel, parameter_count
 from bertlite.pretrain import architecture, prepare
-from bertlite.runtime import free_memory, start
+from bertlite.runtime import free_memory, say, start
 from bertlite.sources import read_documents, source_files
 from bertlite.train import bytes_of_a_row, rows_at_a_time
 
@@ -36,6 +36,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
     settings, T = config.train, config.data.sequence_length
     runtime = start(settings.precision, settings.compile)
     with TemporaryDirectory() as name:
+        say("from the beginning of each source, in a temporary folder:")
         sampled, parts, validation_parts = _sampled(config, Path(name))
         prepared = prepare(sampled)
         with torch.device("meta"):
@@ -76,17 +77,14 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             evaluated = math.ceil(settings.max_steps / settings.eval_steps) * (held_out or 0)  # rows
             result["seconds_per_step"] = float(step)
             result["seconds"] = float(step * settings.max_steps + forward * evaluated / settings.global_batch_size)
-    result["warnings"] = []
-    if not fits:
-        result["warnings"].append(
-            "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing "
-            "to true, or take a smaller model"
-        )
-    if result["disk"] > result["disk_free"]:
-        result["warnings"].append(
-            f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out"
-        )
-    return result
+    too_much = {
+        "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing to "
+        "true, or take a smaller model": not fits,
+        f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out": (
+            result["disk"] > result["disk_free"]
+        ),
+    }
+    return result | {"warnings": [warning for warning, holds in too_much.items() if holds]}
 
 
 def described(result: dict[str, Any]) -> str:

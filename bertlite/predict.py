@@ -17,7 +17,7 @@ from bertlite.finetune import compute_outputs
 from bertlite.inference import parts
 from bertlite.model import Classifier, QuestionAnswerer, TokenClassifier
 from bertlite.runtime import Runtime
-from bertlite.sources import file_texts
+from bertlite.sources import decoded_line, file_texts
 from bertlite.tasks import ExampleBatches, best_answers, compute_scores, encode_questions, encode_texts, no_loss
 
 TEXTS_AT_A_TIME = 64
@@ -104,10 +104,7 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
         yield from file_texts(Path(file), column)
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise UserError(f"standard input:{number}: not UTF-8") from None
+        yield decoded_line(line, number, "standard input")
 
 
 def as_text(result: Any) -> str:

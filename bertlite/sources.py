@@ -172,20 +172,35 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
     try:
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
             for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield decoded_line(line, number, str(path))
                 if number % 100 == 0 and raw.seekable():  # a pipe is not
                     report(raw.tell() - done)
                     done = raw.tell()
         report(path.stat().st_size - done)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); convert it, for example: iconv -f latin1 -t utf-8"
-        ) from None
     except DAMAGED as error:
         raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def decoded_line(line: bytes, number: int, where: str) -> str:
+    """Line `number`, counted from 1, of a text, without its end. Raises UserError, naming `where`, for what is no text.
+
+    A first line with many zero bytes is a binary file's, or UTF-16's; a few do no harm.
+    """
+    zeros = number == 1 and 4 * line.count(0) > len(line)
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if not zeros:
+            return text.rstrip("\r\n")
+        byte = 0
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+    coding = "utf-16" if zeros or (number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))) else "latin1"
+    raise UserError(
+        f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); if it is text at all, convert it, for example: "
+        f"iconv -f {coding} -t utf-8"
+    )
 
 
 def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
@@ -251,7 +266,7 @@ def delimited_rows(
 
 def _quoted(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Records of fields, some in quotes, with the line where each begins."""
-    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter)
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     number = 1
     try:
         for fields in reader:
@@ -259,7 +274,8 @@ def _quoted(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[
                 yield number, fields
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{number}: {error}") from None
+        advice = "each quote that opens a field is closed, and a quote inside of one is written twice"
+        raise UserError(f"{path}:{number}: the row that begins here is not valid: {error}; {advice}") from None
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

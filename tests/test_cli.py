@@ -103,9 +103,10 @@ def test_fill_prints_a_line_an_answer(bertlite, trained):
 
 def test_evaluate_repeats_the_evaluation_of_the_training(bertlite, trained, text_files):
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    code, out, _ = bertlite("evaluate", trained, "--data", text_files["validation"], "--json")
+    code, out, err = bertlite("evaluate", trained, "--data", text_files["validation"], "--json")
     result = json.loads(out)
     assert code == 0 and result.keys() == {"eval_loss", "eval_accuracy"}
+    assert "15% of the tokens are masked, the same ones every time" in err
     assert result["eval_loss"] == pytest.approx(last["eval_loss"], abs=2e-3)  # trained in bf16 where that is faster
     assert result["eval_accuracy"] == pytest.approx(last["eval_accuracy"], abs=5e-3)
 
@@ -265,7 +266,7 @@ def test_a_mistake_in_the_configuration_is_named(bertlite, write_config, tmp_pat
     [
         (b"", "is empty"),
         (b"\n \n\n", "there is no text in it"),
-        (b"good\n\nb\xe9d\n", ":3: not UTF-8 (byte 0xe9)"),
+        (b"good\n\nb\xe9d\n", ":3: not UTF-8 text (byte 0xe9)"),
     ],
 )
 def test_a_bad_text_file_is_named(bertlite, write_config, tmp_path, content, expected):

@@ -99,9 +99,23 @@ LINES = st.lists(
     st.tuples(
         st.one_of(
             st.sampled_from(
-                ["", "", " ", "\t", "\u3000", "\x0c", "\x00", "\u200b", "a", "The state.", "日本", "[SEP]", "\ufeffa"]
+                [
+                    "",
+                    "",
+                    " ",
+                    "\t",
+                    "\u3000",
+                    "\x0c",
+                    "a zero \x00",
+                    "\u200b",
+                    "a",
+                    "The state.",
+                    "日本",
+                    "[SEP]",
+                    "\ufeffa",
+                ]
             ),
-            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20),
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\0"), max_size=20),
         ),
         st.sampled_from(["\n", "\n", "\r\n"]),
     ),
@@ -284,6 +298,8 @@ def test_files_that_are_not_there_are_named(pattern, reason, tmp_path, monkeypat
         (b"one\n\ntwo\nthree \xff\n", 4, "0xff"),
         (b"\n" * 99 + b"\xc3", 100, "0xc3"),
         ("wide\n".encode("utf-16"), 1, "0xff"),
+        ("wide\n".encode("utf-16-le"), 1, "0x00"),
+        (b"\x7fELF\0\0\n", 1, "0x00"),
         (b"ok\n\xed\xa0\x80\n", 2, "0xed"),
     ],
 )
@@ -293,6 +309,7 @@ def test_text_that_is_not_utf_8_is_named_with_its_line(content, line, byte, exte
     with pytest.raises(UserError) as caught:
         documents_of(path, "blank-line")
     assert str(caught.value).startswith(f"{path}:{line}: not UTF-8") and byte in str(caught.value)
+    assert f"iconv -f {'utf-16' if byte == '0x00' or content[0] == 0xFF else 'latin1'} " in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -350,7 +367,7 @@ def test_files_that_may_not_be_read_are_named(step):
             step(folder / "secret.txt", folder / "cache")
 
 
-@pytest.mark.parametrize("text", ["\n", "\n \r\n\t\n\u3000\n", "\ufeff", "\x00\n\x00\x00\n", "\u200b"])
+@pytest.mark.parametrize("text", ["\n", "\n \r\n\t\n\u3000\n", "\ufeff", " \u3000\x00\n\x00\x00\n", "\u200b"])
 def test_files_without_text_are_named(text, tmp_path, prepare):
     path = tmp_path / "blank.txt"
     path.write_text(text, encoding="utf-8")

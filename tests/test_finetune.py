@@ -691,6 +691,26 @@ def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, c
     assert len(found) > 80
 
 
+def test_what_is_neither_measured_nor_trained_is_told(write, vocabulary, capsys):
+    rows = rows_of("classification")
+    labels = sorted({row["label"] for row in rows})
+    other = next(row for row in rows if row["label"] != labels[0])
+    config = write("classification", [row if row["label"] != labels[0] else other for row in rows[:24]] + rows[24:])
+    prepared(config)
+    told = capsys.readouterr().err
+    assert f"validation: no row is labelled {labels[0]}; what the model makes of that is not measured" in told
+    assert "no row is labelled" not in told.replace("validation: no row", "") and "later positions" not in told
+
+    tokenizer = load_tokenizer(str(config.model.init_from))
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(str(config.model.init_from))
+    longest = int(max(part.batches.lengths.max() for part in prepared(config).parts.values()))
+    assert longest > 16
+    assert f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on 16" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
     config = write()
     with pytest.raises(UserError, match="the model is not fine-tuned"):

@@ -15,6 +15,7 @@ from bertlite import plan as planning
 from bertlite.bench import matmul_flops
 from bertlite.config import MaskingSettings, PretrainConfig
 from bertlite.config_file import load_config
+from bertlite.errors import UserError
 from bertlite.hf import read_architecture
 from bertlite.masking import prediction_slots
 from bertlite.plan import described, plan
@@ -91,6 +92,13 @@ def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
     memory, disk = result["warnings"]
     assert "does not fit into memory" in memory and "do not fit on the disk" in disk and "--out" in disk
     assert described(result).count("\nwarning: ") == 2
+
+
+@pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
+def test_a_shape_beyond_all_counting_is_a_mistake(write_config, setting):
+    section = "tokenizer" if setting == "vocab_size" else "model"
+    with pytest.raises(UserError, match=f"{section}.{setting} is 4000000000000: .* less than or equal to"):
+        planned(write_config(), f"{section}.{setting}=4000000000000")
 
 
 def test_the_command_prints_lines_or_json(write_config):

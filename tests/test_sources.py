@@ -191,6 +191,28 @@ def test_the_summary_counts_words_bytes_and_unknown_tokens(tmp_path, tokenizer):
     assert (summary.tokens, summary.words, summary.unknown_tokens, summary.bytes) == (5, 4, 1, 10)
 
 
+@pytest.mark.parametrize(
+    "text, doubt",
+    [
+        ("ab cd e fg hi " * 20, None),  # 1.8 tokens a word
+        (
+            "abc def ghi jkl " * 20,
+            "data.train: warning: 3.0 tokens a word, where 1 to 2 are usual: a vocabulary too small",
+        ),
+        (
+            "a b c d e f g h i 中 " * 20,
+            "data.train: warning: 10.0% of the tokens are unknown ones: a vocabulary too small",
+        ),
+        ("a b c d e f g h i j " * 20 + "中", None),
+    ],
+)
+def test_a_vocabulary_that_is_not_the_texts_is_told_of(tmp_path, tokenizer, capsys, text, doubt):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepare(tmp_path, tokenizer, [str(tmp_path / "a.txt")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert told == [] if doubt is None else len(told) == 1 and told[0].startswith(doubt)
+
+
 def test_oddities_of_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n\r\n\r\nth\0ree\r\n".encode())
     assert documents(tmp_path / "a.txt") == ["one\ntwo", "th\0ree"]
@@ -212,11 +234,11 @@ def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
     prepare(tmp_path, tokenizer, [str(path)])
     capsys.readouterr()
     prepare(tmp_path, tokenizer, [str(path)], document="line")
-    assert "the settings changed since the last time" in capsys.readouterr().err
+    assert "other than the last time: the settings\n" in capsys.readouterr().err
     path.write_text("other text")
     prepare(tmp_path, tokenizer, [str(path)], document="line")
     errors = capsys.readouterr().err
-    assert f"{path} has changed since it was last prepared" in errors and "the text changed" in errors
+    assert f"{path} has changed since it was last prepared" in errors and "last time: the text\n" in errors
 
 
 @pytest.mark.parametrize(

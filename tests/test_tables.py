@@ -109,6 +109,21 @@ BAD = {
     "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no rows"),
     "twice": (b"text\ttext\nx\ty\n", {}, "a column's name stands there twice"),
     "carriage return": (b"text|label\na\rb|1\n", {"delimiter": "|", "quoting": True}, r"bad\.tsv:2: "),
+    "open": (
+        b'text,label\n"a ""b"" c",1\n"d,2\ne,3\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: .*unexpected end of data; each quote that opens",
+    ),
+    "open, last": (
+        b'label,text\n1,a\n2,"b\n3,c\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: .*unexpected end of data",
+    ),
+    "open within": (
+        b'text,label\na,1\n"b,2\nc,3\n"d",4\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: the row that begins here is not valid: ',' expected after '\"'",
+    ),
     "fields": (b"text\tlabel\nx\ty\tz\n", {}, r"bad\.tsv:2: 3 columns, but 2 are named"),
 }
 
