@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config import MaskingSettings, TrainSettings
-from bertlite.corpus import Corpus
+from bertlite.corpus import Corpus, check_sizes
 from bertlite.errors import DataLost, UserError
 from bertlite.files import fingerprint, locked, new_folder, write_json
 from bertlite.masking import IGNORED, Vocabulary, mask_rows, prediction_slots
@@ -69,10 +69,13 @@ class Plan:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
-        self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
-        self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
-        self.groups: list[tuple[float, int]] = json.loads((folder / "groups.json").read_text())
+        try:
+            self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
+            self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
+            self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
+            self.groups: list[tuple[float, int]] = json.loads((folder / "groups.json").read_text())
+        except (OSError, EOFError, ValueError) as error:
+            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be made again") from None
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -119,21 +122,14 @@ def make_plan(
 def _write_plan(
     folder: Path, corpus: Corpus, T: int, wanted: NDArray[np.bool_], weight_of: NDArray[np.float64]
 ) -> None:
-    starts, lengths, rows = [], [], [np.zeros(1, np.int64)]
-    groups: list[tuple[float, int]] = []
-    for weight in np.unique(weight_of[wanted]):
-        documents = wanted & (weight_of == weight)
-        piece_starts, piece_lengths, row_starts = fill_rows(
-            corpus.starts[:-1][documents], np.diff(corpus.starts)[documents], T
-        )
-        starts.append(piece_starts)
-        lengths.append(piece_lengths.astype(np.int32))
-        rows.append(row_starts[1:] + rows[-1][-1])
-        groups.append((float(weight), len(row_starts) - 1))
+    weights = np.unique(weight_of[wanted]).tolist()
+    documents = [np.flatnonzero(wanted & (weight_of == weight)) for weight in weights]
+    every = np.diff(corpus.starts)
+    starts, lengths, rows = zip(*(fill_rows(corpus.starts[these], every[these], T) for these in documents), strict=True)
     np.save(folder / "piece_starts.npy", np.concatenate(starts))
-    np.save(folder / "piece_lengths.npy", np.concatenate(lengths))
-    np.save(folder / "row_starts.npy", np.concatenate(rows))
-    write_json(folder / "groups.json", groups)
+    np.save(folder / "piece_lengths.npy", np.concatenate(lengths).astype(np.int32))
+    np.save(folder / "row_starts.npy", np.cumsum(np.concatenate([[0], *map(np.diff, rows)])))
+    write_json(folder / "groups.json", [(weight, len(one) - 1) for weight, one in zip(weights, rows, strict=True)])
 
 
 def fill_rows(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> tuple[NDArray[np.int64], ...]:
@@ -297,7 +293,7 @@ class Batches:
         rates: NDArray[np.float64],
         key: tuple[int, int],
     ) -> Batch:
-        self._check_files()
+        check_sizes(self.sizes)
         ids, positions, documents = self._rows(rows)
         if (segmented := self.corpus.word_starts) is None:
             begins_word = self.begins_word[ids]
@@ -334,12 +330,6 @@ class Batches:
             documents = batch.document_ids[row].numpy()
             rows.append([" ".join(pieces[documents == number]) for number in range(1, documents.max() + 1)])
         return rows
-
-    def _check_files(self) -> None:
-        """Raise DataLost when a file has vanished or changed its size: touching what was cut off ends a process."""
-        for path, size in self.sizes.items():
-            if not path.exists() or path.stat().st_size != size:
-                raise DataLost(f"{path}: vanished or was cut while in use; `bertlite prepare` makes it again")
 
     def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         """Token ids, positions and document numbers (R,T) of the plan's rows; -1 is empty."""

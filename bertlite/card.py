@@ -17,7 +17,7 @@ from bertlite.run_folder import Metrics
 CURVE_LINES = 10
 
 # Hugging Face's name of what a model is for, and a call of its pipeline.
-TASKS = {
+PIPELINES = {
     "BertModel": ("feature-extraction", '"A sentence."'),
     "BertForMaskedLM": ("fill-mask", '"A [MASK] of words."'),
     "BertForSequenceClassification": ("text-classification", '"A sentence."'),
@@ -55,7 +55,7 @@ def model_card(
     on the machine of the run, only the last part is told.
     """
     kind = ARCHITECTURES[type(model)][0]
-    task, call = TASKS[kind]
+    task, call = PIPELINES[kind]
     about = {
         "license": licence,
         "library_name": "sentence-transformers" if format == "sentence-transformers" else "transformers",
@@ -81,7 +81,9 @@ def model_card(
 
 def _of_the_run(source: Path) -> list[str]:
     run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-    read = _configuration(run / "config.yaml") if source.name == "model" or run != source.parent else None
+    read = None
+    if source.name == "model" or run != source.parent:
+        read = _configuration(run / "config.yaml") or _configuration(run / "best.yaml")  # the latter is a sweep's
     if read is None:
         return ["## Training\n\nThe folder that this was exported from says nothing about its training."]
     config = _without_folders(read.model_dump(mode="json"))
@@ -135,7 +137,7 @@ def _without_folders(value: Any, name: str = "") -> Any:
         return {key: _without_folders(one, key) for key, one in kept.items()}
     if isinstance(value, list):
         return [_without_folders(one, name) for one in value]
-    paths = ("path", "train", "validation", "test", "init_from")
+    paths = ("path", "dataset", "train", "validation", "test", "init_from")
     return (
         Path(value).name if name in paths and isinstance(value, str) and value.startswith(("/", "~", "..")) else value
     )

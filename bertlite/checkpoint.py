@@ -20,7 +20,7 @@ from bertlite.files import new_folder, sha256, write_json
 from bertlite.hf import Model, save_model
 from bertlite.runtime import say
 
-NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-\d{8,}")
 
 
 def save_checkpoint(

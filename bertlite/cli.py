@@ -1,12 +1,12 @@
 """The command line. Every command imports what it needs when it runs, so that --help is immediate."""
 
+import errno
 import json
 import math
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,19 +33,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face fold
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")]
 Begin = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-class Compute(StrEnum):
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class Document(StrEnum):
-    BLANK_LINE = "blank-line"
-    LINE = "line"
-
-
-Precision = Annotated[Compute, typer.Option(help="What to compute in.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="What to compute in.")]
 
 
 def _version(wanted: bool) -> None:
@@ -65,12 +53,10 @@ def bertlite(
 
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Make the tokenizer and the corpus of a configuration, if they are not in the cache yet."""
+    """Make the tokenizer and the corpus of a configuration."""
     from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
 
-    pretraining.prepare(load_config(PretrainConfig, config, overrides or []))
+    pretraining.prepare(_settings("PretrainConfig", config, overrides))
 
 
 @app.command()
@@ -82,10 +68,8 @@ def pretrain(
 ) -> None:
     """Train an encoder on raw text by masked language modelling."""
     from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
 
-    model = pretraining.run(load_config(PretrainConfig, config, _changes(overrides, out)), resume=resume)
+    model = pretraining.run(_settings("PretrainConfig", config, overrides, out), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(model)
 
@@ -98,12 +82,10 @@ def plan(
     measure: Annotated[bool, typer.Option(help="Run a few steps to measure the time.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a run will take: parameters, memory, tokens, time, disk."""
+    """Tell what a run will take: memory, tokens, time, disk."""
     from bertlite import plan as planning
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
 
-    result = planning.plan(load_config(PretrainConfig, config, _changes(overrides, out)), measure)
+    result = planning.plan(_settings("PretrainConfig", config, overrides, out), measure)
     print(json.dumps(result) if as_json else planning.described(result))
 
 
@@ -114,12 +96,10 @@ def batch(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the batch of one step: its documents, and what is hidden in them."""
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
+    """Print the batch of one step, and what is hidden in it."""
     from bertlite.pretrain import batch_of_step
 
-    rows = batch_of_step(load_config(PretrainConfig, config, overrides or []), step)
+    rows = batch_of_step(_settings("PretrainConfig", config, overrides), step)
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
@@ -138,14 +118,15 @@ def evaluate(
         bool, typer.Option("--pseudo-perplexity", help="Also mask every token of the text in turn; takes long.")
     ] = False,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
-    document: Annotated[Document, typer.Option(help="What ends a document.")] = Document.BLANK_LINE,
+    document: Annotated[Literal["blank-line", "line"], typer.Option(help="What ends a document.")] = "blank-line",
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
-    precision: Precision = Compute.FP32,
+    precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a masked language model: loss and accuracy on held-out text, and which sentence of a pair it prefers."""
+    """Measure a masked language model on text, or by minimal pairs."""
     from bertlite.errors import UserError
-    from bertlite.evaluate import evaluate_pairs, evaluate_text
+    from bertlite.evaluate import evaluate_text
+    from bertlite.scoring import minimal_pairs, read_pairs
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
@@ -154,10 +135,11 @@ def evaluate(
     result: dict[str, Any] = {}
     if data:
         result |= evaluate_text(
-            masked_lm, tokenizer, data, runtime, sequence_length, document.value, column, pseudo_perplexity
+            masked_lm, tokenizer, data, runtime, sequence_length, document, column, pseudo_perplexity
         )
     if pairs:
-        result |= evaluate_pairs(masked_lm, tokenizer, pairs, runtime)
+        with runtime.autocast():
+            result |= minimal_pairs(masked_lm, tokenizer, read_pairs(pairs))
     if as_json:
         print(json.dumps(result))
         return
@@ -177,12 +159,10 @@ def finetune(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a BERT for a task, or several: labels, numbers, entities, answers."""
+    """Fine-tune a BERT: labels, numbers, entities, answers."""
     from bertlite import finetune as finetuning
-    from bertlite.config import FinetuneConfig
-    from bertlite.config_file import load_config
 
-    results = finetuning.run(load_config(FinetuneConfig, config, _changes(overrides, out, model)), resume=resume)
+    results = finetuning.run(_settings("FinetuneConfig", config, overrides, out, model), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results) if as_json else finetuning.table(results))
 
@@ -196,12 +176,10 @@ def sweep(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search the best settings of a fine-tuning, over the ranges under sweep.space."""
+    """Search the best settings of a fine-tuning."""
     from bertlite import sweep as sweeping
-    from bertlite.config import SweepConfig
-    from bertlite.config_file import load_config
 
-    rows = sweeping.sweep(load_config(SweepConfig, config, _changes(overrides, out, model)), resume=resume)
+    rows = sweeping.sweep(_settings("SweepConfig", config, overrides, out, model), resume=resume)
     print(json.dumps(rows) if as_json else sweeping.table(rows))
 
 
@@ -213,10 +191,10 @@ def predict(
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
     pairs: Annotated[bool, typer.Option("--pairs", help="Each text is two, with a tab between.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="How many labels for each text.")] = 1,
-    precision: Precision = Compute.FP32,
+    precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a fine-tuned model predicts: labels with probabilities, entities, or answers."""
+    """Say what a fine-tuned model predicts."""
     from bertlite.errors import UserError
     from bertlite.predict import as_text, read_texts
 
@@ -231,7 +209,7 @@ def fill(
     model: Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", help='Such as "Paris is the [MASK] of France."')],
     top_k: Annotated[int, typer.Option(min=1, help="How many answers for each mask.")] = 5,
-    precision: Precision = Compute.FP32,
+    precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Show what a masked language model expects in place of [MASK]."""
@@ -257,7 +235,7 @@ def embed(
     normalize: Annotated[bool, typer.Option("--normalize", help="Give every vector the length 1.")] = False,
     sequence_length: Annotated[int | None, typer.Option(min=3, help="Where texts are cut; default as trained.")] = None,
     column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
-    precision: Precision = Compute.FP32,
+    precision: Precision = "fp32",
 ) -> None:
     """Turn each line of a file into a vector."""
     from bertlite.config import Source
@@ -282,7 +260,7 @@ def export(
     pooling: Annotated[str | None, typer.Option(help="For sentence-transformers: mean, cls or max.")] = None,
     licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
 ) -> None:
-    """Write a model for other programs, after checking it against Hugging Face, with a model card."""
+    """Write a model for other programs, checked, with a card."""
     from bertlite.export import Options
     from bertlite.export import export as write_export
     from bertlite.run_folder import model_folder
@@ -292,13 +270,13 @@ def export(
 
 
 @app.command()
-def verify(model: Model, precision: Precision = Compute.FP32, as_json: AsJson = False) -> None:
-    """Compare a model with Hugging Face's BERT: weights, outputs, loss, gradients; exit code 1 if it differs."""
+def verify(model: Model, precision: Precision = "fp32", as_json: AsJson = False) -> None:
+    """Compare a model with Hugging Face's; exit code 1 if it differs."""
     from bertlite.parity import check_parity
     from bertlite.run_folder import model_folder
 
     folder = model_folder(model)
-    checks = check_parity(folder, precision.value)
+    checks = check_parity(folder, precision)
     ok = all(check.ok for check in checks)
     if as_json:
         lines = [{**vars(check), "ok": check.ok} for check in checks]
@@ -321,12 +299,10 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after the warm-up.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the training of a configuration on this machine: tokens/s, where the time goes, share of peak, memory."""
+    """Measure a training here: tokens/s, time, share of peak, memory."""
     from bertlite import bench as benching
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
 
-    result = benching.bench(load_config(PretrainConfig, config, overrides or []), steps)
+    result = benching.bench(_settings("PretrainConfig", config, overrides), steps)
     print(json.dumps(result) if as_json else benching.described(result))
 
 
@@ -349,24 +325,32 @@ def main() -> None:
 
         if not out_of_memory(error):
             raise
-        sys.exit(_say("the memory is exhausted; lower the rows computed at a time, or the size of the model", 1))
+        advice = "lower the rows of a step, those computed at a time, or the size of the model"
+        sys.exit(_say(f"the memory is exhausted; {advice}", 1))
     except OSError as error:  # a folder that cannot be written, a file that vanished
-        sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 2))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 1 if full else 2))
     except Stopped as stopped:
         sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
 
 
-def _changes(overrides: list[str] | None, out: Path | None, model: str | None = None) -> list[str]:
-    """--set, --model and --out as changes of settings."""
+def _settings(
+    kind: str, config: Path, overrides: list[str] | None, out: Path | None = None, model: str | None = None
+) -> Any:
+    """The configuration that a command reads, with --set, --out and --model."""
+    from bertlite import config as settings
+    from bertlite.config_file import load_config
+
     named = {"model.init_from": model, "output_dir": out and str(out)}
-    return [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
+    changes = [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
+    return load_config(getattr(settings, kind), config, changes)
 
 
-def _loaded(model: str, precision: Compute) -> "LoadedModel":
+def _loaded(model: str, precision: str) -> "LoadedModel":
     from bertlite.api import LoadedModel
     from bertlite.runtime import start
 
-    return LoadedModel(model, start(precision.value))
+    return LoadedModel(model, start(precision))
 
 
 def _say(text: str, code: int) -> int:

@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
-Width = Annotated[int, Field(gt=0, le=1 << 24)]  # a matrix of two such sides has as many bytes as 64 bits can count
+Width = Annotated[int, Field(gt=0, le=1 << 24)]  # of a matrix with two such sides, 64 bits can count the bytes
 Depth = Annotated[int, Field(gt=0, le=10_000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -41,7 +41,7 @@ class Shape(Section):
     hidden_act: str = "gelu"
     hidden_dropout_prob: Probability = 0.0
     attention_probs_dropout_prob: Probability = 0.0
-    max_position_embeddings: Width = 512
+    max_position_embeddings: Annotated[Width, Field(ge=8)] = 512
     type_vocab_size: Width = 2
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
@@ -85,17 +85,11 @@ class TokenizerSettings(Section):
     """Which tokenizer: a given one (`path`), perhaps extended and padded, or WordPiece trained on the text."""
 
     path: PathText | None = None
-    vocab_size: Width = 30522
+    vocab_size: Annotated[Width, Field(gt=5)] = 30522  # the special tokens alone are five
     lowercase: bool = True
     train_characters: Positive = 100_000_000
     pad_to_multiple_of: Positive | None = None
     extend: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def special_tokens_fit(self) -> "TokenizerSettings":
-        if self.vocab_size <= 5:
-            raise ValueError(f"vocab_size is {self.vocab_size}, but the special tokens alone take 5; BERT has 30522")
-        return self
 
 
 class Place(Section):
@@ -182,7 +176,7 @@ class MaskingSettings(Section):
 class Optimization(Section):
     """Batch, optimizer, schedule and precision."""
 
-    global_batch_size: Positive = 32
+    global_batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 32
     per_device_train_batch_size: Positive | None = None
     gradient_checkpointing: bool = False
     optim: str = "adamw"

@@ -194,7 +194,7 @@ def _explain(kind: type[BaseModel], item: Any, path: Path | str, changed: dict[s
         text = f"{name} is not a setting{_did_you_mean(name, list(_setting_names(kind)))}"
     elif item["type"] == "missing":
         text = f"{name} is missing"
-    elif item["type"] == "value_error":  # one of the validators above, which names its keys
+    elif item["type"] == "value_error":  # one of the settings' own validators, which name their keys
         text = ".".join([*keys, str(item["ctx"]["error"])])
         source = source or next((given for key, given in changed.items() if key.rsplit(".", 1)[-1] in text), None)
     elif item["type"] == "model_type":

@@ -24,7 +24,7 @@ from bertlite.runtime import say
 from bertlite.sources import read_documents, source_digest, source_files
 from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
 
-CORPUS_VERSION = 2  # raise it when the same text would give other files
+CORPUS_VERSION = 3  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
 MANY_TOKENS_A_WORD, MANY_UNKNOWN = 2.5, 0.02  # signs of a vocabulary that is not this text's
 BATCHES_PER_SYNC = 16  # after so many, what is on the disk is certain and an interruption goes on from there
@@ -60,17 +60,13 @@ class Summary:
         )
 
     def doubt(self) -> str:
-        """Why the vocabulary seems to be another text's, or nothing."""
+        """Why the vocabulary seems too small, or another text's; or nothing."""
+        what = "the vocabulary is too small, or of other text"
         if self.unknown_tokens > MANY_UNKNOWN * self.tokens:
-            sign = f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown ones"
-        elif self.tokens > MANY_TOKENS_A_WORD * self.words:
-            sign = f"{self.tokens / max(1, self.words):.1f} tokens a word, where 1 to 2 are usual"
-        else:
-            return ""
-        return (
-            f"{sign}: a vocabulary too small for this text (tokenizer.vocab_size), or of other text (without "
-            "tokenizer.path one is trained; tokenizer.extend adds words)"
-        )
+            return f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown ones; {what}"
+        if self.tokens > MANY_TOKENS_A_WORD * self.words:
+            return f"{self.tokens / max(1, self.words):.1f} tokens a word, where 1 to 2 are usual; {what}"
+        return ""
 
 
 class Corpus:
@@ -84,15 +80,13 @@ class Corpus:
         self.folder = folder
         about = json.loads((folder / "corpus.json").read_text())
         self.summary = Summary(**about["summary"])
-        sizes = {"tokens.bin": self.summary.tokens * np.dtype(about["dtype"]).itemsize,
-                 "document_starts.bin": 8 * (self.summary.documents + 1)}  # fmt: skip
-        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
-            raise DataLost(f"{folder}: its files were cut; remove it, and it will be made again")
+        self.sizes = {folder / name: size for name, size in about["files"].items()}
+        check_sizes(self.sizes)
         self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
         words = folder / "word_starts.bin"
         self.word_starts: NDArray[np.uint8] | None = (
-            np.memmap(words, dtype=np.uint8, mode="r") if words.exists() else None
+            np.memmap(words, dtype=np.uint8, mode="r") if words in self.sizes else None
         )
 
     def __len__(self) -> int:
@@ -100,6 +94,13 @@ class Corpus:
 
     def document(self, index: int) -> NDArray[Id]:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+def check_sizes(sizes: dict[Path, int]) -> None:
+    """Raise DataLost when a file has vanished or changed its size: touching what was cut off ends a process."""
+    for path, size in sizes.items():
+        if not path.exists() or path.stat().st_size != size:
+            raise DataLost(f"{path}: vanished or was cut; remove {path.parent}, and it will be made again")
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -131,7 +132,11 @@ def prepare_corpus(
     corpus = Corpus(folder)
     say(f"{setting}: {corpus.summary.text()} ({folder})")
     if doubt := corpus.summary.doubt():
-        say(f"{setting}: warning: {doubt}")
+        advice = (
+            ": without tokenizer.path a vocabulary is trained on the text, tokenizer.vocab_size makes it larger, and "
+            "tokenizer.extend adds words to another"
+        )
+        say(f"{setting}: warning: {doubt}{advice if setting.startswith('data.') else ''}")
     return corpus
 
 
@@ -142,9 +147,9 @@ def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path,
     now = {part: fingerprint(value) for part, value in parts.items()}
     if record.exists():
         before = json.loads(record.read_text())
-        changed = ", ".join(part for part in now if before.get(part) != now[part])
+        changed = " and ".join(part for part in now if before.get(part) != now[part])
         if changed:
-            say(f"{setting}: preparing the corpus anew; other than the last time: {changed}")
+            say(f"{setting}: preparing the corpus, for the first time with {changed} as now")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, now)
 
@@ -171,7 +176,8 @@ def _tokenize(
             places = ", ".join(str(source.path or source.dataset) for source in sources)
             raise UserError(f"{setting}: {places}: there is no text in it; {summary.read:,} documents read, none kept")
         writer.sync()
-        write_json(folder / "corpus.json", {"dtype": writer.dtype.str, "summary": asdict(summary)})
+        sizes = {name: file.tell() for name, file in writer.files.items()}
+        write_json(folder / "corpus.json", {"dtype": writer.dtype.str, "summary": asdict(summary), "files": sizes})
         progress.unlink(missing_ok=True)
 
 
@@ -191,12 +197,12 @@ class _Writer:
         self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
         self.begins_word = word_start_table(tokenizer)
         self.segment = choose(SEGMENTERS, data.segmenter, "data.segmenter") if data.segmenter else None
-        self.tokens = stack.enter_context(_open_at(folder / "tokens.bin", summary.tokens * self.dtype.itemsize))
-        self.starts = stack.enter_context(_open_at(folder / "document_starts.bin", (summary.documents + 1) * 8))
-        self.files = [self.tokens, self.starts]
-        if self.segment:
-            self.words = stack.enter_context(_open_at(folder / "word_starts.bin", summary.tokens))
-            self.files.append(self.words)
+        sizes = {
+            "tokens.bin": summary.tokens * self.dtype.itemsize,
+            "document_starts.bin": (summary.documents + 1) * 8,
+            **({"word_starts.bin": summary.tokens} if self.segment else {}),
+        }
+        self.files = {name: stack.enter_context(_open_at(folder / name, size)) for name, size in sizes.items()}
 
     def write(self, batch: list[tuple[int, str]]) -> None:
         """Append documents, given with the number of their source."""
@@ -209,10 +215,10 @@ class _Writer:
                 self.summary.empty += 1
                 continue
             if self.segment:
-                self.words.write(begins_word.tobytes())
+                self.files["word_starts.bin"].write(begins_word.tobytes())
             self._count(source, text, ids, int(begins_word.sum()))
-            self.tokens.write(ids.tobytes())
-            self.starts.write(np.array(self.summary.tokens, "<i8").tobytes())
+            self.files["tokens.bin"].write(ids.tobytes())
+            self.files["document_starts.bin"].write(np.array(self.summary.tokens, "<i8").tobytes())
 
     def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray[Id], NDArray[Any]]]:
         """Token ids and beginnings of words of each chunk; the library's large encodings live for a few chunks only."""
@@ -226,7 +232,7 @@ class _Writer:
                 yield ids, segmented_starts(chunk, encoding.offsets, segment) if segment else self.begins_word[ids]
 
     def sync(self) -> None:
-        for file in self.files:
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
 

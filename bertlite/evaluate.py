@@ -1,7 +1,6 @@
 """`bertlite evaluate`: the loss and accuracy of a masked language model on held-out text."""
 
 import math
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +11,7 @@ from bertlite.errors import UserError
 from bertlite.model import MaskedLanguageModel
 from bertlite.pretrain import masked_lm_scores
 from bertlite.runtime import Runtime, say
-from bertlite.scoring import minimal_pairs, pseudo_perplexity, read_pairs
+from bertlite.scoring import pseudo_perplexity
 from bertlite.train import evaluate
 
 ROWS_AT_A_TIME = 32
@@ -55,12 +54,3 @@ def evaluate_text(
         with runtime.autocast():
             result["pseudo_perplexity"] = pseudo_perplexity(model, tokenizer, data.train, document, length)
     return result
-
-
-def evaluate_pairs(
-    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, files: list[str], runtime: Runtime
-) -> dict[str, Any]:
-    """`pairs_accuracy`, and under `phenomena` the accuracy of each and of its paradigms. Raises UserError."""
-    with runtime.autocast():
-        result = minimal_pairs(model, tokenizer, read_pairs(files))
-    return {"pairs_accuracy": result["accuracy"], "phenomena": result["phenomena"]}

@@ -47,8 +47,8 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     """Write model.onnx (`dtype` "fp32"), model_int8.onnx ("int8"), or both (None), and say what the checks found.
 
     In int8, weights are kept and multiplied in 8 bits, each row by its own scale, and activations are rounded to 8
-    bits as they come. Where fewer than 95 % of the top predictions are those of fp32, int8 is refused when it was
-    asked for by name, and otherwise left out. Raises Failure when a check does not hold.
+    bits as they come. Where too few of the top predictions are those of fp32, int8 is refused when it was asked for
+    by name, and otherwise left out. Raises Failure when a check does not hold.
     """
     from onnxruntime import InferenceSession
 

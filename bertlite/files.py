@@ -28,10 +28,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     Everything is on the disk before the name appears. After an error, nothing is left.
     Raises DiskFull.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        with full_disk_named(path.parent):
+    with full_disk_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
             yield aside
             mask = _umask()
             for inner in (aside, *aside.rglob("*")):  # mkdtemp and safetensors make what others may not read
@@ -39,8 +39,8 @@ def new_folder(path: Path) -> Iterator[Path]:
                 sync(inner)
             aside.rename(path)
             sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # it is gone when all went well
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # it is gone when all went well
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -79,17 +79,16 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; name a file")
     with full_disk_named(path.parent):  # a name of its own: containers that share a folder share process numbers
         number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    aside = Path(name)
-    try:
-        with full_disk_named(path.parent):
+        aside = Path(name)
+        try:
             with open(number, "wb") as file:
                 yield file
             aside.chmod(0o666 & ~_umask())
             sync(aside)
             aside.replace(path)
             sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)  # it is gone when all went well
+        finally:
+            aside.unlink(missing_ok=True)  # it is gone when all went well
 
 
 def write_whole(path: Path, text: str) -> None:

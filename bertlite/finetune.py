@@ -26,7 +26,7 @@ from bertlite.config import (
 )
 from bertlite.config_file import choose
 from bertlite.errors import Failure, UserError
-from bertlite.files import fingerprint, new_folder, write_json, write_whole
+from bertlite.files import fingerprint, write_json, write_whole
 from bertlite.hf import load_model, load_tokenizer_of, read_architecture, weights_for
 from bertlite.metrics import CLASSIFICATION
 from bertlite.model import Classifier, initialize, parameter_count
@@ -39,6 +39,7 @@ from bertlite.tasks import TASKS, ExampleBatches, Examples, Task, TaskBatch, com
 from bertlite.train import Training, evaluate, rows_at_a_time
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
+FEW = 10  # labels that are named in a line
 WORST = 100  # examples of the largest loss that are written down
 
 
@@ -130,6 +131,8 @@ def check_settings(config: FinetuneConfig) -> None:
         }.items():
             if value and task.loss is not label_loss:
                 raise UserError(f"{key} is {value!r}, but {settings.type} has no such thing; leave it out")
+    if len(set(config.train.seeds)) < len(config.train.seeds):
+        raise UserError(f"train.seeds is {config.train.seeds}; each seed should stand there once")
     if config.model.init_from is None:
         raise UserError("there is no model to begin from: name it by --model MODEL, or set model.init_from")
 
@@ -196,8 +199,7 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
                 if (folder / f"seed-{best}" / name).exists():
                     shutil.copy(folder / f"seed-{best}" / name, folder / name)
             if not (folder / "model").exists():
-                with new_folder(folder / "model") as aside:
-                    shutil.copytree(folder / f"seed-{best}" / "model", aside, dirs_exist_ok=True)
+                (folder / f"seed-{best}" / "model").rename(folder / "model")
             write_json(folder / "results.json", results)
             for seed in seeds:
                 shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
@@ -251,12 +253,13 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         if task.metrics is CLASSIFICATION:
             absent = [label for number, label in enumerate(labels) if number not in examples.targets]
             if absent:
-                say(f"{name}: no row is labelled {', '.join(absent)}; what the model makes of that is not measured")
+                few = ", ".join(absent[:FEW]) + (", …" if len(absent) > FEW else "")
+                say(f"{name}: no row is labelled {few}, so that is not {'learnt' if name == 'train' else 'measured'}")
     longest = max(int(part.batches.lengths.max()) for part in parts.values())
     if longest > trained_length:
         say(
             f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on {trained_length}: "
-            f"it learns the later positions from this task alone; a lower task.max_length cuts them off"
+            "it learns the later positions from this task alone; a lower task.max_length cuts them off"
         )
     weights = _class_weights(settings, labels, parts["train"].examples)
     begin = weights_for(task.head, labels, source)

@@ -61,7 +61,7 @@ ARCHITECTURES: dict[type[nn.Module], tuple[str, dict[str, list[str]]]] = {
     TokenClassifier: ("BertForTokenClassification", {"classifier": ["classifier"]}),
     QuestionAnswerer: ("BertForQuestionAnswering", {"classifier": ["qa_outputs"]}),
 }
-# What other BERT folders hold and a masked language model has no use for. A decoder is another name of the word
+# What BERT folders hold and bertlite's model may have no use for. A decoder is another name of the word
 # embedding, which is checked; position_ids count from 0; next-sentence prediction is not a part of bertlite.
 UNUSED = re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.decoder\.|bert\.pooler\.")
 
@@ -190,7 +190,7 @@ def weights_for(head: type[Classifier], labels: list[str], folder: Path) -> dict
 def load_tokenizer_of(folder: Path, config: Architecture) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UserError when it has ids that the model has no embedding for."""
     tokenizer = load_tokenizer(str(folder))
-    size, known = max(tokenizer.get_vocab().values()) + 1, config.vocab_size
+    size, known = len(tokenizer), config.vocab_size
     if size > known:
         raise UserError(f"{folder}: the tokenizer has {size:,} pieces, but the model embeds {known:,}")
     return tokenizer
@@ -212,7 +212,7 @@ def local_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except (HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such folder here, and the hub gave no such model: {reason}") from None
+        raise UserError(f"{name}: no such folder here, and none came from the hub: {reason}") from None
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tensor]]:
@@ -276,7 +276,10 @@ def _kind(about: dict[str, Any], weights: dict[str, Tensor]) -> type[Model]:
 
 def _labels(about: dict[str, Any], kind: type[Model], weights: dict[str, Tensor], folder: Path) -> list[str]:
     """The names of a head's outputs: id2label's, or Hugging Face's LABEL_0, LABEL_1, …"""
-    numbers = [str(number) for number in range(len(weights[f"{ARCHITECTURES[kind][1]['classifier'][0]}.weight"]))]
+    head = f"{ARCHITECTURES[kind][1]['classifier'][0]}.weight"
+    if weights[head].ndim != 2 or not weights[head].numel():
+        raise UserError(f"{folder}: {head} has shape {tuple(weights[head].shape)}, which is no head's")
+    numbers = [str(number) for number in range(len(weights[head]))]
     names = about.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
     if not isinstance(names, dict) or names.keys() != set(numbers):
         raise UserError(f"{folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}")

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from bertlite.batches import lay_out
 from bertlite.model import Linear, MaskedLMHead
 from bertlite.runtime import Runtime
 
@@ -25,33 +25,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-class OneDnnLinear(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight, self.bias)
-
-    def part(self, x: Tensor, coordinates: slice) -> Tensor:
-        return _linear(x, self.weight[coordinates], self.bias[coordinates])
-
-
-class OneDnnHead(MaskedLMHead):
-    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        return _linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)
-
-
-ONE_DNN: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: OneDnnLinear,
-    Linear: OneDnnLinear,
-    MaskedLMHead: OneDnnHead,
-}
-
-
 def for_use(model: Module, runtime: Runtime) -> Module:
     """Make a model ready to be used and no longer trained, in place: on the device, without dropout."""
     model.to(runtime.device).eval()
     one_dnn = torch.backends.mkldnn.is_available()
     if one_dnn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
         for module in model.modules():
-            module.__class__ = ONE_DNN.get(type(module), type(module))
+            if isinstance(module, Linear | MaskedLMHead):
+                module.product = _linear
     return model
 
 
@@ -73,7 +54,6 @@ def like_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[list[
 
 def padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of token ids as the encoder takes them: input_ids, position_ids and document_ids, (B,T) each."""
-    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id)
-    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    document_ids = (position_ids < torch.tensor([[len(row)] for row in rows])).long()
-    return input_ids.to(device), position_ids.to(device), document_ids.to(device)
+    arrays = lay_out([[row] for row in rows], max(map(len, rows)), pad_token_id)
+    input_ids, position_ids, document_ids = (torch.from_numpy(array).to(device) for array in arrays)
+    return input_ids, position_ids, document_ids

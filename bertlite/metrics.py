@@ -28,6 +28,11 @@ def correlation(kind: Callable[..., Any], references: Sequence[float], predictio
     return float(kind(references, predictions).statistic)
 
 
+def determination(references: Sequence[float], predictions: Sequence[float]) -> float:
+    """R², 0 where a single reference leaves nothing to explain."""
+    return float(labels.r2_score(references, predictions)) if len(references) > 1 else 0.0
+
+
 def normalized_answer(text: str) -> str:
     """An answer as SQuAD compares it: lower case, no punctuation, no articles (Rajpurkar et al. 2016, section 6.1)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
@@ -68,7 +73,7 @@ MULTILABEL: dict[str, Measure] = {
 REGRESSION: dict[str, Measure] = {
     "pearson": partial(correlation, stats.pearsonr),
     "spearmanr": partial(correlation, stats.spearmanr),
-    "r2": labels.r2_score,
+    "r2": determination,
 }
 ENTITIES: dict[str, Measure] = {
     "f1": partial(entities.f1_score, zero_division=0),

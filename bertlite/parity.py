@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bertlite.attention import best_kernel
+from bertlite.batches import lay_out
 from bertlite.config import Architecture
 from bertlite.errors import UserError
 from bertlite.hf import ARCHITECTURES, UNUSED, Model, hf_outputs, load_model, to_hf
@@ -115,19 +116,15 @@ def make_inputs(config: Architecture) -> dict[str, Inputs]:
     """Random tokens, padded, packed (several documents a row) and in pairs; with both segments, if there are two."""
     generator = torch.Generator().manual_seed(0)
     T = min(48, config.max_position_embeddings)
-    documents = {
+    lengths = {
         "padded": [[T], [T * 2 // 3], [T // 3]],
         "packed": [[T // 2, T // 4, T // 8], [T // 3, T // 3, T // 3]],
         "pair": [[T], [T // 2]],
     }
     result = {}
-    for name, rows in documents.items():
-        document_ids, position_ids = torch.zeros(len(rows), T).long(), torch.zeros(len(rows), T).long()
-        for row, lengths in enumerate(rows):
-            ends = torch.tensor(lengths).cumsum(0).tolist()
-            for number, (length, end) in enumerate(zip(lengths, ends, strict=True), 1):
-                document_ids[row, end - length : end] = number
-                position_ids[row, end - length : end] = torch.arange(length)
+    for name, rows in lengths.items():
+        documents = [[[0] * length for length in row] for row in rows]
+        _, position_ids, document_ids = map(torch.from_numpy, lay_out(documents, T, 0))
         real = document_ids > 0
         input_ids, labels = torch.randint(config.vocab_size, (2, *real.shape), generator=generator)
         input_ids = torch.where(real, input_ids, config.pad_token_id)

@@ -49,7 +49,8 @@ def draw(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> ND
 
 
 def held_out(count: int, share: float) -> NDArray[np.bool_]:
-    """Which of `count` things are kept apart: each with the same chance, not none and not all, the same every time."""
+    """Which of `count` things are kept apart: each with the same chance, the same every time; of two or more not none
+    and not all."""
     random = draw(count, (0, HELD_OUT))
     apart = random < np.uint64(share * 2**32)
     apart[np.argmin(random)] = True

@@ -77,14 +77,17 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             evaluated = math.ceil(settings.max_steps / settings.eval_steps) * (held_out or 0)  # rows
             result["seconds_per_step"] = float(step)
             result["seconds"] = float(step * settings.max_steps + forward * evaluated / settings.global_batch_size)
-    too_much = {
-        "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing to "
-        "true, or take a smaller model": not fits,
-        f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out": (
-            result["disk"] > result["disk_free"]
-        ),
-    }
-    return result | {"warnings": [warning for warning, holds in too_much.items() if holds]}
+    result["warnings"] = []
+    if not fits:
+        result["warnings"].append(
+            "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing "
+            "to true, or take a smaller model"
+        )
+    if result["disk"] > result["disk_free"]:
+        result["warnings"].append(
+            f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out"
+        )
+    return result
 
 
 def described(result: dict[str, Any]) -> str:

@@ -75,22 +75,15 @@ def entities(scores: NDArray[np.float32], encoding: Encoding, text: str, labels:
             label = labels[int(scores[place].argmax())]
             kind = "" if label == "O" else label[2:] if label.startswith(("B-", "I-")) else label
             if kind and (label.startswith("B-") or kind != before):
-                found.append({"entity_group": kind, "score": [], "start": start})
+                found.append({"entity_group": kind, "score": [], "word": "", "start": start, "end": end})
             if kind:
                 found[-1]["score"].append(float(scores[place].max()))
             before, seen = kind, word
         if before:
             found[-1]["end"] = end
-    return [
-        {
-            "entity_group": one["entity_group"],
-            "score": float(np.mean(one["score"])),
-            "word": text[one["start"] : one["end"]],
-            "start": one["start"],
-            "end": one["end"],
-        }
-        for one in found
-    ]
+    for one in found:
+        one |= {"score": float(np.mean(one["score"])), "word": text[one["start"] : one["end"]]}
+    return found
 
 
 def read_texts(file: str | None, column: str) -> Iterator[str]:
@@ -110,9 +103,8 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
 def as_text(result: Any) -> str:
     """A prediction as a line for people."""
     names = ("label", "entity_group", "word", "answer")
-    lines = []
-    for one in result if isinstance(result, list) else [result]:
-        lines.append("  ".join([f"{one['score']:.4f}", *(one[name] for name in names if name in one)]))
+    several = result if isinstance(result, list) else [result]
+    lines = ("  ".join([f"{one['score']:.4f}", *(one[name] for name in names if name in one)]) for one in several)
     return "; ".join(lines) or "-"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.attention import best_kernel
-from bertlite.batches import Batch, Batches, Plan, make_plan
+from bertlite.batches import EVALUATION_MASKING, Batch, Batches, Plan, make_plan
 from bertlite.checkpoint import newest_checkpoint, save_final_model
 from bertlite.config import Architecture, PretrainConfig, Shape
 from bertlite.config_file import choose
@@ -69,9 +69,12 @@ def prepare(config: PretrainConfig) -> Prepared:
         validation, share = corpus, data.validation_split
         plan = make_plan(corpus, T, weights, share, "train")
         validation_plan = make_plan(corpus, T, None, share, "held-out")
-    for name, rows in {"training": plan, "held-out": validation_plan}.items():
+    for name, rows, masking in (
+        ("training", plan, config.masking),
+        ("held-out", validation_plan, EVALUATION_MASKING),
+    ):
         used = rows.tokens() / (len(rows) * T)
-        if rows.tokens() * max(config.masking.line().start, config.masking.line().end) < 1:
+        if rows.tokens() * max(masking.line().start, masking.line().end) < 1:
             raise UserError(f"the {name} text is {rows.tokens()} tokens, too few to hide one of them; give more of it")
         say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
     return Prepared(tokenizer, corpus, plan, validation, validation_plan)

@@ -13,7 +13,7 @@ from bertlite.checkpoint import newest_checkpoint
 from bertlite.config import MAY_DIFFER_ON_RESUME, Section
 from bertlite.config_file import differences, dump_config, load_config
 from bertlite.errors import UserError
-from bertlite.files import full_disk_named, remove_leftovers, sync, write_whole
+from bertlite.files import full_disk_named, remove_leftovers, write_whole
 from bertlite.hf import local_folder
 
 
@@ -101,10 +101,6 @@ class Metrics:
         """Drop the lines after `step`."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
         write_whole(self.path, "".join(kept))
-
-    def sync(self) -> None:
-        if self.path.exists():
-            sync(self.path)
 
 
 def _check_config(folder: Path, config: Section, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads and the process group."""
+"""The machine: device, precision, determinism and the ranks."""
 
 import ctypes
 import os
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bertlite.errors import UserError
-from bertlite.signals import stop_request
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ class Runtime:
 
     def facts(self) -> dict[str, str | int | bool]:
         """What has to be equal for two runs to be equal bit for bit."""
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else _processor(),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else processor,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32",
@@ -92,30 +92,20 @@ def all_reduce_sum(tensors: list[torch.Tensor]) -> None:
             work.wait()
 
 
-def agreed_minimum(number: int, runtime: Runtime) -> int:
-    """The smallest of the ranks' numbers, the same on all ranks."""
+def agreed_maximum(number: int, runtime: Runtime) -> int:
+    """The largest of the ranks' numbers, the same on all ranks."""
     if runtime.world_size == 1:
         return number
     shared = torch.tensor(number, device=runtime.device)
-    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared.item())
-
-
-def agreed_any(condition: bool, runtime: Runtime) -> bool:
-    """Whether the condition holds on any rank, the same on all ranks."""
-    return agreed_minimum(-int(condition), runtime) < 0
-
-
-def agreed_stop(runtime: Runtime) -> int:
-    """The signal that asked any rank to stop, the same on all ranks; 0 when none came."""
-    return -agreed_minimum(-stop_request.number, runtime)
 
 
 def free_memory(runtime: Runtime) -> int:
     """Bytes that a rank may still take."""
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available) // runtime.world_size
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -166,7 +156,3 @@ def _keep_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)  # no blocks outside of the heap
         library.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
-
-
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -76,7 +76,8 @@ def pseudo_perplexity(
 def minimal_pairs(
     model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Pair]
 ) -> dict[str, Any]:
-    """How often the model finds the acceptable sentence the likelier one, overall, by phenomenon and by paradigm.
+    """How often the model finds the acceptable sentence the likelier one: `pairs_accuracy`, and under `phenomena` the
+    accuracy of each and of its paradigms.
 
     Raises UserError for a sentence that is empty or longer than the model's positions.
     """
@@ -103,7 +104,7 @@ def minimal_pairs(
         for phenomenon, paradigms in sorted(right.items())
     }
     everything = (choices for paradigms in right.values() for choices in paradigms.values())
-    return {**_share(*everything), "phenomena": phenomena}
+    return {"pairs_accuracy": _share(*everything)["accuracy"], "phenomena": phenomena}
 
 
 def read_pairs(files: list[str]) -> Iterator[Pair]:

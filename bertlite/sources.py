@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,6 +105,8 @@ def source_digest(source: Source, setting: str, cache: Path) -> list[Any]:
 def file_digest(path: Path, cache: Path) -> str:
     """The content's SHA-256, read again only when the file's size or time has changed since the last time."""
     status = path.stat()
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; text to train on is read more than once")
     record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
     now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     known = json.loads(record.read_text()) if record.exists() else None
@@ -149,28 +151,23 @@ def file_texts(path: Path, column: str) -> Iterator[str]:
 
 def kind_of(path: Path) -> str:
     """The ending that says what a file holds: without that of its compression."""
-    return Path(path.stem).suffix if path.suffix in DECOMPRESSORS else path.suffix
+    packed = path.suffix.lower() in DECOMPRESSORS
+    return (Path(path.stem).suffix if packed else path.suffix).lower()
 
 
 def _read_text(path: Path, document: str, report: Callable[[int], object]) -> Iterator[str]:
-    lines: list[str] = []
-    for line in read_lines(path, report):
-        if line.strip():
-            lines.append(line)
-            if document == "blank-line":
-                continue
-        if lines:
-            yield "\n".join(lines)
-            lines = []
-    if lines:
-        yield "\n".join(lines)
+    lines = read_lines(path, report)
+    if document == "line":
+        yield from filter(str.strip, lines)
+    else:
+        yield from ("\n".join(part) for full, part in groupby(lines, lambda line: bool(line.strip())) if full)
 
 
 def read_lines(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[str]:
     """The lines of a text file, compressed or not; `report` and errors as for `read_documents`."""
     number = done = 0
     try:
-        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
+        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as file:
             for number, line in enumerate(file, 1):
                 yield decoded_line(line, number, str(path))
                 if number % 100 == 0 and raw.seekable():  # a pipe is not
@@ -188,19 +185,23 @@ def decoded_line(line: bytes, number: int, where: str) -> str:
 
     A first line with many zero bytes is a binary file's, or UTF-16's; a few do no harm.
     """
-    zeros = number == 1 and 4 * line.count(0) > len(line)
+    encoding = likely_encoding(line) if number == 1 else "latin-1"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if not zeros:
+        if encoding != "utf-16":
             return text.rstrip("\r\n")
         byte = 0
     except UnicodeDecodeError as error:
         byte = line[error.start]
-    coding = "utf-16" if zeros or (number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))) else "latin1"
-    raise UserError(
-        f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); if it is text at all, convert it, for example: "
-        f"iconv -f {coding} -t utf-8"
-    )
+    advice = f"if it is text at all, convert it, for example: iconv -f {encoding} -t utf-8"
+    if not line.decode("utf-8", "ignore").isascii():  # whole characters of several bytes
+        advice = "if it is UTF-8 but for a few bytes, leave them out: iconv -c -f utf-8 -t utf-8"
+    raise UserError(f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); {advice}")
+
+
+def likely_encoding(text: bytes) -> str:
+    """What a text may be in that is not UTF-8, by its beginning."""
+    return "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text) else "latin-1"
 
 
 def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
@@ -250,7 +251,7 @@ def delimited_rows(
     left of its line. Raises UserError, with `advice`, for a row of more or fewer columns.
     """
     splits = len(names) - 1 if names else -1
-    split = ((number, line.split(delimiter, splits)) for number, line in enumerate(lines, 1) if line.strip())
+    split = ((number, line.split(delimiter, splits)) for number, line in enumerate(lines, 1) if line.strip(" "))
     records = _quoted(lines, path, delimiter) if quoting else split
     if names is None:
         names = next(records, (0, []))[1]
@@ -284,13 +285,11 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
 
 
 def _read_dataset(source: Source, setting: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from bertlite.sources import (
     json_rows,
     json_value,
     kind_of,
+    likely_encoding,
     load_dataset,
     parquet_rows,
 )
@@ -86,7 +87,7 @@ def column(row: Row, name: str, setting: str) -> Any:
 
 def _decoded(path: Path, encoding: str) -> str:
     try:
-        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix, nullcontext)(raw) as file:
+        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as file:
             content: bytes = file.read()
         return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except LookupError:
@@ -94,7 +95,8 @@ def _decoded(path: Path, encoding: str) -> str:
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{number}: not {encoding} (byte 0x{content[error.start]:02x}); set task.encoding, such as latin-1"
+            f"{path}:{number}: not {encoding} (byte 0x{content[error.start]:02x}); if it is text at all, set "
+            f"task.encoding, perhaps to {likely_encoding(content)}"
         ) from None
     except DAMAGED as error:
         raise UserError(f"{path}: damaged or cut off: {error}") from None

@@ -38,7 +38,9 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     if local and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
         path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
-        raise UserError(f"{path}: no such tokenizer")
+        raise UserError(
+            f"{name}: no tokenizer in it; tokenizer.path names one" if local else f"{path}: no such tokenizer"
+        )
     try:
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))
@@ -58,7 +60,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         raise UserError(f"{name}: no tokenizer could be loaded from it: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
-    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+    if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
         raise UserError(f"{name}: the numbers of its pieces have gaps; they should be 0 to {len(tokenizer) - 1}")
     missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
     if missing:
@@ -230,7 +232,8 @@ def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str
         raise UserError(
             f"tokenizer: a {about['model']['type']} vocabulary cannot be extended or padded, only WordPiece"
         )
-    about["model"]["vocab"] = change(about["model"]["vocab"])
+    added = {token["content"]: token["id"] for token in about["added_tokens"]}
+    about["model"]["vocab"] = change(about["model"]["vocab"] | added)
     path.write_text(json.dumps(about, ensure_ascii=False, indent=2), encoding="utf-8")
     (folder / "vocab.txt").unlink(missing_ok=True)  # would contradict it
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -17,20 +18,12 @@ from bertlite.batches import Batch
 from bertlite.checkpoint import load_training_state, save_checkpoint
 from bertlite.config import Architecture, TrainSettings
 from bertlite.errors import DataLost, Failure, UserError
+from bertlite.files import sync
 from bertlite.hf import Model
 from bertlite.optim import Optimizer, clip_gradients, learning_rate_factor
 from bertlite.philox import DROPOUT, philox, split64
 from bertlite.run_folder import Metrics
-from bertlite.runtime import (
-    Runtime,
-    agreed_any,
-    agreed_minimum,
-    agreed_stop,
-    all_reduce_sum,
-    free_memory,
-    out_of_memory,
-    say,
-)
+from bertlite.runtime import Runtime, agreed_maximum, all_reduce_sum, free_memory, out_of_memory, say
 from bertlite.signals import Stopped, stop_request
 
 # The sum of the losses of a batch, and how many it sums.
@@ -116,7 +109,7 @@ class Training:
             stop_request.deferred = True
             if 0 < self.progress.step != self.saved:
                 self._save()
-            if self.saved > 0:
+            if self.saves and self.saved > 0:
                 say(f"step {self.saved:,} is saved in {self.folder / 'checkpoints'}; go on with --resume")
             raise
         finally:
@@ -157,7 +150,7 @@ class Training:
                 self._evaluate(self.evaluate)
             if self.saved < progress.step and (self._due(settings.save_steps) or self._minutes_have_passed()):
                 self._save()
-            if stop := agreed_stop(self.runtime):
+            if stop := agreed_maximum(stop_request.number, self.runtime):
                 raise Stopped(stop)
             if progress.step == settings.max_steps or (self.patience and progress.since_best >= self.patience):
                 return
@@ -176,7 +169,7 @@ class Training:
         minutes = self.settings.save_minutes
         if minutes is None or self.progress.step == 0:
             return False
-        return agreed_any(time.perf_counter() - self.saved_at >= 60 * minutes, self.runtime)
+        return bool(agreed_maximum(int(time.perf_counter() - self.saved_at >= 60 * minutes), self.runtime))
 
     def _share(self, step: int) -> Batch:
         """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
@@ -190,8 +183,7 @@ class Training:
     def _step(self, share: Batch) -> None:
         """One optimizer step: sums over all rows of all ranks, divided once."""
         progress, device = self.progress, self.runtime.device
-        tokens = share.tokens()
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, scored, tokens
+        sums = torch.tensor([0, 0, share.tokens()], dtype=torch.float64, device=device)  # loss, scored, tokens
         self.model.train()
         for start in range(0, len(share), self.micro_batch):
             if stop_request.number and self.runtime.world_size == 1:
@@ -212,10 +204,9 @@ class Training:
                     f"{len(rows)} rows at a time do not fit into the {memory}: lower "
                     "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
                 ) from None
-            sums += torch.stack([loss.detach().double(), count.double(), torch.zeros_like(count).double()])
+            sums[:2] += torch.stack([loss.detach().double(), count.double()])
         # Until the first step is computed, which may compile for long, there is nothing to lose by stopping at once.
         stop_request.deferred = True
-        sums[2] += tokens
         all_reduce_sum([parameter.grad for parameter in self.parameters if parameter.grad is not None] + [sums])
         loss_sum, scored, tokens = sums.tolist()
         self.norm = clip_gradients(self.parameters, max(1.0, scored), self.settings.max_grad_norm).item()
@@ -290,7 +281,7 @@ class Training:
 
     def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
-        # It changes nothing, so one rank may leave it at once where nothing has to be saved, and else after a batch.
+        # It changes nothing, so a process without others leaves it at once if all is saved, and else after a batch.
         stop_request.deferred = self.runtime.world_size > 1 or self.saved != self.progress.step
         scores = evaluate()
         stop_request.deferred = True
@@ -315,7 +306,7 @@ class Training:
         began = time.perf_counter()
         self.progress.elapsed_seconds = began - self.started
         if self.runtime.rank == 0 and self.saves:
-            self.metrics.sync()
+            sync(self.metrics.path)
             state = {"progress": asdict(self.progress), "facts": self.facts | {"rows at a time": self.micro_batch}}
             save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer.state(), state,
                             self.settings.save_total_limit)  # fmt: skip
@@ -344,7 +335,7 @@ def evaluate(
     with torch.inference_mode(), runtime.autocast():
         # Every rank makes as many batches as the others; those past the last row are empty.
         for first in range(0, rows, micro_batch * runtime.world_size):
-            if stop_request.number and runtime.world_size == 1:
+            if stop_request.number and not dist.is_initialized():  # the other ranks would wait
                 raise Stopped(stop_request.number)
             batch = make_batch(first + runtime.rank * micro_batch, micro_batch).to(runtime.device)
             for name, value in scores(model, batch).items():
@@ -369,7 +360,7 @@ def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, 
     free = free_memory(runtime)
     free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
     fitting = min(share, max(1, free // 2 // bytes_of_a_row(settings, model.config, row, slots)))
-    return agreed_minimum(math.ceil(share / math.ceil(share / fitting)), runtime)
+    return math.ceil(share / agreed_maximum(math.ceil(share / fitting), runtime))
 
 
 def bytes_of_a_row(settings: TrainSettings, config: Architecture, row: int, slots: int) -> int:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertlite.attention import KERNELS
+from bertlite.attention import KERNELS, best_kernel
 from bertlite.model import MultiHeadAttention
 
 B, Q, T, D, H = 2, 5, 7, 12, 3
@@ -230,3 +230,7 @@ def test_bf16_is_close_to_fp32(kernel, mask_name):
 def test_heads_that_do_not_divide_the_hidden_size_are_refused():
     with pytest.raises(ValueError, match="num_heads 5 does not divide hidden_size 12"):
         MultiHeadAttention(12, 5)
+
+
+def test_the_best_kernel_is_named_for_each_device():
+    assert best_kernel(torch.device("cpu")) == "matmul" and best_kernel(torch.device("cuda")) == "sdpa"

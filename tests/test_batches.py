@@ -1,5 +1,6 @@
 """Which documents share a row, and batches as a pure function: complete, full, the same however they are asked for."""
 
+import os
 import re
 from itertools import chain, pairwise
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertlite.batches import Batch, Batches, fill_rows, make_plan, pack, split_documents
+from bertlite.batches import Batch, Batches, Plan, fill_rows, make_plan, pack, split_documents
 from bertlite.config import DataSettings, MaskingSettings, Source, TrainSettings
 from bertlite.corpus import prepare_corpus
-from bertlite.errors import UserError
+from bertlite.errors import DataLost, UserError
 from bertlite.masking import IGNORED, prediction_slots
 from bertlite.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
 from bertlite.words import jieba_words
@@ -181,6 +182,12 @@ def test_long_documents_leave_no_room():
     assert (room >= 10).sum() <= 1
 
 
+@pytest.mark.parametrize(("room", "rows"), [(7, 3), (8, 2), (9, 2)])
+def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
+    lengths = np.array([28 - room, 30 + room])  # the first leaves that room in its row of 32
+    assert len(fill_rows(np.cumsum([0, *lengths])[:-1], lengths, 32)[2]) - 1 == rows
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
@@ -201,15 +208,20 @@ def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_c
     assert sorted(pieces_of(batches.evaluation(0, len(plan)))) == expected
 
 
-PLANS = [(16, ()), (32, ()), (32, (0.1, "train")), (32, (0.5, "train")), (32, (0.1, "held-out"))]
-
-
 def test_a_plan_is_made_once(corpus):
     make_plan(corpus, 32)
     before = {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")}
     make_plan(corpus, 32)
     assert before and {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")} == before
     assert len(make_plan(corpus, 16)) > len(make_plan(corpus, 32)) > len(make_plan(corpus, 32, None, 0.5, "train"))
+
+
+@pytest.mark.parametrize("name", ["piece_starts.npy", "row_starts.npy", "groups.json"])
+def test_a_plan_that_was_cut_is_named(name, make_corpus):
+    folder = make_plan(make_corpus([5, 9, 30]), 16).folder
+    os.truncate(folder / name, 1)
+    with pytest.raises(DataLost, match=f"{folder}: damaged .*; remove it, and it will be made again"):
+        Plan(folder)
 
 
 # Holding out

@@ -282,6 +282,41 @@ def test_a_text_too_short_to_learn_from_is_an_error(bertlite, write_config, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_precision_changes_the_numbers(bertlite, trained, text_files):
+    for command in (
+        ("evaluate", trained, "--data", text_files["validation"]),
+        ("fill", trained, "A [MASK]."),
+        ("verify", trained),
+    ):
+        exact, rounded = (json.loads(bertlite(*command, "--json", "--precision", name)[1]) for name in ("fp32", "bf16"))
+        assert exact != rounded
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 1, "the memory is exhausted; lower the rows"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "the memory is exhausted; lower the rows"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_ends_in_one_line(bertlite, trained, monkeypatch, error, code, message):
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.setattr("bertlite.api.load_model", refuse)
+    found, _, err = bertlite("fill", trained, "a [MASK]")
+    assert found == code and message in err and err.count("\n") == 1
+
+
+def test_a_held_out_text_too_short_to_measure_by_is_an_error(bertlite, write_config, tmp_path):
+    """It is masked at its own rate, whatever that of the training."""
+    (tmp_path / "short.txt").write_text("x y")
+    config = write_config(data__validation=[str(tmp_path / "short.txt")], masking__rate=0.5)
+    code, _, err = bertlite("pretrain", config)
+    assert code == 2 and re.search(r"the held-out text is \d tokens, too few to hide one of them", err)
+
+
 def test_a_text_too_short_to_measure_by_is_an_error(bertlite, trained, tmp_path):
     (tmp_path / "short.txt").write_text("the cat")
     code, out, err = bertlite("evaluate", trained, "--data", tmp_path / "short.txt")
@@ -356,7 +391,7 @@ def test_what_the_hub_answers_is_told_in_one_line(bertlite):
     with pytest.raises(OSError) as caught:
         snapshot_download("org/name")
     code, _, err = bertlite("fill", "org/name", "a [MASK]")
-    assert code == 2 and err.endswith(f"the hub gave no such model: {str(caught.value).strip().splitlines()[0]}\n")
+    assert code == 2 and err.endswith(f"none came from the hub: {str(caught.value).strip().splitlines()[0]}\n")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_path):

@@ -297,6 +297,7 @@ def test_files_that_are_not_there_are_named(pattern, reason, tmp_path, monkeypat
         ("caf\xe9\n".encode("latin-1"), 1, "0xe9"),
         (b"one\n\ntwo\nthree \xff\n", 4, "0xff"),
         (b"\n" * 99 + b"\xc3", 100, "0xc3"),
+        ("\u5317\u4eac".encode() + b"\xe6\x98\n", 1, "0xe6"),
         ("wide\n".encode("utf-16"), 1, "0xff"),
         ("wide\n".encode("utf-16-le"), 1, "0x00"),
         (b"\x7fELF\0\0\n", 1, "0x00"),
@@ -309,7 +310,8 @@ def test_text_that_is_not_utf_8_is_named_with_its_line(content, line, byte, exte
     with pytest.raises(UserError) as caught:
         documents_of(path, "blank-line")
     assert str(caught.value).startswith(f"{path}:{line}: not UTF-8") and byte in str(caught.value)
-    assert f"iconv -f {'utf-16' if byte == '0x00' or content[0] == 0xFF else 'latin1'} " in str(caught.value)
+    encoding = {"0x00": "utf-16", "0xe6": "utf-8"}.get(byte, "utf-16" if content[0] == 0xFF else "latin-1")
+    assert f" -f {encoding} -t utf-8" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -391,14 +393,17 @@ def test_a_damaged_file_can_be_mended(tmp_path, prepare, monkeypatch):
     assert contents(corpus.folder) == contents(prepare(path, cache=tmp_path / "other").folder)
 
 
-@pytest.mark.parametrize("name, size", [("tokens.bin", 10), ("tokens.bin", 11), ("document_starts.bin", 8)])
+@pytest.mark.parametrize(
+    "name, size",
+    [("tokens.bin", 10), ("tokens.bin", 11), ("document_starts.bin", 8), ("word_starts.bin", 3), ("tokens.bin", None)],
+)
 def test_a_corpus_that_was_cut_is_named(name, size, tmp_path, prepare):
     (tmp_path / "text.txt").write_text("one document\n\nanother one")
-    corpus = prepare(tmp_path / "text.txt")
-    with (corpus.folder / name).open("r+b") as file:
-        file.truncate(size)
-    with pytest.raises(DataLost, match="its files were cut; remove it"):
-        prepare(tmp_path / "text.txt")
+    settings = {"segmenter": "jieba"} if name == "word_starts.bin" else {}
+    corpus = prepare(tmp_path / "text.txt", **settings)
+    (corpus.folder / name).unlink() if size is None else os.truncate(corpus.folder / name, size)
+    with pytest.raises(DataLost, match=f"{name}: vanished or was cut; remove {corpus.folder}, and it will be made"):
+        prepare(tmp_path / "text.txt", **settings)
 
 
 # The cache

@@ -21,7 +21,7 @@ from bertlite.embed import POOLINGS
 from bertlite.errors import Failure, UserError
 from bertlite.export import DTYPES, FORMATS, Options, export
 from bertlite.hf import load_model
-from bertlite.inference import OneDnnLinear
+from bertlite.inference import _linear
 from bertlite.model import Pooler
 
 TEXTS = ["The state of the union.", "a", "Of the people, by the people and for the people of the state."]
@@ -237,7 +237,8 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     state = run / "checkpoints" / "step-00000002" / "training" / "state.json"
     state.parent.mkdir()
     state.write_text('{"progress": {"step": 2, "tokens": 2345}}')
-    config = {"data": {"train": ["/home/me/books.txt", {"dataset": "org/set", "split": "train"}], "validation": []},
+    config = {"data": {"train": ["/home/me/books.txt", {"dataset": "org/set", "split": "train"}],
+                       "validation": [{"dataset": "/home/me/apart", "split": "train"}]},
               "train": {"learning_rate": 0.125}, "output_dir": "/home/me/run"}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [{"step": step, "tokens": 1000 * step, "eval_loss": 9 - step / 10, "eval_accuracy": step / 100,
@@ -248,12 +249,19 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
-    assert "Trained on books.txt, org/set; held out: a part of it." in card and "/home" not in card
+    assert "Trained on books.txt, org/set; held out: apart." in card and "/home" not in card
     assert "Tokens seen: 40,000 in 40 steps." in card and "learning_rate: 0.125" in card
     curve = re.findall(r"^\| (\d+) \| ([\d,]+) \| (\S+) \| (\S+) \|$", card, re.MULTILINE)
     assert 5 <= len(curve) <= 11 and curve[0][0] == "1" and curve[-1] == ("40", "40,000", "5.000", "40.0%")
     for check in parity.check_parity(tmp_path / "out"):
         assert f"| {check.inputs} | {check.quantity} | {check.difference:.1e} |" in card
+
+    # The recipe of a sweep's model is that of its best trial.
+    best = {"task": {"train": "sample", "validation": "sample"}, "train": {"learning_rate": 0.25}}
+    (run / "config.yaml").write_text(yaml.safe_dump({**best, "sweep": {"space": {"train.learning_rate": [0.25, 1.0]}}}))
+    (run / "best.yaml").write_text(yaml.safe_dump(best))
+    assert "learning_rate: 0.25" in "".join(_of_the_run(run / "model"))
+    (run / "best.yaml").unlink()
 
     # Somebody else's file beside a folder that is in no run tells nothing, and is not published.
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "mine")
@@ -296,7 +304,7 @@ def test_the_example_of_the_model_card_runs(every_head, tmp_path, monkeypatch, f
 
 def test_a_model_in_python(every_head):
     model = load(str(every_head["BertForMaskedLM"]))
-    assert any(type(module) is OneDnnLinear for module in model.model.modules())
+    assert any(getattr(module, "product", None) is _linear for module in model.model.modules())
     text = "The [MASK] of the state."
     reference = pipeline("fill-mask", model=str(every_head["BertForMaskedLM"]), device="cpu")(text, top_k=3)
     found = model.fill(text, top_k=3)

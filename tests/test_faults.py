@@ -24,7 +24,7 @@ from bertlite.config import PretrainConfig, TrainSettings
 from bertlite.config_file import load_config
 from bertlite.errors import DataLost, Failure
 from bertlite.plateau import LEAST_WINDOW, PlateauWatch
-from bertlite.pretrain import batch_of_step, masked_lm_loss, prepare
+from bertlite.pretrain import batch_of_step, masked_lm_loss, prepare, training_batches
 from bertlite.train import MOST_SKIPPED
 
 
@@ -35,7 +35,7 @@ def bad_steps(monkeypatch):
     def choose(path: Path, *steps: int) -> None:
         config = load_config(PretrainConfig, path)
         prepared, G = prepare(config), config.train.global_batch_size
-        batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, config.train)
+        batches = training_batches(config, prepared)
         bad = [batches.training((step - 1) * G, G).labels for step in steps]
 
         def loss(model, batch):
@@ -138,7 +138,7 @@ def test_two_ranks_save_by_minutes_together(write_config):
 def test_the_unigram_level_is_the_entropy_of_the_tokens(write_config):
     config = load_config(PretrainConfig, write_config())
     prepared = prepare(config)
-    batches = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, config.train)
+    batches = training_batches(config, prepared)
     tokens = np.asarray(prepared.corpus.tokens)
     counts = np.bincount(tokens[~np.isin(tokens, batches.vocabulary.special_ids)])
     frequencies = counts[counts > 0] / counts.sum()
@@ -186,7 +186,7 @@ def test_text_that_vanishes_ends_the_run_with_all_saved(write_config, tmp_path, 
         found.unlink() if how == "gone" else os.truncate(found, 10)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Traceback" not in errors, errors
-    assert re.search(r"bertlite: \S+: vanished or was cut while in use", errors)
+    assert re.search(r"bertlite: \S+: vanished or was cut; remove ", errors)
     assert int(newest_checkpoint(tmp_path / "cut").name[-8:]) >= 5
     shutil.rmtree(tmp_path / "cache")
     pretrain(path, resume=True)

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.metrics import ConfusionMatrixDisplay
 from test_parity import randomize
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -35,7 +40,7 @@ from bertlite.hf import load_model
 from bertlite.masking import IGNORED
 from bertlite.model import SequenceClassifier
 from bertlite.optim import Optimizer, learning_rate_factor
-from bertlite.philox import ROW_ORDER, permute
+from bertlite.philox import ROW_ORDER, held_out, permute
 from bertlite.predict import entities, predict, read_texts
 from bertlite.runtime import start
 from bertlite.signals import Stopped, stop_request
@@ -492,15 +497,21 @@ def test_every_setting_changes_the_training(write, usual):
                         "early_stopping_patience"}  # fmt: skip
 
 
-def test_settings_that_may_change_no_loss(write, usual):
+def test_settings_that_may_change_no_loss(write, usual, monkeypatch):
     changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
     still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
     config = write(name="still", **changes, **still)
     run(config)
+    calls = []
+    monkeypatch.setattr("bertlite.model.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
+    counters.clear()
     for name, value in {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "compile": True}.items():
         other = write(name=name, **changes, **still, **{f"train__{name}": value})
         run(other)
         assert log(other.output_dir) == pytest.approx(log(config.output_dir), rel=1e-4), name
+        assert bool(calls) == (name == "gradient_checkpointing")
+        assert bool(counters["stats"]["unique_graphs"]) == (name == "compile")
+        calls.clear()
     config = write(name="muon", **changes, train__optim="muon")
     faster = write(name="faster", **changes, train__optim="muon", train__muon_learning_rate=0.1)
     run(config), run(faster)
@@ -508,6 +519,64 @@ def test_settings_that_may_change_no_loss(write, usual):
     config = write(name="intervals", train__logging_steps=2, train__eval_steps=2, train__max_steps=4)
     run(config)
     assert len(log(config.output_dir)) == len(log(config.output_dir, "eval_accuracy")) == 2
+
+
+def test_an_epoch_is_all_examples_and_a_step_as_many_as_asked_for(write):
+    sample = {"task__train": "sample", "task__validation": "sample"}
+    config = write(**sample, train__max_steps=None, train__num_train_epochs=3, train__global_batch_size=32)
+    batches = prepared(config).parts["train"].batches
+    settings = steps_of(config.train, batches, 0)
+    rows = range(settings.max_steps * settings.global_batch_size)
+    seen = sum(len(batches.members(*divmod(row, batches.rows))) for row in rows)
+    assert seen == pytest.approx(3 * 1330, rel=0.05)
+    assert seen / settings.max_steps == pytest.approx(32, rel=0.1)
+
+
+def test_two_ranks_fine_tune_like_one(write, tmp_path):
+    still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    one = run(write(name="one", **still))
+    write(name="two", **still)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29549"]
+    command += ["-m", "bertlite", "finetune", tmp_path / "two.yaml", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert json.loads(done.stdout)["seeds"]["0"] == pytest.approx(one["seeds"]["0"], abs=1e-4)
+    assert log(tmp_path / "two") == pytest.approx(log(tmp_path / "one"), abs=1e-5)
+
+
+def test_findings_are_the_worst_hundred_and_which_label_is_taken_for_which(write, tmp_path, monkeypatch):
+    work = prepared(write(rows=[{"text": text, "label": label} for label, text in SENTENCES[:300]]))
+    monkeypatch.setattr(type(work), "measured_on", "train")
+    predictions = [(target + 1) % 7 for target in work.parts["train"].examples.targets]
+    drawn, plot = [], ConfusionMatrixDisplay.plot
+    monkeypatch.setattr(
+        ConfusionMatrixDisplay, "plot", lambda self, **o: drawn.append(self.confusion_matrix) or plot(self, **o)
+    )
+    finetune._write_findings(work, tmp_path, predictions, list(range(276)))
+    worst = [json.loads(line) for line in (tmp_path / "worst.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in worst] == list(range(275, 175, -1))
+    assert all(line["predicted"] == work.labels[(work.labels.index(line["label"]) + 1) % 7] for line in worst)
+    assert np.array_equal(drawn[0], np.roll(np.eye(7), 1, axis=1))
+
+
+def test_the_loss_that_is_measured_has_no_weights(write):
+    plain, weighted = prepared(write()), prepared(write(task__class_weights="balanced"))
+    model = finetune.first_model(plain, "sdpa", 0)
+    assert finetune._measure(plain, model, "validation")[0] == finetune._measure(weighted, model, "validation")[0]
+
+
+def test_questions_follow_their_settings(write):
+    counts = []
+    for stride in (1, 12):
+        work = prepared(write(Q, task__max_length=32, task__doc_stride=stride))
+        counts.append(len(work.parts["train"].examples.ids))
+    assert 96 < counts[0] < counts[1]
+    examples, rows = work.parts["train"].examples, work.parts["train"].rows
+    outputs = [np.stack([-np.arange(len(ids)), np.arange(len(ids))], 1).astype(float) for ids in examples.ids]
+    for most in (1, 3):
+        settings = work.settings.model_copy(update={"max_answer_length": most})
+        answers = work.task.decode(outputs, examples, rows, work.labels, settings)
+        assert max(len(work.tokenizer.tokenize(answer)) for answer in answers) == most
 
 
 def test_a_loss_that_is_not_finite_ends_with_advice_that_can_be_followed(write):
@@ -698,8 +767,15 @@ def test_what_is_neither_measured_nor_trained_is_told(write, vocabulary, capsys)
     config = write("classification", [row if row["label"] != labels[0] else other for row in rows[:24]] + rows[24:])
     prepared(config)
     told = capsys.readouterr().err
-    assert f"validation: no row is labelled {labels[0]}; what the model makes of that is not measured" in told
+    assert f"validation: no row is labelled {labels[0]}, so that is not measured" in told
     assert "no row is labelled" not in told.replace("validation: no row", "") and "later positions" not in told
+
+    train = [
+        {**row, "label": "rare" if out else row["label"]}
+        for row, out in zip(rows[24:], held_out(len(rows[24:]), 0.1), strict=True)
+    ]
+    prepared(write("classification", rows[:24] + train, task__validation=None))
+    assert "train: no row is labelled rare, so that is not learnt" in capsys.readouterr().err
 
     tokenizer = load_tokenizer(str(config.model.init_from))
     tokenizer.model_max_length = 16

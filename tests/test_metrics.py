@@ -41,6 +41,10 @@ def test_answers_score_as_expected(name):
     assert (round(scores["exact_match"], 1), round(scores["f1"], 1)) == EXPECTED[name]
 
 
+def test_of_one_number_nothing_is_to_be_explained():
+    assert REGRESSION["r2"]([1.0], [2.0]) == 0 and REGRESSION["r2"]([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
+
+
 def test_answers_are_compared_without_case_articles_and_punctuation():
     assert metrics.normalized_answer("  The U.S.-based   an Apple! ") == "usbased apple"
     assert ANSWERS["exact_match"]([["the Cat.", "x"], ["y"]], ["cat", "z"]) == 50

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import random
 
 import datasets
@@ -15,7 +16,7 @@ from bertlite.batches import make_plan
 from bertlite.config import DataSettings, Source
 from bertlite.corpus import BATCH_CHARACTERS, prepare_corpus
 from bertlite.errors import UserError
-from bertlite.sources import read_documents, source_digest, source_files
+from bertlite.sources import file_texts, read_documents, source_digest, source_files
 from bertlite.tokenizer import load_tokenizer
 
 DOCUMENTS = [f'Document {number}, with "quotes", a\ttab and é, 中文.\nTwo lines.' for number in range(50)]
@@ -73,6 +74,24 @@ def prepare(tmp_path, tokenizer, train, **data):
 def test_every_form_gives_the_same_documents(tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert documents(tmp_path / name, column="body") == DOCUMENTS
+
+
+def test_names_may_be_in_capitals(tmp_path):
+    write_csv(tmp_path / "rows.csv")
+    (tmp_path / "ROWS.CSV.GZ").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
+    assert documents(tmp_path / "ROWS.CSV.GZ", column="body") == DOCUMENTS
+
+
+def test_a_row_without_any_text_is_still_a_row(tmp_path):
+    for name, sign in {"a.tsv": "\t", "a.csv": ","}.items():
+        (tmp_path / name).write_text(f"text{sign}label\n1{sign}a\n{sign}\n3{sign}b\n")
+        assert list(file_texts(tmp_path / name, "text")) == ["1", "", "3"]
+
+
+def test_text_from_a_pipe_is_refused(tmp_path, tokenizer):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: not a file; text to train on is read more than once"):
+        prepare(tmp_path, tokenizer, [str(tmp_path / "pipe")])
 
 
 def test_lines_of_a_json_file_are_read_too(tmp_path):
@@ -197,11 +216,11 @@ def test_the_summary_counts_words_bytes_and_unknown_tokens(tmp_path, tokenizer):
         ("ab cd e fg hi " * 20, None),  # 1.8 tokens a word
         (
             "abc def ghi jkl " * 20,
-            "data.train: warning: 3.0 tokens a word, where 1 to 2 are usual: a vocabulary too small",
+            "data.train: warning: 3.0 tokens a word, where 1 to 2 are usual; the vocabulary is too small",
         ),
         (
             "a b c d e f g h i 中 " * 20,
-            "data.train: warning: 10.0% of the tokens are unknown ones: a vocabulary too small",
+            "data.train: warning: 10.0% of the tokens are unknown ones; the vocabulary is too small",
         ),
         ("a b c d e f g h i j " * 20 + "中", None),
     ],
@@ -234,11 +253,11 @@ def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
     prepare(tmp_path, tokenizer, [str(path)])
     capsys.readouterr()
     prepare(tmp_path, tokenizer, [str(path)], document="line")
-    assert "other than the last time: the settings\n" in capsys.readouterr().err
+    assert "for the first time with the settings as now\n" in capsys.readouterr().err
     path.write_text("other text")
     prepare(tmp_path, tokenizer, [str(path)], document="line")
     errors = capsys.readouterr().err
-    assert f"{path} has changed since it was last prepared" in errors and "last time: the text\n" in errors
+    assert f"{path} has changed since it was last prepared" in errors and "with the text as now\n" in errors
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM
 
 from bertlite.checkpoint import problem
@@ -58,6 +61,7 @@ def change_json(path: Path, **changes) -> None:
     [
         ({"problem_type": "guessing"}, r"config\.json: problem_type is 'guessing'"),
         ({"add_cross_attention": True}, r"config\.json: add_cross_attention is True"),
+        ({"max_position_embeddings": 7}, r"config\.json: max_position_embeddings is 7: Input should be greater than"),
         ({"pad_token_id": 50}, r"config\.json: pad_token_id is 50, outside of the vocabulary of 30"),
         ({"layer_norm_eps": "small"}, r"config\.json: layer_norm_eps is 'small': "),
         ({"dtype": "float99"}, r"model: no tokenizer could be loaded from it: .*float99"),
@@ -141,6 +145,21 @@ def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
         load_model(folder)
     with pytest.raises(UserError, match=message):
         weights_for(SequenceClassifier, ["a"], folder)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 8), (10**9, 0)])
+def test_a_head_of_an_odd_shape_is_refused(folder, shape):
+    weights = {name: one for name, one in load_file(folder / "model.safetensors").items() if "cls." not in name}
+    save_file(weights | {"classifier.weight": torch.zeros(shape)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(f"classifier.weight has shape {shape}, which is no head's")):
+        load_model(folder)
+
+
+def test_an_empty_vocabulary_is_refused(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="the tokenizer lacks pad_token"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_layers_with_a_gap_are_refused(folder):

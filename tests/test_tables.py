@@ -103,7 +103,12 @@ def test_the_sample_has_three_parts():
 
 
 BAD = {
-    "latin": (b"text\tlabel\nfine\t1\ncaf\xe9\t0\n", {}, r"bad\.tsv:3: not utf-8 \(byte 0xe9\); set task\.encoding"),
+    "latin": (
+        b"text\tlabel\nfine\t1\ncaf\xe9\t0\n",
+        {},
+        r"bad\.tsv:3: not utf-8 \(byte 0xe9\); if .* perhaps to latin-1",
+    ),
+    "wide": ("text\tlabel\nfine\t1\n".encode("utf-16"), {}, r"bad\.tsv:1: not utf-8 \(byte 0xff\); if .* to utf-16"),
     "encoding": (b"a\tb\n", {"encoding": "klingon"}, r"task\.encoding is 'klingon'"),
     "empty": (b"", {}, r"bad\.tsv holds no rows"),
     "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no rows"),

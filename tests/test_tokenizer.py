@@ -580,7 +580,7 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (lambda folder: str(folder / "nowhere"), "no such tokenizer"),
         (lambda folder: "./nowhere", "no such tokenizer"),
         (lambda folder: "nowhere.txt", "no such tokenizer"),
-        (lambda folder: str(folder), "no such tokenizer"),  # an empty folder
+        (lambda folder: str(folder), "no tokenizer in it"),  # it is empty
         (lambda folder: "nobody/has-published-this", "no tokenizer could be loaded"),
         (lambda folder: "nobody-has-published-this", "no tokenizer could be loaded"),
         (lambda folder: "not/a/hub/name", "no tokenizer could be loaded"),
