@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -14,6 +14,9 @@ from bertlite import __version__
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
+    from bertlite.config import Section
+
+Kind = TypeVar("Kind", bound="Section")
 
 app = typer.Typer(
     add_completion=False,
@@ -55,8 +58,9 @@ def bertlite(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the tokenizer and the corpus of a configuration."""
     from bertlite import pretrain as pretraining
+    from bertlite.config import PretrainConfig
 
-    pretraining.prepare(_settings("PretrainConfig", config, overrides))
+    pretraining.prepare(_settings(PretrainConfig, config, overrides))
 
 
 @app.command()
@@ -68,8 +72,9 @@ def pretrain(
 ) -> None:
     """Train an encoder on raw text by masked language modelling."""
     from bertlite import pretrain as pretraining
+    from bertlite.config import PretrainConfig
 
-    model = pretraining.run(_settings("PretrainConfig", config, overrides, out), resume=resume)
+    model = pretraining.run(_settings(PretrainConfig, config, overrides, out), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(model)
 
@@ -84,8 +89,9 @@ def plan(
 ) -> None:
     """Tell what a run will take: memory, tokens, time, disk."""
     from bertlite import plan as planning
+    from bertlite.config import PretrainConfig
 
-    result = planning.plan(_settings("PretrainConfig", config, overrides, out), measure)
+    result = planning.plan(_settings(PretrainConfig, config, overrides, out), measure)
     print(json.dumps(result) if as_json else planning.described(result))
 
 
@@ -97,9 +103,10 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Print the batch of one step, and what is hidden in it."""
+    from bertlite.config import PretrainConfig
     from bertlite.pretrain import batch_of_step
 
-    rows = batch_of_step(_settings("PretrainConfig", config, overrides), step)
+    rows = batch_of_step(_settings(PretrainConfig, config, overrides), step)
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
@@ -161,8 +168,9 @@ def finetune(
 ) -> None:
     """Fine-tune a BERT: labels, numbers, entities, answers."""
     from bertlite import finetune as finetuning
+    from bertlite.config import FinetuneConfig
 
-    results = finetuning.run(_settings("FinetuneConfig", config, overrides, out, model), resume=resume)
+    results = finetuning.run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results) if as_json else finetuning.table(results))
 
@@ -178,8 +186,9 @@ def sweep(
 ) -> None:
     """Search the best settings of a fine-tuning."""
     from bertlite import sweep as sweeping
+    from bertlite.config import SweepConfig
 
-    rows = sweeping.sweep(_settings("SweepConfig", config, overrides, out, model), resume=resume)
+    rows = sweeping.sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)
     print(json.dumps(rows) if as_json else sweeping.table(rows))
 
 
@@ -301,8 +310,9 @@ def bench(
 ) -> None:
     """Measure a training here: tokens/s, time, share of peak, memory."""
     from bertlite import bench as benching
+    from bertlite.config import PretrainConfig
 
-    result = benching.bench(_settings("PretrainConfig", config, overrides), steps)
+    result = benching.bench(_settings(PretrainConfig, config, overrides), steps)
     print(json.dumps(result) if as_json else benching.described(result))
 
 
@@ -335,15 +345,14 @@ def main() -> None:
 
 
 def _settings(
-    kind: str, config: Path, overrides: list[str] | None, out: Path | None = None, model: str | None = None
-) -> Any:
+    kind: type[Kind], config: Path, overrides: list[str] | None, out: Path | None = None, model: str | None = None
+) -> Kind:
     """The configuration that a command reads, with --set, --out and --model."""
-    from bertlite import config as settings
     from bertlite.config_file import load_config
 
     named = {"model.init_from": model, "output_dir": out and str(out)}
     changes = [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
-    return load_config(getattr(settings, kind), config, changes)
+    return load_config(kind, config, changes)
 
 
 def _loaded(model: str, precision: str) -> "LoadedModel":

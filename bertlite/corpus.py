@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config import DataSettings, Source
 from bertlite.config_file import choose
 from bertlite.errors import DataLost, UserError
-from bertlite.files import fingerprint, full_disk_named, locked, remove_leftovers, write_json
+from bertlite.files import fingerprint, full_disk_named, locked, read_json, remove_leftovers, write_json
 from bertlite.runtime import say
 from bertlite.sources import read_documents, source_digest, source_files
 from bertlite.words import SEGMENTERS, segmented_starts, word_start_table
 
-CORPUS_VERSION = 3  # raise it when the same text would give other files
+CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
 MANY_TOKENS_A_WORD, MANY_UNKNOWN = 2.5, 0.02  # signs of a vocabulary that is not this text's
 BATCHES_PER_SYNC = 16  # after so many, what is on the disk is certain and an interruption goes on from there
@@ -78,11 +78,14 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        about = json.loads((folder / "corpus.json").read_text())
-        self.summary = Summary(**about["summary"])
-        self.sizes = {folder / name: size for name, size in about["files"].items()}
+        try:
+            about = json.loads((folder / "corpus.json").read_text())
+            self.summary, dtype = Summary(**about["summary"]), np.dtype(about["dtype"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be made again") from None
+        self.sizes = file_sizes(folder, self.summary, dtype, about.get("segmented", False))
         check_sizes(self.sizes)
-        self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
+        self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
         self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
         words = folder / "word_starts.bin"
         self.word_starts: NDArray[np.uint8] | None = (
@@ -94,6 +97,14 @@ class Corpus:
 
     def document(self, index: int) -> NDArray[Id]:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+def file_sizes(folder: Path, summary: Summary, dtype: np.dtype[Any], segmented: bool) -> dict[Path, int]:
+    """The files of a corpus, with their bytes; where words begin stands in one only if a segmenter said it."""
+    sizes = {"tokens.bin": summary.tokens * dtype.itemsize, "document_starts.bin": 8 * (summary.documents + 1)}
+    if segmented:
+        sizes["word_starts.bin"] = summary.tokens
+    return {folder / name: size for name, size in sizes.items()}
 
 
 def check_sizes(sizes: dict[Path, int]) -> None:
@@ -145,8 +156,7 @@ def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path,
     names = [[source.path and str(Path(source.path).absolute()), source.dataset, source.name] for source in sources]
     record = cache / "prepared" / f"{fingerprint([setting, names])}.json"
     now = {part: fingerprint(value) for part, value in parts.items()}
-    if record.exists():
-        before = json.loads(record.read_text())
+    if before := read_json(record):
         changed = " and ".join(part for part in now if before.get(part) != now[part])
         if changed:
             say(f"{setting}: preparing the corpus, for the first time with {changed} as now")
@@ -164,7 +174,7 @@ def _tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, "*.json")
     progress = folder / "progress.json"
-    summary = Summary(**json.loads(progress.read_text())) if progress.exists() else Summary()
+    summary = Summary(**(read_json(progress) or {}))
     with full_disk_named(folder), _bar(sources, setting) as bar, ExitStack() as stack:
         writer = _Writer(folder, tokenizer, unknown_id, data, summary, stack)
         for number, batch in enumerate(_batches(sources, data, summary, setting, bar), 1):
@@ -176,8 +186,8 @@ def _tokenize(
             places = ", ".join(str(source.path or source.dataset) for source in sources)
             raise UserError(f"{setting}: {places}: there is no text in it; {summary.read:,} documents read, none kept")
         writer.sync()
-        sizes = {name: file.tell() for name, file in writer.files.items()}
-        write_json(folder / "corpus.json", {"dtype": writer.dtype.str, "summary": asdict(summary), "files": sizes})
+        about = {"dtype": writer.dtype.str, "segmented": writer.segment is not None, "summary": asdict(summary)}
+        write_json(folder / "corpus.json", about)
         progress.unlink(missing_ok=True)
 
 
@@ -197,12 +207,8 @@ class _Writer:
         self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
         self.begins_word = word_start_table(tokenizer)
         self.segment = choose(SEGMENTERS, data.segmenter, "data.segmenter") if data.segmenter else None
-        sizes = {
-            "tokens.bin": summary.tokens * self.dtype.itemsize,
-            "document_starts.bin": (summary.documents + 1) * 8,
-            **({"word_starts.bin": summary.tokens} if self.segment else {}),
-        }
-        self.files = {name: stack.enter_context(_open_at(folder / name, size)) for name, size in sizes.items()}
+        sizes = file_sizes(folder, summary, self.dtype, self.segment is not None)
+        self.files = {path.name: stack.enter_context(_open_at(path, size)) for path, size in sizes.items()}
 
     def write(self, batch: list[tuple[int, str]]) -> None:
         """Append documents, given with the number of their source."""

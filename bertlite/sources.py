@@ -21,7 +21,7 @@ import zstandard
 
 from bertlite.config import Place, Source
 from bertlite.errors import UserError
-from bertlite.files import fingerprint, full_disk_named, sha256, write_json
+from bertlite.files import fingerprint, full_disk_named, read_json, sha256, write_json
 from bertlite.runtime import say
 
 
@@ -106,10 +106,10 @@ def file_digest(path: Path, cache: Path) -> str:
     """The content's SHA-256, read again only when the file's size or time has changed since the last time."""
     status = path.stat()
     if not path.is_file():
-        raise UserError(f"{path}: not a file; text to train on is read more than once")
+        raise UserError(f"{path}: not a file, and it is read more than once; write the text into a file")
     record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
     now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    known = json.loads(record.read_text()) if record.exists() else None
+    known = read_json(record)
     if known is None or {**known, **now} != known:
         try:
             now["sha256"] = sha256(path)
@@ -194,14 +194,21 @@ def decoded_line(line: bytes, number: int, where: str) -> str:
     except UnicodeDecodeError as error:
         byte = line[error.start]
     advice = f"if it is text at all, convert it, for example: iconv -f {encoding} -t utf-8"
-    if not line.decode("utf-8", "ignore").isascii():  # whole characters of several bytes
+    whole = line.decode("utf-8", "ignore")
+    if encoding != "utf-16" and not whole.isascii() and 4 * (len(line) - len(whole.encode())) <= len(line):
         advice = "if it is UTF-8 but for a few bytes, leave them out: iconv -c -f utf-8 -t utf-8"
     raise UserError(f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); {advice}")
 
 
 def likely_encoding(text: bytes) -> str:
-    """What a text may be in that is not UTF-8, by its beginning."""
-    return "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text) else "latin-1"
+    """What a text may be in, by its beginning and by whether it is UTF-8."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text):
+        return "utf-16"
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "utf-8"
 
 
 def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
@@ -258,6 +265,8 @@ def delimited_rows(
         if len(set(names)) < len(names):
             raise UserError(f"{path}: a column's name stands there twice: {', '.join(names)}{advice}")
     for number, fields in records:
+        if len(fields) != len(names) and not any(map(str.strip, fields)):
+            continue  # a line with nothing on it
         if len(fields) != len(names):
             raise UserError(
                 f"{path}:{number}: {len(fields)} columns, but {len(names)} are named ({', '.join(names)}){advice}"

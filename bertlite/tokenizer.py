@@ -38,9 +38,8 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     if local and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
         path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
-        raise UserError(
-            f"{name}: no tokenizer in it; tokenizer.path names one" if local else f"{path}: no such tokenizer"
-        )
+        advice = "no tokenizer in it; put its tokenizer.json or vocab.txt there"
+        raise UserError(f"{name}: {advice}" if local else f"{path}: no such tokenizer")
     try:
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))

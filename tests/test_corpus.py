@@ -298,6 +298,8 @@ def test_files_that_are_not_there_are_named(pattern, reason, tmp_path, monkeypat
         (b"one\n\ntwo\nthree \xff\n", 4, "0xff"),
         (b"\n" * 99 + b"\xc3", 100, "0xc3"),
         ("\u5317\u4eac".encode() + b"\xe6\x98\n", 1, "0xe6"),
+        ("\u8fd9\u662f\u4e2d\u56fd\u7684\u9996\u90fd\n".encode("utf-16"), 1, "0xff"),
+        ("\u5b66\u4e60\u4e2d\u6587\n".encode("gbk"), 1, "0xd6"),
         ("wide\n".encode("utf-16"), 1, "0xff"),
         ("wide\n".encode("utf-16-le"), 1, "0x00"),
         (b"\x7fELF\0\0\n", 1, "0x00"),
@@ -403,6 +405,9 @@ def test_a_corpus_that_was_cut_is_named(name, size, tmp_path, prepare):
     corpus = prepare(tmp_path / "text.txt", **settings)
     (corpus.folder / name).unlink() if size is None else os.truncate(corpus.folder / name, size)
     with pytest.raises(DataLost, match=f"{name}: vanished or was cut; remove {corpus.folder}, and it will be made"):
+        prepare(tmp_path / "text.txt", **settings)
+    os.truncate(corpus.folder / "corpus.json", 10)
+    with pytest.raises(DataLost, match=f"{corpus.folder}: damaged .*; remove it, and it will be made again"):
         prepare(tmp_path / "text.txt", **settings)
 
 

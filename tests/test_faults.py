@@ -130,7 +130,7 @@ def test_saving_by_minutes_changes_no_result(write_config):
 
 def test_two_ranks_save_by_minutes_together(write_config):
     path = write_config(train__save_steps=99, train__save_minutes=1e-9, train__save_total_limit=99)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29548"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*command, "-m", "bertlite", "pretrain", path], check=True, capture_output=True, timeout=200)
     assert len(list((path.parent / "run" / "checkpoints").iterdir())) == 12
 

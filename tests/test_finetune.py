@@ -536,7 +536,7 @@ def test_two_ranks_fine_tune_like_one(write, tmp_path):
     still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
     one = run(write(name="one", **still))
     write(name="two", **still)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29549"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "bertlite", "finetune", tmp_path / "two.yaml", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

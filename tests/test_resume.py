@@ -71,7 +71,7 @@ def test_resuming_is_bit_for_bit(write_config, tmp_path, optim, case):
 
 def test_two_ranks_train_and_resume_like_one(write_config, tmp_path):
     one = pretrain(write_config("one", train__logging_steps=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29547"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = write_config("two", train__logging_steps=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += ["-m", "bertlite", "pretrain", path]

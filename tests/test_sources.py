@@ -88,10 +88,18 @@ def test_a_row_without_any_text_is_still_a_row(tmp_path):
         assert list(file_texts(tmp_path / name, "text")) == ["1", "", "3"]
 
 
-def test_text_from_a_pipe_is_refused(tmp_path, tokenizer):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe: not a file; text to train on is read more than once"):
-        prepare(tmp_path, tokenizer, [str(tmp_path / "pipe")])
+def test_text_that_can_be_read_but_once_is_refused(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=f"{os.devnull}: not a file, and it is read more than once; write the text"):
+        prepare(tmp_path, tokenizer, [os.devnull])
+
+
+def test_a_line_of_a_table_with_nothing_on_it_is_passed_over(tmp_path):
+    for name, content in {
+        "a.tsv": "text\none\n\t\n \n\nthree\n",
+        "a.csv": "text,label\none,1\n   \n\nthree,2\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert list(file_texts(tmp_path / name, "text")) == ["one", "three"]
 
 
 def test_lines_of_a_json_file_are_read_too(tmp_path):

@@ -20,7 +20,7 @@ from bertlite.errors import Failure, UserError
 from bertlite.hf import load_model, load_tokenizer_of
 from bertlite.optim import OPTIMIZERS
 from bertlite.pretrain import new_training, prepare, run, training_batches
-from bertlite.runtime import start
+from bertlite.runtime import leave_process_group, start
 from bertlite.signals import Stopped, stop_request
 from bertlite.train import evaluate
 
@@ -145,6 +145,7 @@ def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
     # bf16 has 8 bits: one loss of a batch is off by about 2**-8 / sqrt(predictions), which the training then follows.
     assert bf16 == pytest.approx(plain, abs=3e-2) and bf16 != plain
     if optim == "adamw":  # the optimizer is never compiled
+        torch.compiler.reset()  # what an earlier test compiled would be used again
         counters.clear()
         compiled = losses(pretrain(write_config("compiled", **changes, train__compile=True)))
         assert counters["stats"]["unique_graphs"] > 0
@@ -157,6 +158,7 @@ def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
 def test_auto_is_bf16_where_that_is_fast(monkeypatch, fast):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert start("auto").dtype == (torch.bfloat16 if fast else torch.float32)
 
 
@@ -206,7 +208,7 @@ def test_an_evaluation_is_left_at_once_unless_other_ranks_would_wait(tmp_path):
         assert evaluate(*arguments) == {}
     finally:
         stop_request.number = 0
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 @pytest.mark.parametrize("saves", [True, False])
