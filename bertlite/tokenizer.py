@@ -48,7 +48,9 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         else:
             if local and "fast_tokenizer_files" in (path / "tokenizer_config.json").read_text(encoding="utf-8"):
                 raise UserError(f"{path / 'tokenizer_config.json'}: fast_tokenizer_files names other files; remove it")
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+            # Some versions of transformers would read the tokenizer_file that tokenizer_config.json names, anywhere.
+            own = {"tokenizer_file": str(path / "tokenizer.json")} if (path / "tokenizer.json").exists() else {}
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local, **own)
         tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # odd settings show themselves at use
         if tokenizer.model_max_length < 8:
             raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
