@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.attention import best_kernel
-from bertlite.config_file import choose
-from bertlite.embed import Embedder
-from bertlite.errors import UserError
-from bertlite.fill import fill
-from bertlite.hf import load_model, load_tokenizer_of
-from bertlite.inference import for_use
-from bertlite.model import Classifier, MaskedLanguageModel
-from bertlite.run_folder import model_folder
-from bertlite.runtime import Runtime, say
+from bertlite.config.loading import choose
+from bertlite.core.errors import UserError
+from bertlite.core.logging import say
+from bertlite.core.runtime import Runtime
+from bertlite.inference.batching import for_use
+from bertlite.inference.embed import Embedder
+from bertlite.inference.fill import fill
+from bertlite.model.attention import best_kernel
+from bertlite.model.heads import Classifier, MaskedLanguageModel
+from bertlite.model.huggingface import load_model, load_tokenizer_of
+from bertlite.training.run_folder import model_folder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -69,7 +70,7 @@ class LoadedModel:
 
     def predictions(self, texts: Iterable[str], pairs: bool = False, top_k: int = 1) -> Iterator[Any]:
         """The same for any number of texts, one after the other."""
-        from bertlite.predict import predict  # the measures of fine-tuning take a second to import
+        from bertlite.finetuning.predict import predict  # the measures of fine-tuning take a second to import
 
         if not isinstance(self.model, Classifier):
             raise UserError(

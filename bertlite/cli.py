@@ -14,7 +14,7 @@ from bertlite import __version__
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
-    from bertlite.config import Section
+    from bertlite.config.settings import Section
 
 Kind = TypeVar("Kind", bound="Section")
 
@@ -57,8 +57,8 @@ def bertlite(
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the tokenizer and the corpus of a configuration."""
-    from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining import pretrain as pretraining
 
     pretraining.prepare(_settings(PretrainConfig, config, overrides))
 
@@ -71,8 +71,8 @@ def pretrain(
     resume: Resume = False,
 ) -> None:
     """Train an encoder on raw text by masked language modelling."""
-    from bertlite import pretrain as pretraining
-    from bertlite.config import PretrainConfig
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining import pretrain as pretraining
 
     model = pretraining.run(_settings(PretrainConfig, config, overrides, out), resume=resume)
     if os.environ.get("RANK", "0") == "0":
@@ -88,8 +88,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Tell what a run will take: memory, tokens, time, disk."""
-    from bertlite import plan as planning
-    from bertlite.config import PretrainConfig
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining import estimate as planning
 
     result = planning.plan(_settings(PretrainConfig, config, overrides, out), measure)
     print(json.dumps(result) if as_json else planning.described(result))
@@ -103,8 +103,8 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Print the batch of one step, and what is hidden in it."""
-    from bertlite.config import PretrainConfig
-    from bertlite.pretrain import batch_of_step
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining.pretrain import batch_of_step
 
     rows = batch_of_step(_settings(PretrainConfig, config, overrides), step)
     if as_json:
@@ -131,9 +131,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a masked language model on text, or by minimal pairs."""
-    from bertlite.errors import UserError
-    from bertlite.evaluate import evaluate_text
-    from bertlite.scoring import minimal_pairs, read_pairs
+    from bertlite.core.errors import UserError
+    from bertlite.pretraining.evaluate import evaluate_text
+    from bertlite.pretraining.scoring import minimal_pairs, read_pairs
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
@@ -167,8 +167,8 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a BERT: labels, numbers, entities, answers."""
-    from bertlite import finetune as finetuning
-    from bertlite.config import FinetuneConfig
+    from bertlite.config.settings import FinetuneConfig
+    from bertlite.finetuning import finetune as finetuning
 
     results = finetuning.run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
     if os.environ.get("RANK", "0") == "0":
@@ -185,8 +185,8 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Search the best settings of a fine-tuning."""
-    from bertlite import sweep as sweeping
-    from bertlite.config import SweepConfig
+    from bertlite.config.settings import SweepConfig
+    from bertlite.finetuning import sweep as sweeping
 
     rows = sweeping.sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)
     print(json.dumps(rows) if as_json else sweeping.table(rows))
@@ -204,8 +204,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what a fine-tuned model predicts."""
-    from bertlite.errors import UserError
-    from bertlite.predict import as_text, read_texts
+    from bertlite.core.errors import UserError
+    from bertlite.finetuning.predict import as_text, read_texts
 
     if texts and file:
         raise UserError("predict reads either TEXT or --file, not both")
@@ -247,8 +247,8 @@ def embed(
     precision: Precision = "fp32",
 ) -> None:
     """Turn each line of a file into a vector."""
-    from bertlite.config import Source
-    from bertlite.sources import file_texts, source_files
+    from bertlite.config.settings import Source
+    from bertlite.data.sources import file_texts, source_files
 
     loaded = _loaded(model, precision)
     files = source_files(Source(path=file), "FILE")
@@ -270,9 +270,9 @@ def export(
     licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
 ) -> None:
     """Write a model for other programs, checked, with a card."""
-    from bertlite.export import Options
-    from bertlite.export import export as write_export
-    from bertlite.run_folder import model_folder
+    from bertlite.export.formats import Options
+    from bertlite.export.formats import export as write_export
+    from bertlite.training.run_folder import model_folder
 
     write_export(model_folder(model), out, format, Options(dtype, pooling, licence))
     print(out)
@@ -281,8 +281,8 @@ def export(
 @app.command()
 def verify(model: Model, precision: Precision = "fp32", as_json: AsJson = False) -> None:
     """Compare a model with Hugging Face's; exit code 1 if it differs."""
-    from bertlite.parity import check_parity
-    from bertlite.run_folder import model_folder
+    from bertlite.export.parity import check_parity
+    from bertlite.training.run_folder import model_folder
 
     folder = model_folder(model)
     checks = check_parity(folder, precision)
@@ -309,8 +309,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure a training here: tokens/s, time, share of peak, memory."""
-    from bertlite import bench as benching
-    from bertlite.config import PretrainConfig
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining import bench as benching
 
     result = benching.bench(_settings(PretrainConfig, config, overrides), steps)
     print(json.dumps(result) if as_json else benching.described(result))
@@ -318,8 +318,8 @@ def bench(
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one or two lines and exit code 2, never in a traceback."""
-    from bertlite.errors import Failure, UserError
-    from bertlite.signals import Stopped, listen
+    from bertlite.core.errors import Failure, UserError
+    from bertlite.core.signals import Stopped, listen
 
     # torch's own switch, read when it is imported: large tensors in huge pages, which spares a tenth of a step.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -331,7 +331,7 @@ def main() -> None:
     except Failure as error:
         sys.exit(_say(str(error), 1))
     except (MemoryError, RuntimeError) as error:
-        from bertlite.runtime import out_of_memory
+        from bertlite.core.runtime import out_of_memory
 
         if not out_of_memory(error):
             raise
@@ -348,7 +348,7 @@ def _settings(
     kind: type[Kind], config: Path, overrides: list[str] | None, out: Path | None = None, model: str | None = None
 ) -> Kind:
     """The configuration that a command reads, with --set, --out and --model."""
-    from bertlite.config_file import load_config
+    from bertlite.config.loading import load_config
 
     named = {"model.init_from": model, "output_dir": out and str(out)}
     changes = [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
@@ -357,7 +357,7 @@ def _settings(
 
 def _loaded(model: str, precision: str) -> "LoadedModel":
     from bertlite.api import LoadedModel
-    from bertlite.runtime import start
+    from bertlite.core.runtime import start
 
     return LoadedModel(model, start(precision))
 

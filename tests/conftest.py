@@ -2,6 +2,9 @@
 
 import os
 
+from paths import SAMPLE
+from tiny_models import FOLDER_SHAPE, HEADS, randomize
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests start processes beside themselves
 
@@ -18,8 +21,6 @@ from bertlite import cli
 hypothesis.settings.register_profile("bertlite", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
 hypothesis.settings.load_profile("bertlite")
 
-SAMPLE = Path(__file__).parent.parent / "bertlite" / "sample" / "pretrain.txt"
-
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> str:
@@ -31,7 +32,7 @@ def cache(tmp_path_factory) -> str:
 def text_files(tmp_path_factory) -> dict[str, str]:
     """Training and held-out text, cut from the sample where a document ends."""
     folder = tmp_path_factory.mktemp("text")
-    documents = SAMPLE.read_text(encoding="utf-8").split("\n\n")
+    documents = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")
     for name, part in {"train": documents[:30], "validation": documents[-5:]}.items():
         (folder / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
     return {name: str(folder / f"{name}.txt") for name in ("train", "validation")}
@@ -89,32 +90,20 @@ def bertlite(capsys, monkeypatch):
     return run
 
 
-HEADS = {
-    "BertModel": {},
-    "BertForMaskedLM": {},
-    "BertForSequenceClassification": {"num_labels": 3, "problem_type": "single_label_classification"},
-    "BertForTokenClassification": {"num_labels": 5},
-    "BertForQuestionAnswering": {},
-    "multi-label": {"num_labels": 4, "problem_type": "multi_label_classification"},
-    "regression": {"num_labels": 1, "problem_type": "regression"},
-}
-
-
 @pytest.fixture(scope="session")
 def every_head(tmp_path_factory, text_files) -> dict[str, Path]:
     """Folders with tiny random models of every head, by transformers, and a tokenizer; not to be changed."""
     import transformers
-    from test_parity import SHAPE, randomize
 
-    from bertlite.tokenizer import train_word_piece, wrap
+    from bertlite.data.tokenizer import train_word_piece, wrap
 
     documents = Path(text_files["train"]).read_text(encoding="utf-8").split("\n\n")
-    tokenizer = wrap(train_word_piece(documents, SHAPE["vocab_size"], lowercase=True))
+    tokenizer = wrap(train_word_piece(documents, FOLDER_SHAPE["vocab_size"], lowercase=True))
     tokenizer.model_max_length = 32
     folders = {}
     for name, changes in HEADS.items():
         kind = name if name.startswith("Bert") else "BertForSequenceClassification"
-        config = transformers.BertConfig(**{**SHAPE, **changes})
+        config = transformers.BertConfig(**{**FOLDER_SHAPE, **changes})
         model = randomize(getattr(transformers, kind)(config), 0.3)
         folders[name] = tmp_path_factory.mktemp("head")
         model.save_pretrained(folders[name])

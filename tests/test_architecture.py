@@ -6,52 +6,60 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import PACKAGE
 
-PACKAGE = Path(__file__).parent.parent / "bertlite"
-
-# A module imports only from modules above its own.
-ORDER = """
-errors signals philox
-config files runtime
-config_file
-attention masking optim words sources metrics
-tokenizer model corpus tables plateau
-batches hf
-parity checkpoint inference tasks
-run_folder embed scoring export_onnx
-train card
-pretrain fill export
-evaluate bench finetune
-plan predict sweep
-api
-cli
-__main__
-""".strip().splitlines()
-ROW = {module: number for number, row in enumerate(ORDER) for module in row.split()}
+# A module imports only from packages above its own and, within its package, from modules to its left.
+ORDER = {
+    "core": "errors logging signals random files trust distributed runtime",
+    "config": "settings loading",
+    "data": "masking words sources tokenizer corpus tables packing batches",
+    "model": "layers attention bert heads initialization huggingface",
+    "training": "optim memory plateau checkpoint run_folder trainer",
+    "inference": "batching embed fill",
+    "pretraining": "pretrain scoring evaluate bench estimate",
+    "export": "parity onnx model_card formats",
+    "finetuning": "metrics examples losses tasks experiment finetune predict sweep",
+    "": "api cli __main__",
+}
+MODULES = [".".join(filter(None, (package, name))) for package, names in ORDER.items() for name in names.split()]
 
 
 def imported(path: Path) -> set[str]:
     """Modules of the package that a file imports anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bertlite"):
-            parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bertlite":
+            inside = [f"{node.module}.{alias.name}".removeprefix("bertlite.") for alias in node.names]
+            names |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bertlite.")}
-    return names - {"__version__"}
+            names |= {
+            names |= {alias.name.removeprefix("bertlite.") for alias in node.names if "bertlite." in alias.name}
+            }
+    return names - {""}  # bertlite.__version__
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_come_from_rows_above(path):
-    if path.stem == "__init__":
-        assert imported(path) <= {"api"}, "for type checkers; see that --help imports nothing heavy"
-        return
-    wrong = {name for name in imported(path) if ROW[name] >= ROW[path.stem]}
-    assert not wrong, f"{path.name} (row {ROW[path.stem]}) imports {wrong}"
+def test_every_module_has_its_place():
+    files = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
+    assert {".".join(path.parts) for path in files} == set(MODULES)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_come_from_above(module):
+    names = imported(PACKAGE / f"{module.replace('.', '/')}.py")
+    package = module.rpartition(".")[0]
+    through_init = {name for name in names if name in ORDER} - {package}  # from bertlite.model import …
+    assert not through_init, f"{module} imports {through_init}; name the module"
+    wrong = {name for name in names if MODULES.index(name) >= MODULES.index(module)}
+    assert not wrong, f"{module} imports {wrong}"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_packages_import_nothing_by_themselves(package):
+    allowed = {"": {"api"}, "model": {"model.attention"}}  # for type checkers, and for people
+    assert imported(PACKAGE / package.replace(".", "/") / "__init__.py") <= allowed.get(package, set())
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_pickle(path):
     used = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -34,9 +34,9 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache, text_files) -> Path:
     """The run folder of a model that has learnt a little."""
-    from bertlite.config import PretrainConfig
-    from bertlite.config_file import load_config
-    from bertlite.pretrain import run
+    from bertlite.config.loading import load_config
+    from bertlite.config.settings import PretrainConfig
+    from bertlite.pretraining.pretrain import run
 
     folder = tmp_path_factory.mktemp("trained")
     config = {
@@ -114,11 +114,12 @@ def test_evaluate_repeats_the_evaluation_of_the_training(bertlite, trained, text
 def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     """By hand: the rows and masks of the evaluation, the model of transformers."""
     from bertlite.api import LoadedModel
-    from bertlite.batches import Batches, make_plan
-    from bertlite.config import DataSettings
-    from bertlite.corpus import prepare_corpus
-    from bertlite.evaluate import evaluate_text
-    from bertlite.runtime import start
+    from bertlite.config.settings import DataSettings
+    from bertlite.core.runtime import start
+    from bertlite.data.batches import Batches
+    from bertlite.data.corpus import prepare_corpus
+    from bertlite.data.packing import make_plan
+    from bertlite.pretraining.evaluate import evaluate_text
 
     loaded = LoadedModel(trained / "model", start())
     model, tokenizer = loaded.masked_lm, loaded.tokenizer
@@ -215,7 +216,7 @@ def test_verify_prints_a_table_and_json(bertlite, trained):
 
 
 def test_verify_fails_with_exit_code_1(bertlite, trained, monkeypatch):
-    from bertlite import parity
+    from bertlite.export import parity
 
     load = parity.load_reference
 

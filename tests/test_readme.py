@@ -16,13 +16,13 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from paths import ROOT
 
-from bertlite import finetune
-from bertlite.config import FinetuneConfig, PretrainConfig, SweepConfig
-from bertlite.config_file import load_config
-from bertlite.pretrain import check_settings
+from bertlite.config.loading import load_config
+from bertlite.config.settings import FinetuneConfig, PretrainConfig, SweepConfig
+from bertlite.finetuning import finetune
+from bertlite.pretraining.pretrain import check_settings
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,1 @@
+"""The YAML: settings and how they are read."""

@@ -1,0 +1,306 @@
+"""Tokenizers: train WordPiece from text, or load one; always a Hugging Face tokenizer with the five special tokens."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count as count_up
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from bertlite.config.settings import TokenizerSettings
+from bertlite.core.errors import UserError
+from bertlite.core.files import fingerprint, locked, new_folder
+from bertlite.core.logging import say
+from bertlite.core.random import TOKENIZER_SAMPLE, draw
+from bertlite.core.trust import check_model_folder
+from bertlite.data.masking import Vocabulary
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
+TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
+UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT's vocabularies leave for their users
+CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] rather than take room in the vocabulary
+
+
+def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
+    """Load `vocab.txt`, `tokenizer.json`, a Hugging Face folder or a hub name.
+
+    `lowercase` counts for a bare `vocab.txt` alone: the others say it themselves. Raises UserError when there is no
+    such tokenizer, or it lacks a special token or the fast form.
+    """
+    path, local = Path(name), Path(name).is_dir()
+    if local:
+        check_model_folder(path)
+    if local and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
+        path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
+    if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
+        advice = "no tokenizer in it; put its tokenizer.json or vocab.txt there"
+        raise UserError(f"{name}: {advice}" if local else f"{path}: no such tokenizer")
+    try:
+        if path.is_file() and path.suffix == ".txt":
+            tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))
+        elif path.is_file():
+            tokenizer = _from_file(path)
+        else:
+            if local and "fast_tokenizer_files" in (path / "tokenizer_config.json").read_text(encoding="utf-8"):
+                raise UserError(f"{path / 'tokenizer_config.json'}: fast_tokenizer_files names other files; remove it")
+            # Some versions of transformers would read the tokenizer_file that tokenizer_config.json names, anywhere.
+            own = {"tokenizer_file": str(path / "tokenizer.json")} if (path / "tokenizer.json").exists() else {}
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local, **own)
+        tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # odd settings show themselves at use
+        if tokenizer.model_max_length < 8:
+            raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class, and AutoTokenizer raises many
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no tokenizer could be loaded from it: {reason}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
+    if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
+        raise UserError(f"{name}: the numbers of its pieces have gaps; they should be 0 to {len(tokenizer) - 1}")
+    missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise UserError(f"{name}: the tokenizer lacks {', '.join(missing)}, which masked language modelling needs")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def configured_tokenizer(
+    settings: TokenizerSettings, base: str | None, documents: Callable[[], Iterable[str]], digest: Any, cache: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings mean: trained on the documents, or `base`, extended and padded as they say.
+
+    What is made is kept in the cache by fingerprint; `digest` stands for the documents there.
+    Raises UserError when `base` cannot be loaded, or cannot be changed as the settings say.
+    """
+    old = None if base is None else load_tokenizer(base, settings.lowercase)
+    if old is not None and not settings.extend and not settings.pad_to_multiple_of:
+        return old
+    given = None if old is None else [old.backend_tokenizer.to_str(), settings.extend]
+    size = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, given, size])
+    with locked(folder):
+        if not folder.exists():
+            with new_folder(folder) as aside:
+                _make(aside, old, documents, settings)
+    tokenizer = load_tokenizer(str(folder))
+    say(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
+    return tokenizer
+
+
+def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
+    """All documents, or a random part of them of at most `limit` characters; the same part every time."""
+    kept: list[tuple[int, str]] = []
+    share, characters = 1 << 32, 0
+    for random, text in zip(_random_numbers(), documents, strict=False):
+        if random < share:
+            kept.append((random, text))
+            characters += len(text)
+        while characters > limit and len(kept) > 1:
+            share //= 2
+            kept = [one for one in kept if one[0] < share] or [min(kept)]
+            characters = sum(len(text) for _, text in kept)
+    return [text[:limit] for _, text in kept]
+
+
+def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Train WordPiece as BERT has it (Devlin et al. 2018, section 3), the same in every process.
+
+    The library numbers the pieces that continue a word in the order of a hash map, and breaks ties by these numbers.
+    So they are given to it beforehand, sorted, as if they were special tokens.
+    """
+    alphabet = _alphabet(documents, vocab_size, lowercase)
+    continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
+    tokenizer = word_piece({"[UNK]": 0}, lowercase)
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=SPECIAL_TOKENS + continuing,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            continuing_subword_prefix="##",
+            show_progress=False,
+        ),
+    )
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return word_piece({piece: number for number, (piece, _) in enumerate(pieces)}, lowercase)
+
+
+def extended(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
+    """A vocabulary with new pieces in the places of its [unusedN] entries, in their order, and then at its end."""
+    by_number = {number: piece for piece, number in vocabulary.items()}
+    unused = sorted(number for number, piece in by_number.items() if UNUSED.fullmatch(piece))
+    places = [*unused, *range(len(by_number), len(by_number) + len(pieces))]
+    by_number |= dict(zip(places, pieces, strict=False))
+    return {by_number[number]: number for number in sorted(by_number)}
+
+
+def padded(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
+    """A vocabulary with [unusedN] entries added up to a multiple, so that tokenizer and embedding agree."""
+    names = (f"[unused{number}]" for number in count_up() if f"[unused{number}]" not in vocabulary)
+    return vocabulary | {
+        next(names): number for number in range(len(vocabulary), -(-len(vocabulary) // multiple) * multiple)
+    }
+
+
+def pieces_before(piece: str, vocabulary: dict[str, int]) -> list[int]:
+    """The ids that a vocabulary without `piece` spells it with, longest match first, as WordPiece does; [] if none."""
+    text, prefix, ids = piece.removeprefix("##"), "##" if piece.startswith("##") else "", []
+    while text:
+        end = next((end for end in range(len(text), 0, -1) if prefix + text[:end] in vocabulary), 0)
+        if not end:
+            return []
+        ids.append(vocabulary[prefix + text[:end]])
+        text, prefix = text[end:], "##"
+    return ids
+
+
+def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
+    """BERT's own pipeline around a vocabulary: clean, split off Chinese characters and punctuation, WordPiece."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
+    return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What masking needs of the tokenizer; [UNK] counts as special, as with Hugging Face."""
+    special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+    ordinary = np.setdiff1d(np.arange(len(tokenizer), dtype=np.int64), special)
+    if not len(ordinary):
+        raise UserError("tokenizer: the vocabulary holds nothing but special tokens")
+    return Vocabulary(len(tokenizer), tokenizer.mask_token_id, special, ordinary)
+
+
+def _make(
+    folder: Path,
+    old: PreTrainedTokenizerBase | None,
+    documents: Callable[[], Iterable[str]],
+    settings: TokenizerSettings,
+) -> None:
+    (_train(documents(), settings) if old is None else old).save_pretrained(folder)
+    if old is not None and settings.extend:
+        _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
+    if multiple := settings.pad_to_multiple_of:
+        _change_vocabulary(folder, lambda vocabulary: padded(vocabulary, multiple))
+
+
+def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+    say(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
+    sample = sample_documents(documents, settings.train_characters)
+    tokenizer = wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
+    if len(tokenizer) < settings.vocab_size:
+        say(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
+    return tokenizer
+
+
+def _extended(
+    vocabulary: dict[str, int], old: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
+) -> dict[str, int]:
+    """The vocabulary with the new pieces that a tokenizer trained on the documents would use most often."""
+    say(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
+    sample = sample_documents(documents, settings.train_characters)
+    lowercase = getattr(old.backend_tokenizer.normalizer, "lowercase", False)
+    domain = train_word_piece(sample, len(vocabulary), lowercase)
+    uses: Counter[str] = Counter()
+    for text in sample:
+        uses.update(domain.encode(text, add_special_tokens=False).tokens)
+    new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
+    if len(new) < settings.extend:
+        say(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
+    return extended(vocabulary, new[: settings.extend])
+
+
+def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
+    """Rewrite the vocabulary of a saved WordPiece tokenizer."""
+    path = folder / "tokenizer.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if about["model"]["type"] != "WordPiece":
+        raise UserError(
+            f"tokenizer: a {about['model']['type']} vocabulary cannot be extended or padded, only WordPiece"
+        )
+    added = {token["content"]: token["id"] for token in about["added_tokens"]}
+    about["model"]["vocab"] = change(about["model"]["vocab"] | added)
+    path.write_text(json.dumps(about, ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / "vocab.txt").unlink(missing_ok=True)  # would contradict it
+
+
+def _random_numbers() -> Iterator[int]:
+    for first in count_up(step=4096):
+        yield from draw(4096, (0, TOKENIZER_SAMPLE), first=first).tolist()
+
+
+def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
+    """The most frequent characters that cover the text and fit the vocabulary, sorted."""
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(normalizer.normalize_str(document))
+    counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
+    alphabet: list[str] = []
+    room, remaining = vocab_size - len(SPECIAL_TOKENS), counts.total()
+    for character, count in _most_frequent_first(counts):
+        room -= 1 + _continues_words(character, lowercase)
+        if room < 0 or remaining <= counts.total() * (1 - CHARACTER_COVERAGE):
+            break
+        alphabet.append(character)
+        remaining -= count
+    return sorted(alphabet)
+
+
+def _most_frequent_first(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _continues_words(character: str, lowercase: bool) -> bool:
+    """Whether BERT's splitting ever leaves this character inside a word: not so for punctuation and Chinese."""
+    text = normalizers.BertNormalizer(lowercase=lowercase).normalize_str("a" + character)
+    return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer.json of any kind, with BERT's special tokens."""
+    tokenizer = Tokenizer.from_file(str(path))
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}, which masked language modelling needs")
+    if tokenizer.post_processor is None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **dict(zip(TOKEN_NAMES, SPECIAL_TOKENS, strict=True)),
+    )
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        pieces = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the vocabulary is not UTF-8") from None
+    missing = [token for token in SPECIAL_TOKENS if token not in pieces]
+    if missing:
+        raise UserError(f"{path}: {len(pieces):,} pieces, without {', '.join(missing)}; add them, one a line")
+    if len(set(pieces)) < len(pieces):
+        piece = next(piece for piece, count in Counter(pieces).items() if count > 1)
+        raise UserError(f"{path}: the piece {piece!r} stands there twice")
+    return {piece: number for number, piece in enumerate(pieces)}

@@ -1,0 +1,1 @@
+"""Models for other programs, and the proof that they are equal."""

@@ -1,0 +1,1 @@
+"""Masked language modelling, from text to a run folder."""

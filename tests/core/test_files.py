@@ -1,0 +1,84 @@
+"""Files and folders that are whole or not there."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bertlite.core.errors import UserError
+from bertlite.core.files import new_folder, remove_leftovers, sha256, write_whole
+
+
+def test_new_folder_appears_only_when_filled(tmp_path):
+    with new_folder(tmp_path / "model") as aside:
+        (aside / "a").write_text("1")
+        (aside / "inner").mkdir()
+        (aside / "inner" / "b").write_text("2")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model" / "inner" / "b").read_text() == "2"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_new_folder_leaves_nothing_after_an_error(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "model") as aside:
+        (aside / "a").write_text("1")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_file_is_as_readable_as_any_new_one(tmp_path):
+    write_whole(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a device or a pipe; name a file"):
+            write_whole(path, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".step-00000020.abc_1xyz", ".step-00000020.12345678"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".step-00000040.q2w3e4r5").write_text("")
+    kept = {".git", ".step-00000020.lock", "step-00000020", ".model.abc_1xyz", ".step-00000020"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path, "step-*")
+    assert set(os.listdir(tmp_path)) == kept
+
+
+def test_what_a_killed_process_leaves_has_the_names_that_are_removed(tmp_path):
+    code = (
+        "import os, pathlib, sys\nfrom bertlite import files\npath = pathlib.Path(sys.argv[1])\n"
+        "files.sync = lambda path: os.kill(os.getpid(), 9)\n"
+    )
+    ends = {
+        "model": "with files.new_folder(path / 'model') as aside: (aside / 'a').write_text('1')",
+        "config.yaml": "files.write_whole(path / 'config.yaml', 'text')",
+    }
+    for name, end in ends.items():
+        subprocess.run([sys.executable, "-c", code + end, tmp_path], check=False)
+        assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / name).exists()
+        remove_leftovers(tmp_path, name)
+        assert os.listdir(tmp_path) == []
+
+
+def test_sha256_is_that_of_coreutils(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,330 @@
+"""An audit of masking: what is chosen, what replaces it, what is to be predicted, and that it can be made again."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertlite.config.settings import MaskingSettings
+from bertlite.data.masking import IGNORED, STRATEGIES, Vocabulary, choose_whole_words, mask_rows, prediction_slots
+
+# Special ids lie at both ends and in between, so that nothing can rely on where they are.
+PAD, CLS, UNK, SEP, MASK = SPECIAL = [0, 3, 17, 40, 63]
+VOCABULARY = Vocabulary(64, MASK, np.array(SPECIAL), np.setdiff1d(np.arange(64), SPECIAL))
+WORD = st.integers(0, 2**32 - 1)
+RATE = st.floats(0.01, 0.99)
+
+
+@st.composite
+def packed_rows(draw, length=None):
+    """Rows (R,T) of documents `[CLS] … [SEP]` one after the other, then padding; some words are [UNK] or [MASK]."""
+    length = length or draw(st.integers(8, 80))
+    randomness = np.random.default_rng(draw(WORD))
+    rows = []
+    for _ in range(draw(st.integers(1, 5))):
+        row: list[int] = []
+        for _ in range(draw(st.integers(0, 6))):
+            room = length - len(row) - 2
+            if room < 1:
+                break
+            words = draw(st.integers(1, room))
+            text = randomness.choice(VOCABULARY.ordinary_ids, words)
+            odd = randomness.random(words) < 0.1
+            row += [CLS, *np.where(odd, randomness.choice([UNK, MASK], words), text), SEP]
+        rows.append(row + [PAD] * (length - len(row)))
+    return np.array(rows, dtype=np.int64)
+
+
+def word_beginnings(ids, seed, share=0.5):
+    """Beginnings of words (R,T) anywhere, also at special tokens and missing behind them, as in a cut document."""
+    return np.random.default_rng(seed).random(ids.shape) < share
+
+
+def masked(ids, samples, strategy, rate, key, begins_word=None):
+    """Mask at one rate, with just the slots that it may need, every token a word unless said otherwise."""
+    begins_word = np.ones(ids.shape, dtype=bool) if begins_word is None else begins_word
+    slots = prediction_slots(ids.shape[1], MaskingSettings(rate=rate))
+    return mask_rows(ids, begins_word, samples, VOCABULARY, strategy, np.full(len(ids), rate), slots, key)
+
+
+def chosen_tokens(positions, labels, length):
+    """Which tokens (R,T) are to be predicted, as the prediction slots say."""
+    chosen = np.zeros((len(positions), length), dtype=int)
+    for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
+        chosen[row, positions[row, position]] += 1
+    assert chosen.max(initial=0) <= 1, "a token is to be predicted twice"
+    return chosen.astype(bool)
+
+
+def many_rows(count, words, strategy="token", rate=0.15, seed=0, begins_word=None):
+    """Mask `count` rows that all hold the same words, and return what `mask_rows` does."""
+    ids = np.tile(np.array(words, dtype=np.int64), (count, 1))
+    begins_word = None if begins_word is None else np.tile(begins_word, (count, 1))
+    return ids, *masked(ids, np.arange(count), strategy, rate, (seed, 3), begins_word)
+
+
+def assert_uniform(counts):
+    """Pearson's chi-square of equally likely cells, within five standard deviations of what it is by chance."""
+    counts = np.asarray(counts)
+    expected = counts.sum() / counts.size
+    assert expected >= 5
+    freedom = counts.size - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def assert_share(count, total, share):
+    """A binomial count within five standard deviations."""
+    assert abs(count - total * share) < 5 * np.sqrt(total * share * (1 - share)), (count / total, share)
+
+
+def words_of_row(maskable, begins_word):
+    """Positions of the tokens of each word: it ends before a token that is not maskable or begins another word."""
+    words: list[list[int]] = []
+    inside = False
+    for position in range(len(maskable)):
+        if maskable[position] and inside and not begins_word[position]:
+            words[-1].append(position)
+        elif maskable[position]:
+            words.append([position])
+        inside = maskable[position]
+    return words
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(deadline=None)
+@given(ids=packed_rows(), rate=st.tuples(RATE, RATE), seed=WORD, first=st.integers(0, 2**40))
+def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
+    """Also where each row has a rate of its own."""
+    begins_word, samples = word_beginnings(ids, seed), np.arange(first, first + len(ids))
+    rates = np.linspace(*rate, len(ids))
+    length = ids.shape[1]
+    slots = prediction_slots(length, MaskingSettings(rate={"start": rate[0], "end": rate[1]}))
+    arguments = ids, begins_word, samples, rates
+    before = [argument.copy() for argument in arguments]
+    inputs, positions, labels = mask_rows(*arguments[:3], VOCABULARY, strategy, rates, slots, (seed, 3))
+    assert all(map(np.array_equal, arguments, before)), "an argument was changed"
+    assert inputs.shape == ids.shape and inputs.dtype == positions.dtype == labels.dtype == np.int64
+    assert positions.shape == labels.shape == (len(ids), slots)
+    assert positions.min() >= 0 and positions.max() < length
+
+    used = labels != IGNORED
+    chosen = chosen_tokens(positions, labels, length)
+    special = np.isin(ids, SPECIAL)
+    assert not (chosen & special).any(), "a special token is to be predicted"
+    assert np.array_equal(labels[used], np.take_along_axis(ids, positions, axis=1)[used]), "labels are the originals"
+    assert not positions[~used].any(), "unused slots point at position 0"
+    assert np.array_equal(inputs[~chosen], ids[~chosen]), "what is not chosen stays"
+    assert np.isin(inputs[chosen], [MASK, *VOCABULARY.ordinary_ids]).all(), "a special token came in"
+
+    budget = [round(rate * count) for rate, count in zip(rates.tolist(), (~special).sum(1).tolist(), strict=True)]
+    if strategy == "token":
+        assert np.array_equal(chosen.sum(1), budget)
+    else:
+        assert (chosen.sum(1) <= budget).all()
+        for row in range(len(ids)):
+            for word in words_of_row(~special[row], begins_word[row]):
+                assert len(set(chosen[row, word])) == 1, "a word is masked in part"
+
+
+@pytest.mark.parametrize("length", [32, 512])  # 15 % of both, without [CLS] and [SEP], is a half above a whole number
+def test_no_rounding_hides_more_tokens_than_there_are_slots_for(length):
+    ids = np.full((1, length), VOCABULARY.ordinary_ids[0])
+    ids[0, [0, -1]] = SPECIAL[0]
+    slots = prediction_slots(length, MaskingSettings())
+    rates = np.nextafter([0.15], 1)
+    inputs, positions, labels = mask_rows(
+        ids, np.ones_like(ids, bool), np.arange(1), VOCABULARY, "token", rates, slots, (0, 3)
+    )
+    assert set(np.flatnonzero(inputs != ids)) <= set(positions[labels != IGNORED].tolist())
+    assert (labels != IGNORED).sum() == slots
+
+
+@settings(deadline=None)
+@given(rate=RATE, length=st.integers(8, 300), data=st.data())
+def test_prediction_slots_are_enough_for_any_number_of_documents_in_a_full_row(rate, length, data):
+    documents = data.draw(st.integers(1, length // 3))
+    ends = np.linspace(0, length, documents + 1).astype(int)
+    ids = np.full((1, length), 5)
+    ids[0, ends[:-1]], ids[0, ends[1:] - 1] = CLS, SEP
+    _, positions, labels = masked(ids, np.array([data.draw(WORD)]), "token", rate, (0, 3))
+    assert (labels != IGNORED).sum() == round(rate * (length - 2 * documents))
+    if documents == 1:  # the head runs on no slot in vain
+        assert positions.shape[1] == max(1, (labels != IGNORED).sum())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_of_the_chosen_80_percent_are_hidden_10_random_10_stay(strategy):
+    """Each token for itself: also among the tokens of one word."""
+    words = [CLS, *VOCABULARY.ordinary_ids[:50], SEP]
+    ids, inputs, positions, labels = many_rows(10_000, words, strategy, begins_word=np.arange(52) % 2 == 1)
+    chosen = chosen_tokens(positions, labels, ids.shape[1])
+    total = chosen.sum()
+    assert total > 50_000
+    same_by_chance = 0.1 / len(VOCABULARY.ordinary_ids)
+    assert_share((inputs[chosen] == MASK).sum(), total, 0.8)
+    assert_share((inputs[chosen] == ids[chosen]).sum(), total, 0.1 + same_by_chance)
+    assert_share(((inputs != ids) & (inputs != MASK))[chosen].sum(), total, 0.1 - same_by_chance)
+    # … at every position and whichever of the row's predictions it is
+    for position in range(1, 51):
+        here = chosen[:, position]
+        assert_share((inputs[here, position] == MASK).sum(), here.sum(), 0.8)
+    # … and independently of the token before
+    both = chosen[:, 1:-2] & chosen[:, 2:-1]
+    hidden = (inputs == MASK)[:, 1:-1]
+    assert_share((hidden[:, :-1] & hidden[:, 1:])[both].sum(), both.sum(), 0.64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_random_tokens_are_any_ordinary_token_with_equal_chance(strategy):
+    word = int(VOCABULARY.ordinary_ids[7])
+    _, inputs, _, _ = many_rows(20_000, [CLS, *[word] * 30, SEP], strategy)
+    counts = np.bincount(inputs[:, 1:-1].ravel(), minlength=VOCABULARY.size)
+    assert not counts[[PAD, CLS, UNK, SEP]].any()
+    others = np.setdiff1d(VOCABULARY.ordinary_ids, [word])
+    assert counts[others].all()
+    assert_uniform(counts[others])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_ordinary_token_is_equally_likely_to_be_chosen(strategy):
+    """Also beside special tokens, at the ends of the row, and in the second document of a row."""
+    words = [5, CLS, 6, UNK, 7, 8, SEP, CLS, 9, 10, SEP, 11, PAD, 12]
+    ids, _, positions, labels = many_rows(20_000, words, strategy, rate=0.34)
+    chosen = chosen_tokens(positions, labels, ids.shape[1])
+    assert_uniform(chosen.sum(0)[~np.isin(words, SPECIAL)])
+
+
+def test_token_strategy_chooses_every_pair_equally_often():
+    """A choice without neighbourhoods: pairs of positions come together as often as drawing without replacement."""
+    ids, _, positions, labels = many_rows(20_000, [CLS, *range(4, 14), SEP], rate=0.2)
+    chosen = chosen_tokens(positions, labels, ids.shape[1])[:, 1:-1].astype(int)
+    assert (chosen.sum(1) == 2).all()
+    together = chosen.T @ chosen
+    assert_uniform(together[np.triu_indices(10, k=1)])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(deadline=None)
+@given(ids=packed_rows(length=24), seed=WORD, first=st.integers(0, 2**40), data=st.data())
+def test_a_row_is_masked_alike_in_whatever_company_and_order(strategy, ids, seed, first, data):
+    samples = np.arange(first, first + len(ids))
+    begins_word = word_beginnings(ids, seed)
+    whole = masked(ids, samples, strategy, 0.3, (seed, 3), begins_word)
+    order = data.draw(st.permutations(range(len(ids))))
+    order = np.array(order[: data.draw(st.integers(1, len(ids)))])
+    part = masked(ids[order], samples[order], strategy, 0.3, (seed, 3), begins_word[order])
+    for all_of_it, of_part in zip(whole, part, strict=True):
+        assert np.array_equal(all_of_it[order], of_part)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_other_samples_seeds_and_purposes_give_other_masks(strategy):
+    ids = np.array([[CLS, *VOCABULARY.ordinary_ids[:40], SEP]])
+    streams = [(0, (0, 3)), (1, (0, 3)), (2**32, (0, 3)), (0, (1, 3)), (0, (2**32 - 1, 3)), (0, (0, 4))]
+    masks = [masked(ids, np.array([sample]), strategy, 0.3, key)[1] for sample, key in streams]
+    assert len({positions.tobytes() for positions in masks}) == len(streams)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_samples_choose_independently(strategy):
+    """Of 9 tokens chosen among 30, two samples share 2.7 in the mean."""
+    words = [CLS, *VOCABULARY.ordinary_ids[:30], SEP]
+    ids, _, positions, labels = many_rows(10_000, words, strategy, rate=0.3)
+    chosen = chosen_tokens(positions, labels, ids.shape[1])
+    expected = chosen.sum(1).mean() ** 2 / 30
+    shared = (chosen[:-1] & chosen[1:]).sum(1).mean()
+    assert abs(shared - expected) < 0.1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_without_ordinary_tokens_stay_as_they_are(strategy):
+    ids = np.array([[PAD] * 8, [CLS, UNK, UNK, SEP, CLS, UNK, SEP, PAD], [CLS, MASK, MASK, SEP, PAD, PAD, PAD, PAD]])
+    inputs, positions, labels = masked(ids, np.arange(3), strategy, 0.99, (0, 3))
+    assert np.array_equal(inputs, ids)
+    assert (labels == IGNORED).all() and not positions.any()
+
+
+# Rates
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_have_rates_of_their_own(strategy):
+    ids = np.tile([CLS, *[5] * 40, SEP], (5, 1))
+    rates = np.array([0.05, 0.1, 0.25, 0.5, 0.9])
+    arguments = ids, np.ones(ids.shape, dtype=bool), np.arange(5), VOCABULARY, strategy, rates
+    _, positions, labels = mask_rows(*arguments, 36, (0, 3))
+    assert (labels != IGNORED).sum(1).tolist() == [2, 4, 10, 20, 36]
+    for row, rate in enumerate(rates):
+        alone = masked(ids[row : row + 1], np.array([row]), strategy, rate, (0, 3))
+        used = labels[row] != IGNORED
+        assert np.array_equal(alone[1][0], positions[row][used]) and np.array_equal(alone[2][0], labels[row][used])
+
+
+@settings(deadline=None)
+@given(start=RATE, end=RATE, length=st.integers(8, 512))
+def test_slots_are_those_of_the_highest_rate(start, end, length):
+    slots = prediction_slots(length, MaskingSettings(rate={"start": start, "end": end}))
+    assert slots == max(prediction_slots(length, MaskingSettings(rate=rate)) for rate in (start, end))
+    assert slots == max(1, round(max(start, end) * (length - 2)))
+
+
+# Whole words
+
+
+def whole_words(maskable, begins_word, random, count):
+    """Words in the order of their random number, until the next would not fit; and the size of that one.
+
+    Behind a special token a word goes by that token's number if it does not begin there itself.
+    """
+
+    def number(word):
+        return random[word[0]] if begins_word[word[0]] or word[0] == 0 else random[word[0] - 1]
+
+    chosen: list[int] = []
+    for word in sorted(words_of_row(maskable, begins_word), key=number):
+        if len(chosen) + len(word) > count:
+            return chosen, len(word)
+        chosen += word
+    return chosen, None
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=packed_rows(), seed=WORD, share=st.floats(0, 1), rate=st.floats(0, 1))
+def test_whole_words_are_those_of_the_plain_algorithm(ids, seed, share, rate):
+    maskable = ~np.isin(ids, SPECIAL)
+    begins_word = word_beginnings(ids, seed, share)
+    random = np.random.default_rng(seed).integers(0, 2**32, ids.shape, dtype=np.uint64)
+    count = np.rint(rate * maskable.sum(1)).astype(np.int64)
+    chosen = choose_whole_words(maskable, count, random, begins_word)
+    for row in range(len(ids)):
+        expected, next_word = whole_words(maskable[row], begins_word[row], random[row], count[row])
+        assert np.flatnonzero(chosen[row]).tolist() == sorted(expected)
+        missed = count[row] - chosen[row].sum()
+        assert missed == 0 if next_word is None else 0 <= missed < next_word
+
+
+@settings(deadline=None)
+@given(ids=packed_rows(), rate=RATE, seed=WORD)
+def test_where_every_token_is_a_word_the_strategies_are_the_same(ids, rate, seed):
+    first, second = (masked(ids, np.arange(len(ids)), strategy, rate, (seed, 3)) for strategy in STRATEGIES)
+    assert all(map(np.array_equal, first, second))
+
+
+def test_words_of_one_length_are_equally_likely():
+    """Also at the ends of documents, and where a special token cuts words apart."""
+    words = [CLS, 5, 5, 5, 5, SEP, CLS, 6, 6, UNK, 7, 7, SEP, 8, 8, PAD, 9, 9]
+    begins_word = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=bool)
+    ids, _, positions, labels = many_rows(20_000, words, "whole-word", 0.34, begins_word=begins_word)
+    chosen = chosen_tokens(positions, labels, ids.shape[1])
+    assert (chosen.sum(1) == 4).all()
+    first = [1, 3, 7, 10, 13, 16]
+    assert np.array_equal(chosen[:, first], chosen[:, [position + 1 for position in first]])
+    assert_uniform(chosen[:, first].sum(0))
+
+
+def test_a_word_longer_than_the_count_is_left_alone():
+    ids = np.array([[CLS, *[5] * 30, SEP]])
+    begins_word = np.arange(32)[None] == 1
+    inputs, positions, labels = masked(ids, np.arange(1), "whole-word", 0.5, (0, 3), begins_word)
+    assert np.array_equal(inputs, ids) and (labels == IGNORED).all() and not positions.any()

@@ -1,0 +1,201 @@
+"""Tables in every form: what people have loads, and what cannot be read is named."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from paths import SHARED
+
+from bertlite.config.settings import Place, TaskSettings
+from bertlite.core.errors import UserError
+from bertlite.data.tables import column, read_rows
+
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the development data are not here")
+
+
+def read(path: Path | str, **settings) -> list[dict]:
+    place = settings.pop("place", {"path": str(path)})
+    task = TaskSettings.model_validate({"train": "unread", **settings})
+    return [row.columns for row in read_rows(Place.model_validate(place), task, "task.train")]
+
+
+WANTED = [{"text": 'He said "no', "label": "1"}, {"text": "fine, thanks", "label": "0"}]
+FORMS = {
+    "a.tsv": ('text\tlabel\nHe said "no\t1\nfine, thanks\t0\n', {}),
+    "b.csv": ('text,label\r\n"He said ""no",1\r\n"fine, thanks",0\r\n', {}),
+    "c.txt": ('1 He said "no\n0 fine, thanks\n', {"columns": ["label", "text"], "delimiter": " "}),
+    "d.jsonl": ("\n".join(map(json.dumps, WANTED)) + "\n\n", {}),
+    "e.json": (json.dumps(WANTED), {}),
+    "f.tsv": ('\ufefftext\tlabel\r\nHe said "no\t1\r\n\r\nfine, thanks\t0', {}),
+    "g.data": ('label|text\n1|"He said ""no"\n0|fine, thanks\n', {"delimiter": "|", "quoting": True}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_same_rows_from_every_form(name, tmp_path):
+    text, settings = FORMS[name]
+    for opener, ending in ((open, ""), (gzip.open, ".gz"), (lzma.open, ".xz")):
+        with opener(tmp_path / (name + ending), "wb") as file:
+            file.write(text.encode())
+        assert read(tmp_path / (name + ending), **settings) == WANTED
+
+
+def test_parquet_and_datasets(tmp_path):
+    import datasets
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(WANTED), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == WANTED
+    names = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "tags": [names]})
+    table = datasets.Dataset.from_list([{"text": "x", "label": 1, "tags": [0, 1]}], features=features)
+    datasets.DatasetDict(dev=table).save_to_disk(tmp_path / "saved")
+    place = {"dataset": str(tmp_path / "saved"), "split": "dev"}
+    assert read("", place=place) == [{"text": "x", "label": "good", "tags": ["bad", "good"]}]
+    with pytest.raises(UserError, match=r"saved: there is no split 'nothing'; there are dev"):
+        read("", place=place | {"split": "nothing"})
+
+
+def test_quoted_newlines_and_their_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\n"two\r\nlines",x\r\nmore,y\r\nwrong\r\n')
+    with pytest.raises(UserError, match=r"a\.csv:5: 1 columns, but 2 are named \(text, label\)"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b'text,label\r\n"two\r\nlines",x\r\n')
+    assert read(tmp_path / "a.csv") == [{"text": "two\nlines", "label": "x"}]
+
+
+CONLL = "-DOCSTART- -X- O\n\nAda NNP B-PER\nspoke VBD O\n\n\n-DOCSTART- -X- O\nof IN O\nLos NNP B-LOC\n"
+
+
+def test_conll_columns(tmp_path):
+    (tmp_path / "a.conll").write_text(CONLL)
+    rows = read(tmp_path / "a.conll", type="token-classification", text="w", label="t")
+    assert rows == [{"w": ["Ada", "spoke"], "t": ["B-PER", "O"]}, {"w": ["of", "Los"], "t": ["O", "B-LOC"]}]
+    options = {"type": "token-classification", "columns": ["text", "kind", "label"]}
+    assert read(tmp_path / "a.conll", **options, label="kind")[0] == {"text": ["Ada", "spoke"], "kind": ["NNP", "VBD"]}
+    (tmp_path / "a.conll").write_text("Ada B-PER\nspoke\n")
+    with pytest.raises(UserError, match=r"a\.conll:2: 'spoke' should be text label"):
+        read(tmp_path / "a.conll", type="token-classification")
+    with pytest.raises(UserError, match=r"task\.columns should name 'text' and 'label'"):
+        read(tmp_path / "a.conll", type="token-classification", columns=["text", "tag"])
+
+
+def test_squad_becomes_flat_rows(tmp_path):
+    question = {"id": "q", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
+    document = {"data": [{"title": "t", "paragraphs": [{"context": "Ada did.", "qas": [question]}]}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    answers = {"text": ["Ada"], "answer_start": [0]}
+    wanted = {"id": "q", "question": "Who?", "context": "Ada did.", "answers": answers}
+    assert read(tmp_path / "a.json", type="question-answering") == [wanted]
+    del question["id"]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"a\.json: article 1 is not as SQuAD's: 'id' is missing"):
+        read(tmp_path / "a.json", type="question-answering")
+
+
+def test_the_sample_has_three_parts():
+    task = TaskSettings.model_validate({"train": "sample"})
+    sizes = [len(read_rows(task.train, task, f"task.{part}")) for part in ("train", "validation", "test")]
+    assert sizes == [1330, 280, 560]
+
+
+BAD = {
+    "latin": (
+        b"text\tlabel\nfine\t1\ncaf\xe9\t0\n",
+        {},
+        r"bad\.tsv:3: not utf-8 \(byte 0xe9\); if .* perhaps to latin-1",
+    ),
+    "wide": ("text\tlabel\nfine\t1\n".encode("utf-16"), {}, r"bad\.tsv:1: not utf-8 \(byte 0xff\); if .* to utf-16"),
+    "encoding": (b"a\tb\n", {"encoding": "klingon"}, r"task\.encoding is 'klingon'"),
+    "empty": (b"", {}, r"bad\.tsv holds no rows"),
+    "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no rows"),
+    "twice": (b"text\ttext\nx\ty\n", {}, "a column's name stands there twice"),
+    "carriage return": (b"text|label\na\rb|1\n", {"delimiter": "|", "quoting": True}, r"bad\.tsv:2: "),
+    "open": (
+        b'text,label\n"a ""b"" c",1\n"d,2\ne,3\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: .*unexpected end of data; each quote that opens",
+    ),
+    "open, last": (
+        b'label,text\n1,a\n2,"b\n3,c\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: .*unexpected end of data",
+    ),
+    "open within": (
+        b'text,label\na,1\n"b,2\nc,3\n"d",4\n',
+        {"delimiter": ",", "quoting": True},
+        r"bad\.tsv:3: the row that begins here is not valid: ',' expected after '\"'",
+    ),
+    "fields": (b"text\tlabel\nx\ty\tz\n", {}, r"bad\.tsv:2: 3 columns, but 2 are named"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_named(name, tmp_path):
+    content, settings, message = BAD[name]
+    (tmp_path / "bad.tsv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "bad.tsv", **settings)
+
+
+def test_other_bad_files(tmp_path):
+    for name, content, message in [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
+        ("b.jsonl", '{"text": "x"}\n3\n', r"b\.jsonl:2: should hold an object"),
+        ("c.json", "{}", r"c\.json: should be a list of objects"),
+        ("d.parquet", "no parquet", r"d\.parquet: not a readable Parquet file"),
+        ("e.tsv.gz", "no gzip", r"e\.tsv\.gz: damaged or cut off"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / name)
+    with pytest.raises(UserError, match=r"task\.train: .*nowhere\.tsv: there is no such file"):
+        read(tmp_path / "nowhere.tsv")
+
+
+def test_a_missing_column_lists_those_there_are(tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tlabel\nx\ty\n")
+    task = TaskSettings.model_validate({"train": str(tmp_path / "a.tsv")})
+    (row,) = read_rows(task.train, task, "task.train")
+    with pytest.raises(
+        UserError, match=r"a\.tsv:2: task\.text: there is no column 'sentence'; there are 'text', 'label'"
+    ):
+        column(row, "sentence", "task.text")
+
+
+ODDITIES = {
+    "trec6/train.txt": (5452, {"columns": ["label", "text"], "delimiter": " ", "encoding": "latin-1"}),
+    "banking77/train.csv": (10003, {}),
+    "cola/train.tsv": (8551, {"columns": ["source", "label", "mark", "text"]}),
+    "sst2/train.tsv": (67349, {}),
+    "mrpc/dev.tsv": (408, {}),
+    "qnli_dev/dev.tsv": (5463, {}),
+    "agnews/test.tsv": (7600, {"columns": ["text", "label"]}),
+    "chnsenticorp/dev.tsv": (1200, {}),
+    "ohsumed23/train.tsv": (3357, {}),
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ODDITIES)
+def test_files_that_people_have(name):
+    count, settings = ODDITIES[name]
+    rows = read(SHARED / "finetune" / name, **settings)
+    assert len(rows) == count
+    if "banking" in name:
+        assert len({row["category"] for row in rows}) == 77 and any("\n" in row["text"] for row in rows)
+    if "mrpc" in name:
+        assert next(iter(rows[0])) == "Quality"  # no byte order mark
+    if "agnews" in name:
+        assert len({row["label"] for row in rows}) == 4
+    if "trec" in name:
+        assert {row["label"] for row in rows} == set("012345")
+
+
+@needs_shared
+@pytest.mark.parametrize("name, sentences", [("wnut17/train.conll", 3394), ("zh_peopledaily/dev.txt", 4631)])
+def test_named_entities_that_people_have(name, sentences):
+    assert len(read(SHARED / "ner" / name, type="token-classification")) == sentences

@@ -1,0 +1,315 @@
+"""What is exported loads in transformers, onnxruntime and sentence-transformers, and says the same there."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from tiny_models import HEADS, assert_same_weights, change_weights
+from transformers import AutoTokenizer, pipeline
+
+from bertlite import load
+from bertlite.core.errors import Failure, UserError
+from bertlite.export import onnx as export_onnx
+from bertlite.export import parity
+from bertlite.export.formats import DTYPES, FORMATS, Options, export
+from bertlite.export.model_card import _of_the_run
+from bertlite.inference.batching import _linear
+from bertlite.inference.embed import POOLINGS
+from bertlite.model.bert import Pooler
+from bertlite.model.huggingface import load_model
+
+TEXTS = ["The state of the union.", "a", "Of the people, by the people and for the people of the state."]
+TASKS = {
+    "BertForMaskedLM": ("fill-mask", "The [MASK] of the state."),
+    "BertForSequenceClassification": ("text-classification", "The state."),
+    "BertForTokenClassification": ("token-classification", "The state."),
+    "BertForQuestionAnswering": ("question-answering", {"question": "What?", "context": "The state of the union."}),
+    "BertModel": ("feature-extraction", "The state."),
+}
+
+
+def theirs_of(folder: Path, head: str) -> torch.nn.Module:
+    name = head if head.startswith("Bert") else "BertForSequenceClassification"
+    return getattr(transformers, name).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_hugging_face_folder_is_the_same_model(every_head, tmp_path, head):
+    export(every_head[head], tmp_path / "out", "hf")
+    before, after = theirs_of(every_head[head], head), theirs_of(tmp_path / "out", head)
+    assert_same_weights(after, before)
+    kept = ("id2label", "problem_type", "hidden_act", "layer_norm_eps")
+    assert all(getattr(before.config, name) == getattr(after.config, name) for name in kept)
+    if head in TASKS and head != "BertForQuestionAnswering":  # which has no pipeline any more
+        task, text = TASKS[head]
+        mine, other = (
+            pipeline(task, model=str(path), device="cpu")(text) for path in (tmp_path / "out", every_head[head])
+        )
+        assert mine == other
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_can_be_stored_in_half_the_bytes(every_head, tmp_path, dtype):
+    source = every_head["BertForMaskedLM"]
+    export(source, tmp_path / "out", "hf", Options(dtype=dtype))
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert weight.dtype == DTYPES[dtype] and torch.equal(weight, before[name].to(DTYPES[dtype]))
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert theirs.dtype == DTYPES[dtype]
+
+
+def test_a_weight_that_fp16_cannot_express_is_named(every_head, tmp_path):
+    shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "large")
+    change_weights(tmp_path / "large", lambda weights: weights | {"cls.predictions.bias": torch.full((600,), 1e5)})
+    with pytest.raises(UserError, match=r"cls\.predictions\.bias holds 1e\+05, more than .*use bf16"):
+        export(tmp_path / "large", tmp_path / "out", "hf", Options(dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertModel"])
+def test_sentence_transformers_gives_the_vectors_of_embed(every_head, tmp_path, head, pooling):
+    library = pytest.importorskip("sentence_transformers")
+    export(every_head[head], tmp_path / "out", "sentence-transformers", Options(pooling=pooling))
+    theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
+    ours = load(every_head[head]).encode(TEXTS, pooling=pooling)
+    assert np.abs(theirs - ours).max() <= 1e-5 * max(1, np.abs(theirs).max())
+    assert load(tmp_path / "out").encode(TEXTS, pooling=pooling) == pytest.approx(ours, abs=1e-6)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("pooler.dense.weight" in saved) == (head == "BertModel")  # none is made up
+
+
+def run(folder: Path, graph: str, text) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="np", padding=True)
+    return onnxruntime.InferenceSession(str(folder / graph)).run(None, dict(inputs)), inputs
+
+
+OFTEN = ("BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering")
+
+
+@pytest.mark.parametrize(
+    "head", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
+def test_onnxruntime_computes_what_transformers_computes(every_head, tmp_path, head):
+    """With dynamic axes: other rows, other lengths, padding and pairs."""
+    pytest.importorskip("onnxruntime")
+    export(every_head[head], tmp_path / "out", "onnx", Options(dtype="fp32"))
+    theirs = theirs_of(every_head[head], head)
+    for text in (TEXTS, TEXTS[:1], [("The state", "of the union"), ("a", "b")], ["people " * 40]):
+        found, inputs = run(tmp_path / "out", "model.onnx", text)
+        with torch.inference_mode():
+            output = theirs(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        if head == "BertForQuestionAnswering":
+            expected = [output.start_logits, output.end_logits]
+        else:
+            expected = [output.last_hidden_state, output.pooler_output] if head == "BertModel" else [output.logits]
+        assert len(found) == len(expected)
+        for mine, other in zip(found, expected, strict=True):
+            assert mine.shape == other.shape
+            real = inputs["attention_mask"].astype(bool)
+            per_token = mine.shape[:2] == real.shape
+            difference = np.abs(mine - other.numpy())[real if per_token else ...]
+            assert difference.max() <= 1e-5 * max(1, np.abs(other.numpy()).max())
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about["architectures"] == [type(theirs).__name__]
+
+
+@pytest.fixture(scope="module")
+def decided(every_head, tmp_path_factory) -> Path:
+    """A classifier whose choices are far apart."""
+    folder = tmp_path_factory.mktemp("decided") / "model"
+    shutil.copytree(every_head["BertForSequenceClassification"], folder)
+    bias = torch.tensor([0.0, 9.0, 0.0])
+    change_weights(folder, lambda weights: weights | {"classifier.bias": bias})
+    return folder
+
+
+def test_int8_is_a_quarter_and_agrees(decided, tmp_path):
+    pytest.importorskip("onnxruntime")
+    export(decided, tmp_path / "both", "onnx")
+    assert {path.name for path in (tmp_path / "both").glob("*.onnx")} == {"model.onnx", "model_int8.onnx"}
+    exact, small = (run(tmp_path / "both", name, TEXTS)[0][0] for name in ("model.onnx", "model_int8.onnx"))
+    assert not np.array_equal(exact, small) and np.array_equal(exact.argmax(-1), small.argmax(-1))
+    assert "model_int8.onnx" in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_int8_that_answers_otherwise_is_refused_or_left_out(decided, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export_onnx, "AGREEMENT", 1.01)
+    with pytest.raises(Failure, match=r"int8 is only \d+\.\d% of the top predictions those of fp32"):
+        export(decided, tmp_path / "small", "onnx", Options(dtype="int8"))
+    assert list(tmp_path.iterdir()) == []
+    export(decided, tmp_path / "both", "onnx")
+    assert [path.name for path in (tmp_path / "both").glob("*.onnx")] == ["model.onnx"]
+    assert "left out" in capsys.readouterr().err and "left out" in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_agreement_is_that_of_the_answers(every_head):
+    """By hand, with two graphs that are functions."""
+
+    class Session:
+        def __init__(self, shift: int) -> None:
+            self.shift, self.calls = shift, 0
+
+        def run(self, _, inputs):
+            self.calls += 1
+            answers = (inputs["input_ids"] + (self.shift if self.calls % 4 == 0 else 0)) % 600
+            return [np.eye(600)[answers]]
+
+    model = load_model(every_head["BertForMaskedLM"])
+    tokenizer = AutoTokenizer.from_pretrained(every_head["BertForMaskedLM"])
+    graph = export_onnx.Graph(model)
+    assert export_onnx._agreement(graph, Session(0), Session(0), tokenizer) == 1
+    assert export_onnx._agreement(graph, Session(0), Session(1), tokenizer) == pytest.approx(0.75, abs=0.1)
+
+
+def need_packages(format: str) -> None:
+    for package in FORMATS[format].packages:
+        pytest.importorskip(package)
+
+
+def spoil_weights(patch: pytest.MonkeyPatch) -> None:
+    wrong = parity.Check("weights", "tensors not equal bit for bit", 1.0, 0.0)
+    patch.setattr(parity, "compare_weights", lambda *models: wrong)
+
+
+def spoil_graph(patch: pytest.MonkeyPatch) -> None:
+    """The graph is another one than what PyTorch computes."""
+    pool = Pooler.forward
+    scale = lambda: 1.001 if torch.compiler.is_exporting() else 1.0  # noqa: E731
+    patch.setattr(Pooler, "forward", lambda self, hidden: pool(self, hidden) * scale())
+
+
+def spoil_vectors(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(POOLINGS, "mean", lambda hidden, real: hidden.mean(1) + 1e-3)
+
+
+SPOIL = {"hf": spoil_weights, "onnx": spoil_graph, "sentence-transformers": spoil_vectors}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_is_written_when_a_check_fails(every_head, tmp_path, monkeypatch, format):
+    need_packages(format)
+    SPOIL[format](monkeypatch)
+    with pytest.raises(Failure, match="differ"):
+        export(every_head["BertModel"], tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "head, format, options, message",
+    [
+        ("BertModel", "gguf", {}, "--format is 'gguf', which is not one of hf, onnx, sentence-transformers"),
+        ("BertModel", "hf", {"dtype": "int8"}, "--dtype is 'int8'; --format hf has fp32, bf16, fp16"),
+        ("BertModel", "onnx", {"dtype": "bf16"}, "--dtype is 'bf16'; --format onnx has fp32, int8"),
+        ("BertModel", "sentence-transformers", {"dtype": "fp16"}, "--format sentence-transformers has fp32"),
+        ("BertModel", "sentence-transformers", {"pooling": "sum"}, "--pooling is 'sum'; .* has mean, cls, max"),
+        ("BertModel", "hf", {"pooling": "mean"}, "--pooling is 'mean'; --format hf has no pooling"),
+        ("regression", "sentence-transformers", {}, "cannot express a SequenceClassifier"),
+    ],
+)
+def test_what_a_format_cannot_express_is_named(every_head, tmp_path, head, format, options, message):
+    with pytest.raises(UserError, match=message):
+        export(every_head[head], tmp_path / "out", format, Options(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].packages])
+def test_a_package_that_is_missing_is_named(every_head, tmp_path, monkeypatch, format):
+    monkeypatch.setattr("bertlite.export.formats.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"{format} needs .*: pip install 'bertlite\[{format}\]'"):
+        export(every_head["BertModel"], tmp_path / "out", format)
+
+
+def test_the_model_card_tells_of_the_run(every_head, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(every_head["BertForMaskedLM"], run / "model")
+    shutil.copytree(every_head["BertForMaskedLM"], run / "checkpoints" / "step-00000002")
+    state = run / "checkpoints" / "step-00000002" / "training" / "state.json"
+    state.parent.mkdir()
+    state.write_text('{"progress": {"step": 2, "tokens": 2345}}')
+    config = {"data": {"train": ["/home/me/books.txt", {"dataset": "org/set", "split": "train"}],
+                       "validation": [{"dataset": "/home/me/apart", "split": "train"}]},
+              "train": {"learning_rate": 0.125}, "output_dir": "/home/me/run"}  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [{"step": step, "tokens": 1000 * step, "eval_loss": 9 - step / 10, "eval_accuracy": step / 100,
+              "elapsed_seconds": 1.0} for step in range(1, 41)]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    export(run / "model", tmp_path / "out", "hf", Options(licence="mit"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
+    assert "Trained on books.txt, org/set; held out: apart." in card and "/home" not in card
+    assert "Tokens seen: 40,000 in 40 steps." in card and "learning_rate: 0.125" in card
+    curve = re.findall(r"^\| (\d+) \| ([\d,]+) \| (\S+) \| (\S+) \|$", card, re.MULTILINE)
+    assert 5 <= len(curve) <= 11 and curve[0][0] == "1" and curve[-1] == ("40", "40,000", "5.000", "40.0%")
+    for check in parity.check_parity(tmp_path / "out"):
+        assert f"| {check.inputs} | {check.quantity} | {check.difference:.1e} |" in card
+
+    # The recipe of a sweep's model is that of its best trial.
+    best = {"task": {"train": "sample", "validation": "sample"}, "train": {"learning_rate": 0.25}}
+    (run / "config.yaml").write_text(yaml.safe_dump({**best, "sweep": {"space": {"train.learning_rate": [0.25, 1.0]}}}))
+    (run / "best.yaml").write_text(yaml.safe_dump(best))
+    assert "learning_rate: 0.25" in "".join(_of_the_run(run / "model"))
+    (run / "best.yaml").unlink()
+
+    # Somebody else's file beside a folder that is in no run tells nothing, and is not published.
+    shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "mine")
+    for text in ("database: {password: hunter2}", "data: {root: x}", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        assert "hunter2" not in "".join(_of_the_run(tmp_path / "mine"))
+        (run / "model").with_name("config.yaml").write_text(text)
+        assert "says nothing" in _of_the_run(run / "model")[0]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf")
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "Tokens seen: 2,345 in 2 steps." in card and "license: unknown" in card
+
+
+def test_the_model_card_tells_of_a_task_and_of_nothing(every_head, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(every_head["BertForSequenceClassification"], run / "model")
+    (run / "config.yaml").write_text("task: {type: classification, train: ../data/train.tsv}")
+    results = {"metric": "accuracy", "mean": 0.875, "std": 0.0125, "measured_on": "test", "seeds": {"0": {}, "1": {}}}
+    (run / "results.json").write_text(json.dumps(results))
+    export(run / "model", tmp_path / "out", "hf")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s), on the test examples." in card and "train: train.tsv" in card
+    export(every_head["BertModel"], tmp_path / "bare", "hf")
+    assert "says nothing about its training" in (tmp_path / "bare" / "README.md").read_text()
+
+
+# The other formats have one example for all heads.
+@pytest.mark.parametrize(
+    "format, head", [(name, head) for name in FORMATS for head in (TASKS if name == "hf" else ["BertForMaskedLM"])]
+)
+def test_the_example_of_the_model_card_runs(every_head, tmp_path, monkeypatch, format, head):
+    need_packages(format)
+    export(every_head[head], tmp_path / "out", format)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    exec(example, {})
+
+
+def test_a_model_in_python(every_head):
+    model = load(str(every_head["BertForMaskedLM"]))
+    assert any(getattr(module, "product", None) is _linear for module in model.model.modules())
+    text = "The [MASK] of the state."
+    reference = pipeline("fill-mask", model=str(every_head["BertForMaskedLM"]), device="cpu")(text, top_k=3)
+    found = model.fill(text, top_k=3)
+    assert [one["token"] for one in found] == [one["token"] for one in reference]
+    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in reference], abs=1e-5)
+    with pytest.raises(UserError, match="no masked language modelling head"):
+        load(every_head["BertModel"]).fill(text)

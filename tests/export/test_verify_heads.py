@@ -1,0 +1,59 @@
+"""`verify` for every head: outputs, loss and gradients against transformers' own model and loss."""
+
+import pytest
+import torch
+from tiny_models import HEADS, change_config
+
+from bertlite.export import parity
+from bertlite.export.parity import check_parity, compare, load_reference, make_inputs
+from bertlite.model.huggingface import load_model
+
+FINE_TUNED = [name for name in HEADS if name not in ("BertModel", "BertForMaskedLM")]
+
+
+@pytest.mark.parametrize("precision", parity.TOLERANCES)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_equals_that_of_transformers(every_head, head, precision):
+    checks = check_parity(every_head[head], precision)
+    assert [check for check in checks if not check.ok] == []
+    quantities = {(check.inputs, check.quantity.removesuffix(" in fp64")) for check in checks}
+    output = "pooler" if head == "BertModel" else "logits"
+    for inputs in ("padded", "packed", "pair"):
+        assert {(inputs, quantity) for quantity in ("hidden states", output, "loss", "gradients")} <= quantities
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("head", FINE_TUNED)
+def test_one_element_of_a_head_is_noticed(every_head, head, part):
+    ours = load_model(every_head[head])
+    theirs, _ = load_reference(every_head[head], ours)
+    name = "qa_outputs" if head == "BertForQuestionAnswering" else "classifier"
+    with torch.no_grad():
+        theirs.get_parameter(f"{name}.{part}").view(-1)[0] += 1e-2
+    differences = compare(ours, theirs, make_inputs(ours.config)["packed"])
+    assert differences["logits"] > parity.TOLERANCES["fp32"]["outputs"]
+    if (name, part) != ("qa_outputs", "bias"):  # which softmax does not see
+        assert differences["loss"] > parity.TOLERANCES["fp32"]["loss"]
+
+
+@pytest.mark.parametrize("head", FINE_TUNED)
+def test_the_gradient_of_a_head_is_compared(every_head, head):
+    ours = load_model(every_head[head])
+    theirs, _ = load_reference(every_head[head], ours)
+    ours.classifier.weight.register_hook(lambda gradient: gradient * 1.001)
+    assert compare(ours, theirs, make_inputs(ours.config)["pair"])["gradients"] > 1e-4
+
+
+@pytest.mark.parametrize("other", ["regression", "multi_label_classification"])
+def test_another_meaning_of_the_scores_is_noticed(every_head, tmp_path, other):
+    """The loss of the reference is transformers' own, by what config.json says."""
+    import shutil
+
+    shutil.copytree(every_head["BertForSequenceClassification"], tmp_path / "other")
+    change_config(tmp_path / "other", problem_type=other)
+    ours = load_model(tmp_path / "other")
+    theirs, _ = load_reference(tmp_path / "other", ours)
+    inputs = make_inputs(ours.config)["padded"]
+    assert compare(ours, theirs, inputs)["loss"] < 1e-6
+    theirs.config.problem_type = "regression" if other != "regression" else "multi_label_classification"
+    assert compare(ours, theirs, inputs)["loss"] > 1e-3

@@ -1,0 +1,53 @@
+"""Fine-tunings of seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paths import SAMPLE
+from tiny_tasks import rows_of, with_head
+
+from bertlite.config.loading import load_config
+from bertlite.config.settings import FinetuneConfig
+from bertlite.data.tokenizer import train_word_piece, wrap
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory) -> Path:
+    """A folder with a tokenizer of a thousand pieces."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")[:60]
+    wrap(train_word_piece(texts, 1000, True)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write(vocabulary, tmp_path):
+    """Write the tables and the YAML of a run of seconds, with changes by dotted names; return the configuration."""
+
+    def make(kind: str = "classification", rows: list[dict[str, Any]] | None = None, name: str = "run", **changes):
+        rows = rows_of(kind) if rows is None else rows
+        for part, these in {"train": rows[24:], "validation": rows[:24]}.items():
+            lines = "".join(json.dumps(row) + "\n" for row in these)
+            (tmp_path / f"{part}.jsonl").write_text(lines)
+        model = tmp_path / "bert"
+        if not model.exists():
+            with_head(vocabulary, "", model)
+        values: dict[str, Any] = {
+            "model": {"init_from": str(model)},
+            "task": {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+            | {"type": kind, "max_length": 48 if kind != "question-answering" else 64, "doc_stride": 16},
+            "train": {"max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"},
+            "output_dir": str(tmp_path / name),
+        }
+        values["train"] |= {"logging_steps": 1, "eval_steps": 3}
+        for key, value in changes.items():
+            section, _, setting = key.partition("__")
+            values[section][setting] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return load_config(FinetuneConfig, path)
+
+    return make

@@ -1,0 +1,99 @@
+"""Metrics against published scores and against the libraries that define them."""
+
+import json
+
+import pytest
+from paths import SHARED
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
+from sklearn.metrics import f1_score
+
+from bertlite.config.settings import TaskSettings
+from bertlite.data.tables import Row
+from bertlite.finetuning import metrics
+from bertlite.finetuning.examples import words_and_tags
+from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
+
+CHECK = SHARED / "qa" / "evaluator_check"
+# Exact match and F1. BERT's ensemble as published; the others as this scorer measured them, so that it does not drift.
+EXPECTED = {
+    "BERT_ensemble": (86.2, 92.2),
+    "Logistic": (40.1, 51.0),
+    "Match_LSTM": (67.6, 76.8),
+    "r_net": (82.5, 88.5),
+}
+
+
+@pytest.mark.skipif(not CHECK.exists(), reason="the development data are not here")
+@pytest.mark.parametrize("name", EXPECTED)
+def test_answers_score_as_expected(name):
+    articles = json.loads((CHECK / "dev-v1.1.rebuilt.json").read_text())["data"]
+    questions = {
+        question["id"]: [answer["text"] for answer in question["answers"]]
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    }
+    (path,) = CHECK.glob(f"pred_{name}*.json")
+    predictions = json.loads(path.read_text())
+    given = [predictions.get(identity, "") for identity in questions]
+    scores = {metric: measure(list(questions.values()), given) for metric, measure in ANSWERS.items()}
+    assert (round(scores["exact_match"], 1), round(scores["f1"], 1)) == EXPECTED[name]
+
+
+def test_of_one_number_nothing_is_to_be_explained():
+    assert REGRESSION["r2"]([1.0], [2.0]) == 0 and REGRESSION["r2"]([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1
+
+
+def test_answers_are_compared_without_case_articles_and_punctuation():
+    assert metrics.normalized_answer("  The U.S.-based   an Apple! ") == "usbased apple"
+    assert ANSWERS["exact_match"]([["the Cat.", "x"], ["y"]], ["cat", "z"]) == 50
+    assert ANSWERS["f1"]([["the big cat"]], ["a cat sat"]) == pytest.approx(50)
+
+
+def test_labels_and_numbers():
+    assert CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 0]) == f1_score([0, 1, 1], [0, 1, 0])
+    assert CLASSIFICATION["f1"]([0, 1, 2], [0, 1, 0]) == CLASSIFICATION["macro_f1"]([0, 1, 2], [0, 1, 0])
+    assert CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 2]) == CLASSIFICATION["f1"]([0, 1, 1], [0, 1, 0])  # one measure
+    assert CLASSIFICATION["f1"]([0, 0], [0, 0]) == 0  # no warning, no error
+    assert CLASSIFICATION["matthews_correlation"]([0, 1, 0, 1], [0, 1, 0, 1]) == 1
+    assert MULTILABEL["accuracy"]([[0, 1], [1, 1]], [[0, 1], [1, 0]]) == 0.5
+    assert REGRESSION["pearson"]([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1)
+    assert REGRESSION["spearmanr"]([1.0, 2.0, 3.0], [1.0, 10.0, 5.0]) == pytest.approx(0.5)
+    assert REGRESSION["pearson"]([1.0, 2.0], [3.0, 3.0]) == 0
+    assert ENTITIES["f1"]([["B-A", "I-A", "O", "B-B"]], [["B-A", "I-A", "O", "O"]]) == pytest.approx(2 / 3)
+
+
+TAGS = {
+    IOB1: "I-A I-A O I-A B-A I-B O I-B B-B I-A",
+    IOB2: "B-A I-A O B-A B-A B-B O B-B B-B B-A",
+    IOBES: "B-A E-A O S-A S-A B-B I-B E-B S-B B-A I-A I-A E-A",
+    BILOU: "B-A L-A O U-A U-A B-B I-B L-B U-B B-A I-A I-A L-A",
+}
+
+
+def iob2(tags: list[str]) -> list[str]:
+    settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
+    return words_and_tags(Row("here", {"text": ["word"] * len(tags), "label": tags}), settings)[1]
+
+
+@pytest.mark.parametrize("scheme", TAGS)
+def test_tags_of_every_scheme_become_iob2(scheme):
+    tags = TAGS[scheme].split()
+    expected = [one.to_tuple()[1:] for one in Entities([tags], scheme).entities[0]]
+    forms = [tags, [tag.replace("I-", "M-") for tag in tags]] if scheme is IOBES else [tags]  # M as BMES has it
+    for form in forms:
+        converted = iob2(form)
+        assert {tag[0] for tag in converted} <= set("BIO")
+        assert [(kind, start, end + 1) for kind, start, end in get_entities(converted)] == expected
+        assert [one.to_tuple()[1:] for one in Entities([converted], IOB2).entities[0]] == expected
+
+
+@pytest.mark.parametrize("last, single", ["ES", "LU"])
+def test_last_and_single_tags_end_an_entity_also_where_their_scheme_is_broken(last, single):
+    for tags, expected in {
+        f"B-A {last}-A I-A": "B-A I-A B-A",
+        f"{single}-A I-A": "B-A B-A",
+        f"B-A I-A {single}-A": "B-A I-A B-A",
+    }.items():
+        assert iob2(tags.split()) == expected.split()

@@ -1,0 +1,170 @@
+"""Sweeps, and the commands of fine-tuning from the shell."""
+
+import csv
+import io
+import json
+import sys
+
+import optuna
+import pytest
+import yaml
+from tiny_tasks import rows_of, with_head
+
+from bertlite.config.loading import load_config
+from bertlite.config.settings import FinetuneConfig, SweepConfig
+from bertlite.core.errors import DiskFull, Failure, UserError
+from bertlite.finetuning.finetune import run
+from bertlite.finetuning.sweep import sweep, table
+
+SPACE = {
+    "train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+    "train.global_batch_size": [8, 16],
+    "task.max_length": {"low": 16, "high": 48},
+}
+
+
+@pytest.fixture
+def write_sweep(write, tmp_path):
+    def make(name: str = "sweep", space: dict = SPACE, trials: int = 3) -> SweepConfig:
+        write(train__max_steps=2, task__test=str(tmp_path / "validation.jsonl"))
+        values = yaml.safe_load((tmp_path / "run.yaml").read_text())
+        values |= {"sweep": {"trials": trials, "space": space}, "output_dir": str(tmp_path / name)}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        return load_config(SweepConfig, tmp_path / f"{name}.yaml")
+
+    return make
+
+
+def test_a_sweep_leaves_a_table_a_plot_and_the_best_configuration(write_sweep, tmp_path):
+    rows = sweep(write_sweep())
+    assert len(rows) == 3 and rows == sorted(rows, key=lambda row: -row["value"])
+    for row in rows:
+        assert 1e-5 <= row["train.learning_rate"] <= 1e-2 and row["train.global_batch_size"] in (8, 16)
+        assert isinstance(row["task.max_length"], int) and 16 <= row["task.max_length"] <= 48
+        results = json.loads((tmp_path / f"sweep/trial-{row['trial']:03d}/results.json").read_text())
+        assert results["mean"] == row["value"] and results["measured_on"] == "validation"
+    folder = tmp_path / "sweep"
+    written = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+    assert [int(row["trial"]) for row in written] == [row["trial"] for row in rows]
+    assert (folder / "trials.png").read_bytes().startswith(b"\x89PNG")
+    best = load_config(FinetuneConfig, folder / "best.yaml")
+    assert best.train.learning_rate == rows[0]["train.learning_rate"] and best.task.test is not None
+    assert [path.parent.name for path in folder.rglob("model")] == ["sweep"]
+    again = run(best)
+    trial = json.loads((folder / f"trial-{rows[0]['trial']:03d}/results.json").read_text())
+    name = f"validation_{again['metric']}"
+    assert again["seeds"]["0"][name] == trial["seeds"]["0"][name]
+    lines = table(rows).splitlines()
+    assert len(lines) == 4 and lines[0].split() == ["trial", "value", *sorted(SPACE)]
+
+
+def test_a_sweep_goes_on_as_if_it_had_not_stopped(write_sweep, tmp_path):
+    whole = sweep(write_sweep("whole", trials=4))
+    sweep(write_sweep("cut", trials=2))
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'cut' / 'study.db'}")
+    assert len(study.trials) == 2
+    with pytest.raises(UserError, match="already holds a run"):
+        sweep(write_sweep("cut", trials=4))
+    assert sweep(write_sweep("cut", trials=4), resume=True) == whole
+
+
+def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, tmp_path, monkeypatch):
+    def killed(folder, study, *_):
+        if study.trials:
+            raise KeyboardInterrupt
+
+    whole = sweep(write_sweep("whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bertlite.finetuning.sweep._keep_best", killed)  # the trial is told, its model has no place yet
+        sweep(write_sweep("cut"))
+    assert sweep(write_sweep("cut"), resume=True) == whole
+    assert [path.parent.name for path in (tmp_path / "cut").rglob("model")] == ["cut"]
+    best = load_config(FinetuneConfig, tmp_path / "cut" / "best.yaml")
+    assert best.train.learning_rate == whole[0]["train.learning_rate"]
+
+
+def test_a_full_disk_ends_a_sweep_and_costs_no_trial(write_sweep, tmp_path, monkeypatch):
+    def full(*_):
+        raise DiskFull("full")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFull):
+        patch.setattr("bertlite.finetuning.sweep.run", full)
+        sweep(write_sweep())
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    assert not any(trial.state.is_finished() for trial in study.trials)
+
+
+def test_settings_that_do_not_train_cost_a_trial_and_no_sweep(write_sweep, capsys):
+    with pytest.raises(Failure, match="no trial ended well"):
+        sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
+    assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
+    rows = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
+    assert {row["train.learning_rate"] for row in rows} == {1e-4}
+
+
+def test_a_suite_is_not_searched(write_sweep):
+    config = write_sweep()
+    with pytest.raises(UserError, match="searches the settings of one task; the file has several"):
+        sweep(config.model_copy(update={"task": None, "tasks": {"one": config.task}}))
+
+
+@pytest.mark.parametrize(
+    "space, message",
+    [
+        ({"train.learning_rat": [1e-3]}, r"sweep\.space: train\.learning_rat is not a setting. Did you mean"),
+        ({"train.learning_rate": [-1.0]}, r"sweep\.space: train\.learning_rate is -1\.0"),
+        ({"task.metric": ["accurcy"]}, r"task\.metric is 'accurcy'"),
+        ({"train.learning_rate": {"low": 2, "high": 1}}, r"train\.learning_rate\.low is 2, not below high 1"),
+        ({"train.warmup_ratio": {"low": 0, "high": 1, "log": True}}, r"low is 0, not above 0, as log needs"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_before_anything_runs(space, message, write_sweep, tmp_path):
+    with pytest.raises(UserError, match=message):
+        sweep(write_sweep(space=space))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
+    model = str(write().model.init_from)
+    path = tmp_path / "run.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["model"]
+    path.write_text(yaml.safe_dump(values))
+    code, out, _ = bertlite("finetune", path, "--model", model, "--set", "train.seeds=[0, 1]")
+    assert code == 0 and out.startswith("accuracy") and "±" in out
+    code, out, _ = bertlite("finetune", path, "--model", model, "--out", tmp_path / "other", "--json")
+    assert code == 0 and json.loads(out)["metric"] == "accuracy"
+    code, _, err = bertlite("finetune", path)
+    assert code == 2 and "no model to begin from" in err
+
+    texts = [row["text"] for row in rows_of("classification")[:3]]
+    _, from_arguments, _ = bertlite("predict", tmp_path / "run", *texts, "--json")
+    lines = "\n".join(texts).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert bertlite("predict", tmp_path / "run", "--json")[1] == from_arguments
+    (tmp_path / "texts.txt").write_bytes(lines + b"\r\n")
+    _, from_file, _ = bertlite("predict", tmp_path / "run", "--file", tmp_path / "texts.txt", "--json", "--top-k", "2")
+    one, best = json.loads(from_arguments.splitlines()[0]), json.loads(from_file.splitlines()[0])
+    assert len(from_file.splitlines()) == 3 and set(one) == {"label", "score"} and best[0] == one and len(best) == 2
+    assert bertlite("predict", tmp_path / "run", texts[0])[1] == f"{one['score']:.4f}  {one['label']}\n"
+    (tmp_path / "texts.txt").write_bytes(b"fine\ncaf\xe9\n")
+    for arguments, message in {
+        (tmp_path / "run", "--file", "nowhere"): "there is no such file",
+        (tmp_path / "run", "--file", tmp_path / "texts.txt"): "texts.txt:2: not UTF-8",
+        (model, "x"): "not fine-tuned",
+        (tmp_path / "nothing", "x"): "no such",
+    }.items():
+        code, _, err = bertlite("predict", *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\ncaf\xe9\n")))
+    code, _, err = bertlite("predict", tmp_path / "run")
+    assert code == 2 and "standard input:2: not UTF-8" in err
+
+    with_head(vocabulary, "token-classification", tmp_path / "tokens")
+    code, _, err = bertlite("predict", tmp_path / "tokens", "--pairs", "Ada\tspoke")
+    assert code == 2 and "--pairs: this model labels the words of one text" in err
+    assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
+    values |= {"sweep": {"trials": 1, "space": {"train.max_steps": [2]}}, "output_dir": str(tmp_path / "sweep")}
+    path.write_text(yaml.safe_dump(values))
+    assert bertlite("sweep", path, "--model", model)[1].split()[:3] == ["trial", "value", "train.max_steps"]

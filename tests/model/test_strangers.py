@@ -1,0 +1,354 @@
+"""Model folders from strangers: whatever they hold, the answer is a model or one line, and nothing else is touched."""
+
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForMaskedLM
+
+from bertlite.core.errors import UserError
+from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
+from bertlite.export.parity import check_parity
+from bertlite.inference.fill import fill
+from bertlite.model.heads import SequenceClassifier
+from bertlite.model.huggingface import load_model, load_tokenizer_of, weights_for
+from bertlite.training.checkpoint import problem
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> Path:
+    """A small model folder that loads."""
+    folder = tmp_path_factory.mktemp("valid") / "model"
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    pieces = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(25))]
+    wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(valid, tmp_path) -> Path:
+    return shutil.copytree(valid, tmp_path / "model")
+
+
+def use(folder: Path) -> None:
+    """All that commands do with a model folder."""
+    model = load_model(folder)
+    tokenizer = load_tokenizer_of(folder, model.config)
+    fill(model, tokenizer, "w1 [MASK] w2")
+    tokenizer("w1 w2 unknown")
+    check_parity(folder)
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"problem_type": "guessing"}, r"config\.json: problem_type is 'guessing'"),
+        ({"add_cross_attention": True}, r"config\.json: add_cross_attention is True"),
+        ({"max_position_embeddings": 7}, r"config\.json: max_position_embeddings is 7: Input should be greater than"),
+        ({"pad_token_id": 50}, r"config\.json: pad_token_id is 50, outside of the vocabulary of 30"),
+        ({"layer_norm_eps": "small"}, r"config\.json: layer_norm_eps is 'small': "),
+        ({"dtype": "float99"}, r"model: no tokenizer could be loaded from it: .*float99"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"model: transformers cannot load it: "),
+    ],
+)
+def test_settings_that_one_side_cannot_read_are_named(folder, changes, message):
+    change_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        use(folder)
+
+
+def test_a_file_that_is_larger_than_any_of_its_kind_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr("bertlite.core.trust.LARGEST_JSON", 100)
+    with pytest.raises(UserError, match=r"json: [\d,]+ bytes are too many for such a file"):
+        use(folder)
+
+
+@pytest.mark.parametrize("changes", [{"return_dict": False}, {"chunk_size_feed_forward": 7}])
+def test_settings_that_change_no_number_are_passed_over(folder, changes):
+    change_json(folder / "config.json", **changes)
+    assert all(check.ok for check in check_parity(folder))
+
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_that_leaves_the_folder_is_refused(folder, name):
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(Path("..") / name)
+    with pytest.raises(UserError, match=f"{name}: a link that leaves its folder"):
+        use(folder)
+    with pytest.raises(UserError, match=f"{name}: a link that leaves its folder"):
+        load_tokenizer(str(folder))
+
+
+def test_links_as_the_hub_cache_has_them_are_followed(folder, tmp_path):
+    cache = tmp_path / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (cache / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{number}")
+    use(cache / "snapshots" / "abc")
+    (cache / "secret").write_text("{}")
+    (cache / "snapshots" / "abc" / "added_tokens.json").symlink_to("../../secret")
+    with pytest.raises(UserError, match="leaves its folder"):
+        use(cache / "snapshots" / "abc")
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: neither a file nor a folder"):
+        use(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9},
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**12},
+        {"intermediate_size": 10**9},
+        {"max_position_embeddings": 10**15},
+        {"type_vocab_size": 10**18},
+        {"hidden_size": 1 << 24, "num_attention_heads": 1 << 24, "vocab_size": 1 << 24, "intermediate_size": 1 << 24},
+        {"max_position_embeddings": 1 << 24},
+        {"num_hidden_layers": 10_000},
+    ],
+)
+def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
+    change_json(folder / "config.json", **changes)
+    message = (
+        rf"config\.json: {next(iter(changes))} is \d+: Input should be less than"
+        if max(changes.values()) > 1 << 24
+        else r"but config\.json means \(16777216, |config\.json means the layers 0 to 9999, the weights"
+    )
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+    with pytest.raises(UserError, match=message):
+        weights_for(SequenceClassifier, ["a"], folder)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 8), (10**9, 0)])
+def test_a_head_of_an_odd_shape_is_refused(folder, shape):
+    weights = {name: one for name, one in load_file(folder / "model.safetensors").items() if "cls." not in name}
+    save_file(weights | {"classifier.weight": torch.zeros(shape)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(f"classifier.weight has shape {shape}, which is no head's")):
+        load_model(folder)
+
+
+def test_an_empty_vocabulary_is_refused(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="the tokenizer lacks pad_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_layers_with_a_gap_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("encoder.layer.1.", "encoder.layer.2."): tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"means the layers 0 to 1, the weights are of \[0, 2\]"):
+        load_model(folder)
+
+
+def write_header(path: Path, header: dict, body: bytes = b"", size: int | None = None) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + body)
+
+
+BIAS = "cls.predictions.bias"
+
+
+@pytest.mark.parametrize(
+    "header, size",
+    [
+        ({BIAS: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, None),
+        ({BIAS: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 40]}}, None),
+        ({BIAS: {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 40]}}, None),
+        ({BIAS: {"dtype": "F32", "shape": [0, 10**15], "data_offsets": [0, 0]}}, None),
+        ({BIAS: {"dtype": "F32", "shape": [10], "data_offsets": [40, 0]}}, None),
+        ({BIAS: {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}, 2**62),
+        ({BIAS: {"dtype": "F99", "shape": [10], "data_offsets": [0, 40]}}, None),
+        ({}, None),
+    ],
+)
+def test_sizes_that_lie_are_refused(folder, header, size):
+    write_header(folder / "model.safetensors", header, b"\0" * 3000, size)
+    with pytest.raises(UserError, match=str(folder)):
+        load_model(folder)
+
+
+def test_code_and_names_of_other_places_in_a_folder_are_never_followed(folder, tmp_path, monkeypatch):
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    for name in ("modeling_x.py", "tokenization_x.py", "configuration_x.py"):
+        (folder / name).write_text(code)
+    maps = {"AutoConfig": "configuration_x.C", "AutoModelForMaskedLM": "modeling_x.M",
+            "AutoTokenizer": ["tokenization_x.T", "tokenization_x.T"]}  # fmt: skip
+    change_json(folder / "config.json", auto_map=maps, _name_or_path="stranger/model")
+    change_json(folder / "tokenizer_config.json", auto_map=maps, tokenizer_class="T", name_or_path="stranger/model")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "stranger/model"}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    sockets = []
+    monkeypatch.setattr("socket.socket.connect", lambda self, address: sockets.append(address))
+    for attempt in (use, load_model, check_parity):
+        try:
+            attempt(folder)
+        except UserError as error:
+            assert str(folder) in str(error)
+    assert not sockets and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file"])
+def test_a_tokenizer_file_elsewhere_is_not_read(folder, tmp_path, key):
+    other = wrap(word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "secret"])}, True))
+    other.save_pretrained(tmp_path / "elsewhere")
+    change_json(folder / "tokenizer_config.json", **{key: str(tmp_path / "elsewhere" / "tokenizer.json")})
+    assert "secret" not in load_tokenizer(str(folder)).get_vocab()
+
+
+def test_versions_of_a_tokenizer_by_name_are_refused(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.json")
+    change_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"])
+    with pytest.raises(UserError, match="fast_tokenizer_files"):
+        use(folder)
+
+
+def test_ids_beyond_the_embedding_are_refused(folder):
+    about = json.loads((folder / "tokenizer.json").read_text())
+    about["model"]["vocab"]["one more"] = 30
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"has 31 pieces, but the model embeds 30"):
+        use(folder)
+
+
+def test_a_deep_index_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a valid index"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "training/../../secret", "link"])
+def test_a_manifest_that_names_other_places_is_no_checkpoint(folder, tmp_path, name):
+    (tmp_path / "secret").write_text("x")
+    (folder / "training").mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    entry = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
+    (folder / "training" / "manifest.json").write_text(json.dumps({name: entry}) + "\n")
+    assert problem(folder) == f"{name} is outside of the folder"
+
+
+ODD = st.recursive(
+    st.sampled_from(
+        [None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 1e308, 0.5, "", "x", "../..", "/etc/passwd"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "type", "id"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+PLACES = [*FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors.index.json",
+          "adapter_config.json", "vocab.txt", "generation_config.json", "additional_chat_templates"]  # fmt: skip
+
+
+def places_of(value, at=()):
+    """Where in a JSON value something could be replaced."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    return [place for key, inner in list(items)[:60] for place in [(*at, key), *places_of(inner, (*at, key))]]
+
+
+def spoil(folder: Path, data: st.DataObject) -> None:
+    """One change to a valid folder."""
+    how = data.draw(st.sampled_from(["flip", "cut", "value", "value", "value", "key", "place", "tensor"]))
+    name = data.draw(st.sampled_from([name for name in FILES if (folder / name).is_file()] or ["gone"]))
+    path = folder / name
+    if not path.exists() or (how in ("flip", "cut") and not path.stat().st_size):
+        return
+    if how == "flip":
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            at = data.draw(st.integers(0, min(len(content), 3000) - 1))
+            content[at] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, path.stat().st_size))])
+    elif how in ("value", "key") and path.suffix == ".json":
+        try:
+            value = json.loads(path.read_text())
+        except ValueError:
+            return
+        *parents, last = data.draw(st.sampled_from(places_of(value) or [("new",)]))
+        inner = value
+        for key in parents:
+            inner = inner[key]
+        if isinstance(inner, dict | list):
+            if how == "key" and isinstance(inner, dict):
+                inner[data.draw(st.sampled_from(["auto_map", "tokenizer_class", "model_type", "x", "type"]))] = (
+                    data.draw(ODD)
+                )
+            else:
+                inner[last] = data.draw(ODD)
+        path.write_text(json.dumps(value))
+    elif how == "place":
+        path = folder / data.draw(st.sampled_from(PLACES))
+        if path.is_dir() and not path.is_symlink():
+            return
+        path.unlink(missing_ok=True)
+        kind = data.draw(st.sampled_from(["gone", "folder", "link", "loop", "pipe", "text", "nothing"]))
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to("/dev/zero")
+        elif kind == "loop":
+            path.symlink_to(path.name)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind != "gone":
+            path.write_bytes(
+                data.draw(st.sampled_from([b"[" * 9999, b"{}", b"null", b"\xff"])) if kind == "text" else b""
+            )
+    elif how == "tensor" and (folder / "model.safetensors").is_file():
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except Exception:  # spoiled already
+            return
+        some = data.draw(st.sampled_from(sorted(weights)))
+        tensor = weights.pop(some)
+        if data.draw(st.booleans()):
+            weights[some.replace("0", data.draw(st.sampled_from(["1", "99", "99999999999"])))] = tensor.flatten()[:3]
+        save_file(weights, folder / "model.safetensors")
+
+
+@settings(max_examples=200, deadline=60_000, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_two_hundred_spoiled_folders_end_in_a_model_or_one_line(valid, tmp_path_factory, data):
+    base = tmp_path_factory.getbasetemp() / "spoiled"
+    shutil.rmtree(base, ignore_errors=True)
+    folder = shutil.copytree(valid, base / "model")
+    for _ in range(data.draw(st.integers(1, 3))):
+        spoil(folder, data)
+    before = {path: path.lstat().st_mtime_ns for path in base.rglob("*")}
+    try:
+        use(folder)
+    except UserError as error:
+        assert len(str(error).splitlines()) <= 2
+    assert {path: path.lstat().st_mtime_ns for path in base.rglob("*")} == before

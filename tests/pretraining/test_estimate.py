@@ -1,0 +1,118 @@
+"""What `bertlite plan` foretells is what the run then takes."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import SAMPLE
+from tiny_runs import metrics, pretrain, weights
+
+from bertlite.config.loading import load_config
+from bertlite.config.settings import MaskingSettings, PretrainConfig
+from bertlite.core.errors import UserError
+from bertlite.data.masking import prediction_slots
+from bertlite.model.huggingface import read_architecture
+from bertlite.pretraining import estimate as planning
+from bertlite.pretraining.bench import matmul_flops
+from bertlite.pretraining.estimate import described, plan
+from bertlite.pretraining.pretrain import prepare
+
+
+def planned(path: Path, *overrides: str, measure: bool = False) -> dict:
+    return plan(load_config(PretrainConfig, path, list(overrides)), measure)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_plan_is_what_the_run_takes(write_config, optim):
+    path = write_config(train__optim=optim, train__save_steps=1, train__save_total_limit=2)
+    result = planned(path)
+    folder = pretrain(path)
+    learnt = weights(folder)
+    assert result["parameters"] == sum(tensor.numel() for tensor in learnt.values())
+    assert result["tokens"] == pytest.approx(metrics(folder)[-1]["tokens"], rel=0.01)
+    prepared = prepare(load_config(PretrainConfig, path))
+    assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
+    of_a_step = matmul_flops(read_architecture(folder / "model"), 8, 64, prediction_slots(64, MaskingSettings()))
+    assert result["floating_point_operations"] == 12 * of_a_step
+    sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
+    assert 0.6 * result["disk"] < sum(sizes) <= 1.05 * result["disk"]
+    assert result["warnings"] == [] and result["seconds"] is None
+
+
+def test_sources_that_keep_no_document_count_nothing(write_config, text_files, tmp_path):
+    copies = [str(shutil.copy(text_files["train"], tmp_path / f"{number}.txt")) for number in range(3)]
+    path = write_config(data__train=copies, data__remove_duplicates=True)
+    prepared = prepare(load_config(PretrainConfig, path))
+    assert planned(path)["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
+
+
+def test_nothing_is_left_and_nothing_is_begun(write_config, tmp_path):
+    path = write_config(data__cache_dir=str(tmp_path / "cache"))
+    planned(path, measure=True)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_time_is_measured(write_config):
+    result = planned(write_config(train__max_steps=1000, train__eval_steps=500), measure=True)
+    assert 1000 * result["seconds_per_step"] < result["seconds"] < 3000 * result["seconds_per_step"] + 100
+    assert 1e-4 < result["seconds_per_step"] < 10
+    longer = planned(write_config(train__max_steps=100_000), measure=True)
+    assert longer["seconds"] > 10 * result["seconds"]
+
+
+@pytest.mark.parametrize("form", ["plain", "gz", "split"])
+def test_epochs_are_foretold_from_a_part_of_the_text(write_config, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(planning, "SAMPLE_CHARACTERS", 400_000)
+    text = (SAMPLE / "pretrain.txt").read_text()
+    names = ["text.txt.gz"] if form == "gz" else ["text.txt"]
+    (tmp_path / names[0]).write_bytes(gzip.compress(text.encode()) if form == "gz" else text.encode())
+    changes = {} if form == "split" else {"data__validation": ["sample"]}
+    path = write_config(data__train=[str(tmp_path / names[0])], train__max_steps=1000,
+                        **({"data__validation": []} if form == "split" else changes))  # fmt: skip
+    prepared = prepare(load_config(PretrainConfig, path))
+    assert planned(path)["epochs"] == pytest.approx(8000 / len(prepared.plan), rel=0.2)
+
+
+def test_what_cannot_be_told_is_not_made_up(write_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "SAMPLE_CHARACTERS", 1000)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"some words of row {number}"}) for number in range(500)))
+    result = planned(write_config(data__train=[str(rows)]))
+    assert result["epochs"] is None and "an unknown number of epochs" in described(result)
+
+
+def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
+    huge = ["model.hidden_size=65536", "model.num_hidden_layers=200", "model.intermediate_size=262144"]
+    result = planned(write_config(), *huge, measure=True)
+    assert result["parameters"] > 10**12 and result["seconds"] is None
+    memory, disk = result["warnings"]
+    assert "does not fit into memory" in memory and "do not fit on the disk" in disk and "--out" in disk
+    assert described(result).count("\nwarning: ") == 2
+
+
+@pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
+def test_a_shape_beyond_all_counting_is_a_mistake(write_config, setting):
+    section = "tokenizer" if setting == "vocab_size" else "model"
+    with pytest.raises(UserError, match=f"{section}.{setting} is 4000000000000: .* less than or equal to"):
+        planned(write_config(), f"{section}.{setting}=4000000000000")
+
+
+def test_the_command_prints_lines_or_json(write_config):
+    command = [sys.executable, "-m", "bertlite", "plan", str(write_config()), "--no-measure"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in lines.splitlines()] == [
+        "parameters", "tokens", "operations", "memory", "disk", "time",
+    ]  # fmt: skip
+    result = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert re.search(f"parameters +{result['parameters']:,}\n", lines)
+
+
+def test_a_model_to_go_on_from_is_counted(write_config):
+    folder = pretrain(write_config("begin"))
+    changes = ["model={init_from: " + json.dumps(str(folder)) + "}", "tokenizer={}"]
+    assert planned(write_config("on"), *changes)["parameters"] == planned(write_config("begin"))["parameters"]

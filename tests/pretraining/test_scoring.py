@@ -1,0 +1,145 @@
+"""Pseudo-perplexity and minimal pairs against transformers computing the same, one masked copy at a time."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from paths import SHARED
+from transformers import AutoTokenizer, BertForMaskedLM
+
+import bertlite.inference.batching
+from bertlite.config.settings import Source
+from bertlite.core.errors import UserError
+from bertlite.core.runtime import Runtime
+from bertlite.inference.batching import for_use
+from bertlite.model.huggingface import load_model, load_tokenizer_of
+from bertlite.pretraining.scoring import minimal_pairs, pseudo_log_likelihoods, pseudo_perplexity, read_pairs
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, compile=False)
+BLIMP = SHARED / "probe" / "blimp.tar.xz"
+SENTENCES = ["The state of the union.", "a", "Of the people, by the people and for the people."]
+PAIRS = [
+    ("The people are here.", "The people is here.", "agreement", "a1"),
+    ("The state is here.", "The state are here.", "agreement", "a1"),
+    ("They were there.", "They was there.", "agreement", "a2"),
+    ("No one ever came.", "Someone ever came.", "polarity", "p1"),
+    ("Same.", "Same.", "polarity", "p1"),
+]
+
+
+@cache
+def load_theirs(folder: Path):
+    return AutoTokenizer.from_pretrained(folder), BertForMaskedLM.from_pretrained(folder).eval()
+
+
+def reference(folder: Path, sentence: str) -> float:
+    """The sum of Salazar et al. (2020), section 2: each token hidden, one forward pass each, without padding."""
+    tokenizer, model = load_theirs(folder)
+    ids = tokenizer(sentence, return_tensors="pt")["input_ids"]
+    total = 0.0
+    for place in range(1, ids.shape[1] - 1):
+        hidden = ids.clone()
+        hidden[0, place] = tokenizer.mask_token_id
+        with torch.inference_mode():
+            total += model(input_ids=hidden).logits[0, place].log_softmax(-1)[ids[0, place]].item()
+    return total
+
+
+@pytest.fixture
+def model(every_head):
+    model = load_model(every_head["BertForMaskedLM"])
+    tokenizer = load_tokenizer_of(every_head["BertForMaskedLM"], model.config)
+    return for_use(model, RUNTIME), tokenizer
+
+
+@pytest.fixture
+def pairs_file(tmp_path) -> Path:
+    keys = ("sentence_good", "sentence_bad", "linguistics_term", "UID")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(keys, p, strict=True))) + "\n" for p in PAIRS))
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("positions", [1, 30, 1024])
+def test_scores_are_those_of_transformers(every_head, model, monkeypatch, positions):
+    monkeypatch.setitem(bertlite.inference.batching.TOKENS_AT_A_TIME, "cpu", positions)
+    scores = pseudo_log_likelihoods(*model, model[1](SENTENCES)["input_ids"])
+    expected = [reference(every_head["BertForMaskedLM"], sentence) for sentence in SENTENCES]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_choices_are_those_of_transformers(every_head, model, pairs_file):
+    result = minimal_pairs(*model, read_pairs([str(pairs_file)]))
+    folder = every_head["BertForMaskedLM"]
+    right = [reference(folder, good) > reference(folder, bad) for good, bad, *_ in PAIRS]
+    assert result["pairs_accuracy"] == sum(right) / 5
+    assert result["phenomena"]["agreement"]["accuracy"] == sum(right[:3]) / 3
+    assert result["phenomena"]["agreement"]["paradigms"] == {
+        "a1": {"accuracy": sum(right[:2]) / 2, "pairs": 2},
+        "a2": {"accuracy": float(right[2]), "pairs": 1},
+    }
+    assert not right[4] and result["phenomena"]["polarity"]["pairs"] == 2  # what is the same is not preferred
+    assert 0 < sum(right) < 4
+
+
+@pytest.mark.skipif(not BLIMP.exists(), reason="BLiMP is not here")
+def test_choices_on_blimp_are_those_of_transformers(every_head, model, tmp_path):
+    import tarfile
+
+    with tarfile.open(BLIMP) as archive:
+        names = sorted(name for name in archive.getnames() if name.endswith(".jsonl"))[::13]
+        for name in names:
+            lines = archive.extractfile(name).read().decode().splitlines()[:3]
+            (tmp_path / Path(name).name).write_text("\n".join(lines))
+    pairs = list(read_pairs([str(tmp_path)]))
+    assert len(pairs) == 3 * len(names) >= 15
+    folder = every_head["BertForMaskedLM"]
+    right = [reference(folder, pair.good) > reference(folder, pair.bad) for pair in pairs]
+    for pair, choice in zip(pairs, right, strict=True):
+        assert minimal_pairs(*model, [pair])["pairs_accuracy"] == choice
+
+
+def test_pseudo_perplexity_is_that_of_all_tokens(every_head, model, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(SENTENCES))
+    source = Source(path=str(tmp_path / "text.txt"))
+    total = sum(reference(every_head["BertForMaskedLM"], sentence) for sentence in SENTENCES)
+    count = sum(len(ids) - 2 for ids in model[1](SENTENCES)["input_ids"])
+    assert pseudo_perplexity(*model, [source], "blank-line", 50) == pytest.approx(math.exp(-total / count), rel=1e-5)
+
+
+def test_long_documents_are_cut_into_pieces(every_head, model, tmp_path):
+    words = "the state of the union and the people"
+    (tmp_path / "text.txt").write_text(words)
+    ids = model[1](words, add_special_tokens=False)["input_ids"]
+    pieces = [ids[start : start + 4] for start in range(0, len(ids), 4)]
+    rows = [[model[1].cls_token_id, *piece, model[1].sep_token_id] for piece in pieces]
+    total = pseudo_log_likelihoods(*model, rows).sum().item()
+    found = pseudo_perplexity(*model, [Source(path=str(tmp_path / "text.txt"))], "line", 6)
+    assert found == pytest.approx(math.exp(-total / len(ids)))
+
+
+def test_one_pair_without_names_takes_those_of_its_file(model, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"sentence_good": "A state.", "sentence_bad": "State a.", "UID": null}\n\n')
+    assert list(minimal_pairs(*model, read_pairs([str(tmp_path)]))["phenomena"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"sentence_good": "a", "sentence_bad": "b"}\nnothing', r"p\.jsonl:2: not valid JSON"),
+        ('{"sentence_good": "a"}', r"p\.jsonl:1: not a JSON object"),
+        ('{"sentence_good": "a", "sentence_bad": 3}', r"p\.jsonl:1: not a JSON object"),
+        ("[1]", r"p\.jsonl:1: not a JSON object"),
+        ("", r"p\.jsonl is empty"),
+        ("\n\n", r"--pairs: there is no pair in it"),
+        ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
+        ('{"sentence_good": "a", "sentence_bad": ""}', r"0 tokens, not 1 to 48"),
+        (json.dumps({"sentence_good": "a", "sentence_bad": "b " * 49}), r"49 tokens, not 1 to 48.*'b b b"),
+    ],
+)
+def test_what_is_no_pair_is_named(model, tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        minimal_pairs(*model, read_pairs([str(tmp_path / "p.jsonl")]))

@@ -1,0 +1,72 @@
+"""Tables and tiny models of each type of task."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from paths import SAMPLE
+from tiny_models import randomize
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+from bertlite.finetuning.tasks import TASKS
+
+SENTENCES = [line.split("\t") for line in (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+SUBJECTS = sorted({label for label, _ in SENTENCES})
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    """Tables of each type of task, out of the sample's sentences."""
+    rows: list[dict[str, Any]] = []
+    for number, (label, text) in enumerate(SENTENCES[:120]):
+        words = text.split()[:15]
+        capital = [word[:1].isupper() for word in words]
+        tags = [
+            f"{'I' if place and capital[place - 1] else 'B'}-CAP" if one else "O" for place, one in enumerate(capital)
+        ]
+        start = text.index(words[3])
+        rows.append(
+            {
+                "classification": {"text": text, "label": label},
+                "multilabel": {"text": text, "label": [word for word in ("the", "of", "a") if word in text.split()]},
+                "regression": {"text": text, "label": len(text) / 100},
+                "token-classification": {"text": words, "label": tags},
+                "question-answering": {
+                    "question": f"What follows {words[2]}?",
+                    "context": text,
+                    "answers": {"text": [words[3]], "answer_start": [start]},
+                    "id": str(number),
+                },
+            }[kind]
+        )
+    return rows
+
+
+# What transformers' configuration says of each, so that our head is its head.
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "classification": (BertForSequenceClassification, {"id2label": dict(enumerate(SUBJECTS))}),
+    "multilabel": (BertForSequenceClassification, {"id2label": {0: "a", 1: "of", 2: "the"}}),
+    "regression": (BertForSequenceClassification, {"id2label": {0: "label"}}),
+    "token-classification": (BertForTokenClassification, {"id2label": {0: "O", 1: "B-CAP", 2: "I-CAP"}}),
+    "question-answering": (BertForQuestionAnswering, {"id2label": {0: "start", 1: "end"}}),
+}
+
+
+def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
+    """A tiny BERT of random weights as transformers' class for a type of task, with a tokenizer."""
+    shutil.copytree(vocabulary, out, dirs_exist_ok=True)
+    theirs, labels = HEADS.get(kind, (BertModel, {}))
+    config = BertConfig(**TINY, vocab_size=1000, max_position_embeddings=128, **labels)
+    config.problem_type = TASKS[kind].problem_type if kind in TASKS else None
+    randomize(theirs(config), std).save_pretrained(out)
+    return out
