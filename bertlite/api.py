@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
 from bertlite.inference.batching import for_use
 from bertlite.inference.embed import Embedder
@@ -33,7 +33,7 @@ class LoadedModel:
     def __init__(self, name: str | Path, runtime: Runtime) -> None:
         self.folder = model_folder(str(name))
         if self.folder != Path(name) and self.folder.parent.name == "checkpoints":
-            say(f"{name}: the run has not finished; this is its {self.folder.name}")
+            logger.info(f"{name}: the run has not finished; this is its {self.folder.name}")
         model = load_model(self.folder, best_kernel(runtime.device))
         self.model = for_use(model, runtime)
         self.runtime = runtime

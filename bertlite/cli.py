@@ -319,10 +319,12 @@ def bench(
 def main() -> None:
     """Run the command line; a user's mistake ends in one or two lines and exit code 2, never in a traceback."""
     from bertlite.core.errors import Failure, UserError
+    from bertlite.core.logging import log_to_terminal
     from bertlite.core.signals import Stopped, listen
 
     # torch's own switch, read when it is imported: large tensors in huge pages, which spares a tenth of a step.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    log_to_terminal()
     listen()
     try:
         app()

@@ -16,10 +16,17 @@ import pytest
 import yaml
 
 from bertlite import cli
+from bertlite.core.logging import log_to_terminal
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("bertlite", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
 hypothesis.settings.load_profile("bertlite")
+
+
+@pytest.fixture(autouse=True)
+def log_lines_on_standard_error() -> None:
+    """As in the shell, also where a test calls the package in its own process."""
+    log_to_terminal()
 
 
 @pytest.fixture(scope="session")

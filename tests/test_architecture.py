@@ -32,9 +32,7 @@ def imported(path: Path) -> set[str]:
             inside = [f"{node.module}.{alias.name}".removeprefix("bertlite.") for alias in node.names]
             names |= {name if name in MODULES else name.rpartition(".")[0] for name in inside}
         if isinstance(node, ast.Import):
-            names |= {
             names |= {alias.name.removeprefix("bertlite.") for alias in node.names if "bertlite." in alias.name}
-            }
     return names - {""}  # bertlite.__version__
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bertlite.core.errors import UserError
-from bertlite.core.logging import rank_from_environment, say
+from bertlite.core.logging import logger, rank_from_environment
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _can_compile(device: torch.device, setting: str | bool) -> bool:
         return True
     if setting != "auto":
         raise UserError(f"train.compile is true, but that needs {missing}; install it, or set it to auto")
-    say(f"the model runs uncompiled, more slowly: compiling needs {missing}")
+    logger.info(f"the model runs uncompiled, more slowly: compiling needs {missing}")
     return False
 
 

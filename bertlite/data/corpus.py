@@ -20,7 +20,7 @@ from bertlite.config.loading import choose
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import fingerprint, full_disk_named, locked, read_json, remove_leftovers, write_json
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.data.sources import read_documents, source_digest, source_files
 from bertlite.data.words import SEGMENTERS, segmented_starts, word_start_table
 
@@ -141,13 +141,13 @@ def prepare_corpus(
             _say_what_changed(sources, parts, cache, setting)
             _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
     corpus = Corpus(folder)
-    say(f"{setting}: {corpus.summary.text()} ({folder})")
+    logger.info(f"{setting}: {corpus.summary.text()} ({folder})")
     if doubt := corpus.summary.doubt():
         advice = (
             ": without tokenizer.path a vocabulary is trained on the text, tokenizer.vocab_size makes it larger, and "
             "tokenizer.extend adds words to another"
         )
-        say(f"{setting}: warning: {doubt}{advice if setting.startswith('data.') else ''}")
+        logger.info(f"{setting}: warning: {doubt}{advice if setting.startswith('data.') else ''}")
     return corpus
 
 
@@ -159,7 +159,7 @@ def _say_what_changed(sources: list[Source], parts: dict[str, Any], cache: Path,
     if before := read_json(record):
         changed = " and ".join(part for part in now if before.get(part) != now[part])
         if changed:
-            say(f"{setting}: preparing the corpus, for the first time with {changed} as now")
+            logger.info(f"{setting}: preparing the corpus, for the first time with {changed} as now")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, now)
 

@@ -22,7 +22,7 @@ import zstandard
 from bertlite.config.settings import Place, Source
 from bertlite.core.errors import UserError
 from bertlite.core.files import fingerprint, full_disk_named, read_json, sha256, write_json
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 
 
 class _Zstandard(io.RawIOBase):
@@ -116,7 +116,7 @@ def file_digest(path: Path, cache: Path) -> str:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         if known is not None and known["sha256"] != now["sha256"]:
-            say(f"{path} has changed since it was last prepared")
+            logger.info(f"{path} has changed since it was last prepared")
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, now)
         known = now

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, 
 from bertlite.config.settings import TokenizerSettings
 from bertlite.core.errors import UserError
 from bertlite.core.files import fingerprint, locked, new_folder
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.random import TOKENIZER_SAMPLE, draw
 from bertlite.core.trust import check_model_folder
 from bertlite.data.masking import Vocabulary
@@ -91,7 +91,7 @@ def configured_tokenizer(
             with new_folder(folder) as aside:
                 _make(aside, old, documents, settings)
     tokenizer = load_tokenizer(str(folder))
-    say(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
+    logger.info(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
     return tokenizer
 
 
@@ -201,11 +201,11 @@ def _make(
 
 
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
-    say(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
+    logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
     sample = sample_documents(documents, settings.train_characters)
     tokenizer = wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
     if len(tokenizer) < settings.vocab_size:
-        say(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
+        logger.info(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
     return tokenizer
 
 
@@ -213,7 +213,7 @@ def _extended(
     vocabulary: dict[str, int], old: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
 ) -> dict[str, int]:
     """The vocabulary with the new pieces that a tokenizer trained on the documents would use most often."""
-    say(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
+    logger.info(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
     sample = sample_documents(documents, settings.train_characters)
     lowercase = getattr(old.backend_tokenizer.normalizer, "lowercase", False)
     domain = train_word_piece(sample, len(vocabulary), lowercase)
@@ -222,7 +222,7 @@ def _extended(
         uses.update(domain.encode(text, add_special_tokens=False).tokens)
     new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
     if len(new) < settings.extend:
-        say(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
+        logger.info(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
     return extended(vocabulary, new[: settings.extend])
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import Source
 from bertlite.core.errors import Failure
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.data.sources import read_documents
 from bertlite.export.parity import problem_type
 from bertlite.model.bert import Encoder
@@ -71,10 +71,10 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
         reason = f"int8 is only {agreement:.1%} {measure} fp32, less than {AGREEMENT:.0%}"
         if dtype == "int8":
             raise Failure(f"{reason}; export fp32")
-        say(f"{reason}: left out")
+        logger.info(f"{reason}: left out")
         small.unlink()
         return [*found, f"{reason}: it was left out"]
-    say(f"int8: {agreement:.1%} {measure} fp32")
+    logger.info(f"int8: {agreement:.1%} {measure} fp32")
     if dtype == "int8":
         path.unlink()
     return [*found, f"`model_int8.onnx`: {agreement:.1%} {measure} fp32"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import TaskSettings
 from bertlite.core.errors import UserError
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.random import ROW_ORDER, permute
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
@@ -313,7 +313,7 @@ def answer_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings
     answers = [_answer_in_context(row, settings) for row in rows]
     astray = [row.where for row, answer in zip(rows, answers, strict=True) if answer is None]
     if astray:
-        say(
+        logger.info(
             f"{len(astray):,} of {len(rows):,} questions have no answer where answer_start says, such as {astray[0]}; "
             "they are left out of the loss"
         )

@@ -24,7 +24,7 @@ from bertlite.config.settings import (
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.files import fingerprint, write_json, write_whole
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.random import held_out
 from bertlite.core.runtime import Runtime
 from bertlite.data.tables import Row, read_rows
@@ -153,15 +153,17 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         if max(map(max, examples.types)) >= architecture.type_vocab_size:
             raise UserError(f"task.text: {config.model.init_from} tells no two texts apart (type_vocab_size is 1)")
         cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
-        say(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
+        logger.info(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
         if task.metrics is CLASSIFICATION:
             absent = [label for number, label in enumerate(labels) if number not in examples.targets]
             if absent:
                 few = ", ".join(absent[:FEW]) + (", …" if len(absent) > FEW else "")
-                say(f"{name}: no row is labelled {few}, so that is not {'learnt' if name == 'train' else 'measured'}")
+                logger.info(
+                    f"{name}: no row is labelled {few}, so that is not {'learnt' if name == 'train' else 'measured'}"
+                )
     longest = max(int(part.batches.lengths.max()) for part in parts.values())
     if longest > trained_length:
-        say(
+        logger.info(
             f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on {trained_length}: "
             "it learns the later positions from this task alone; a lower task.max_length cuts them off"
         )
@@ -251,7 +253,7 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
     model.to(runtime.device)
     facts = {"text": work.digest, **runtime.facts()}
-    say(
+    logger.info(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
         f"{len(batches.lengths) * settings.global_batch_size / batches.rows:.1f} examples on average"

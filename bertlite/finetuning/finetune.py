@@ -14,7 +14,7 @@ from bertlite.config.settings import (
 from bertlite.core.distributed import barrier, leave_process_group
 from bertlite.core.errors import UserError
 from bertlite.core.files import write_json
-from bertlite.core.logging import rank_from_environment, say
+from bertlite.core.logging import logger, rank_from_environment
 from bertlite.core.runtime import start
 from bertlite.data.tables import table_file
 from bertlite.finetuning.experiment import _prepare, _run_seed
@@ -43,7 +43,7 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
             if place is not None and place.path is not None:
                 table_file(place, f"tasks.{name}.{part}")
     for name, task in config.tasks.items():
-        say(f"task {name}")
+        logger.info(f"task {name}")
         one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})
         results[name] = _run_task(one, task, resume)
     if rank_from_environment() == 0:
@@ -93,7 +93,7 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
     folder = Path(config.output_dir)
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "results.json").exists():
-            say(f"{folder}: the run has finished")
+            logger.info(f"{folder}: the run has finished")
             return json.loads((folder / "results.json").read_text(encoding="utf-8"))
         work = _prepare(config, settings, model_folder(str(config.model.init_from)), runtime)
         if runtime.rank == 0:  # only now: until here a mistake leaves no run behind
@@ -112,7 +112,7 @@ def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> d
             for seed in seeds:
                 shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
         barrier()
-        say(f"the model of the best seed is in {folder / 'model'}")
+        logger.info(f"the model of the best seed is in {folder / 'model'}")
     return results
 
 

@@ -11,7 +11,7 @@ from bertlite.config.loading import dump_config, with_changes
 from bertlite.config.settings import FinetuneConfig, Range, SweepConfig
 from bertlite.core.errors import DiskFull, Failure, UserError
 from bertlite.core.files import write_whole
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.finetuning.finetune import check_settings, run
 from bertlite.training.run_folder import open_run, write_config
 
@@ -41,7 +41,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             study.sampler = optuna.samplers.TPESampler(seed=config.sweep.seed + done)  # resumed or not, the same
             trial = study.ask()
             chosen = {name: _suggest(trial, name, choice) for name, choice in space.items()}
-            say(f"trial {trial.number}, {done + 1} of {config.sweep.trials}: {json.dumps(chosen)}")
+            logger.info(f"trial {trial.number}, {done + 1} of {config.sweep.trials}: {json.dumps(chosen)}")
             place = folder / f"trial-{trial.number:03d}"
             one = with_changes(base, {**chosen, "output_dir": str(place), "task.test": None}, "sweep.space")
             try:
@@ -49,7 +49,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
             except DiskFull:
                 raise
             except Failure as error:  # these settings do not train
-                say(f"trial {trial.number}: {error}")
+                logger.info(f"trial {trial.number}: {error}")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             _keep_best(folder, study, base, space)
         if rows := _rows(study):

@@ -16,7 +16,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.trust import check_model_folder
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.model.bert import Encoder
@@ -177,7 +177,7 @@ def weights_for(head: type[Classifier], labels: list[str], folder: Path) -> dict
     given, missing = _our_weights(model, weights, folder, may_lack=("bert.pooler.", "classifier.", "qa_outputs."))
     if missing:
         parts = dict.fromkeys("pooler" if "pooler" in name else "head" for name in missing)
-        say(f"{folder} has no {' and no '.join(parts)} for this; new weights take their place")
+        logger.info(f"{folder} has no {' and no '.join(parts)} for this; new weights take their place")
     return given
 
 

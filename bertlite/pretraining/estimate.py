@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bertlite.config.settings import PretrainConfig, Source
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.runtime import free_memory, start
 from bertlite.data.corpus import Corpus
 from bertlite.data.masking import prediction_slots
@@ -38,7 +38,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
     settings, T = config.train, config.data.sequence_length
     runtime = start(settings.precision, settings.compile)
     with TemporaryDirectory() as name:
-        say("from the beginning of each source, in a temporary folder:")
+        logger.info("from the beginning of each source, in a temporary folder:")
         sampled, parts, validation_parts = _sampled(config, Path(name))
         prepared = prepare(sampled)
         with torch.device("meta"):

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import DataSettings
 from bertlite.core.errors import UserError
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
 from bertlite.data.batches import EVALUATION_MASKING, Batches
 from bertlite.data.corpus import prepare_corpus
@@ -44,7 +44,7 @@ def evaluate_text(
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
     plan = make_plan(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
-    say(
+    logger.info(
         f"--data: {plan.tokens():,} tokens in {len(plan):,} rows of {length}; {EVALUATION_MASKING.rate:.0%} of the "
         "tokens are masked, the same ones every time"
     )

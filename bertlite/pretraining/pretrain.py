@@ -12,7 +12,7 @@ from bertlite.config.loading import choose
 from bertlite.config.settings import Architecture, PretrainConfig, Shape
 from bertlite.core.distributed import barrier, leave_process_group
 from bertlite.core.errors import UserError
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime, start
 from bertlite.data.batches import EVALUATION_MASKING, Batch, Batches
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
@@ -82,7 +82,9 @@ def prepare(config: PretrainConfig) -> Prepared:
         used = rows.tokens() / (len(rows) * T)
         if rows.tokens() * max(masking.line().start, masking.line().end) < 1:
             raise UserError(f"the {name} text is {rows.tokens()} tokens, too few to hide one of them; give more of it")
-        say(f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used")
+        logger.info(
+            f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used"
+        )
     return Prepared(tokenizer, corpus, plan, validation, validation_plan)
 
 
@@ -97,7 +99,7 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
     runtime = start(config.train.precision, config.train.compile)
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "model" / "config.json").exists():
-            say(f"{folder}: the run has finished; its model is in {folder / 'model'}")
+            logger.info(f"{folder}: the run has finished; its model is in {folder / 'model'}")
             return folder / "model"
         if runtime.rank == 0:  # the others find everything in the cache afterwards
             prepared = prepare(config)
@@ -111,7 +113,7 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
         if runtime.rank == 0:
             save_final_model(folder, training.model, prepared.tokenizer)
         barrier()
-        say(f"the model is in {folder / 'model'}")
+        logger.info(f"the model is in {folder / 'model'}")
     leave_process_group()
     return folder / "model"
 
@@ -183,7 +185,7 @@ def first_model(config: PretrainConfig, batches: Batches, kernel: str) -> Masked
     if isinstance(begin, MaskedLanguageModel):
         model.load_state_dict(begin.state_dict())
     else:
-        say(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
+        logger.info(f"{settings.init_from} has no masked language modelling head; it begins as a new one")
         weights = begin.encoder.state_dict()
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
     old = load_tokenizer_of(source, begin.config)
@@ -200,7 +202,7 @@ def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], tokeni
     fresh = [piece for piece in pieces if piece not in old]
     gone = old.keys() - new.keys()
     unused = sum(piece.startswith("[unused") for piece in gone)
-    say(
+    logger.info(
         f"vocabulary: {len(new):,} pieces; {len(fresh):,} are new ({', '.join(fresh[:5])}, …) and start as the mean of "
         f"the old pieces that spell them; {len(gone):,} old ones are gone, {unused:,} of them [unused] places"
     )
@@ -237,7 +239,7 @@ def new_training(
     kernel = best_kernel(runtime.device)
     checkpoint = newest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
-        say(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
+        logger.info(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
     model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(config, batches, kernel)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
     model.to(runtime.device)
@@ -265,7 +267,7 @@ def new_training(
         training.resume(checkpoint)
     facts = training.facts
     ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
-    say(
+    logger.info(
         f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, "
         f"{kernel} attention, {'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} rows "
         f"a step, {training.micro_batch} at a time{ranks}"

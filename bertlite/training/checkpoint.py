@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.core.files import new_folder, sha256, write_json
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.model.huggingface import Model, save_model
 
 NAME = re.compile(r"step-\d{8,}")
@@ -82,7 +82,7 @@ def newest_checkpoint(run: Path) -> Path | None:
         reason = problem(folder)
         if reason is None:
             return folder
-        say(f"checkpoint: {folder} is passed over: {reason}")
+        logger.info(f"checkpoint: {folder} is passed over: {reason}")
     return None
 
 

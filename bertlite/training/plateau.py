@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bertlite.config.settings import TrainSettings
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 
 LEAST_WINDOW = 100  # steps whose mean is compared, at least
 BELOW, ABOVE = 0.1, 0.3  # nats around the unigram level; a high rate holds the loss a little above it
@@ -41,7 +41,7 @@ class PlateauWatch:
         self.loss_sum, self.scored, self.steps = 0.0, 0, 0
         if stalled and -BELOW < mean - (level := self.unigram_entropy()) < ABOVE:
             self.silent = True
-            say(
+            logger.info(
                 f"step {step:,}: the loss stays at {mean:.2f}, which tokens' frequencies alone give ({level:.2f}): the "
                 "model uses no context yet. If it stays so, start again with model.position_init: sinusoidal, "
                 "train.optim: muon, a lower train.learning_rate, or a higher train.warmup_ratio"

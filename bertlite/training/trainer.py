@@ -18,7 +18,7 @@ from bertlite.config.settings import TrainSettings
 from bertlite.core.distributed import agreed_maximum, all_reduce_sum
 from bertlite.core.errors import DataLost, Failure, UserError
 from bertlite.core.files import sync
-from bertlite.core.logging import say
+from bertlite.core.logging import logger
 from bertlite.core.random import DROPOUT, philox, split64
 from bertlite.core.runtime import Runtime, out_of_memory
 from bertlite.core.signals import Stopped, stop_request
@@ -112,7 +112,7 @@ class Training:
             if 0 < self.progress.step != self.saved:
                 self._save()
             if self.saves and self.saved > 0:
-                say(f"step {self.saved:,} is saved in {self.folder / 'checkpoints'}; go on with --resume")
+                logger.info(f"step {self.saved:,} is saved in {self.folder / 'checkpoints'}; go on with --resume")
             raise
         finally:
             stop_request.deferred = False
@@ -139,8 +139,10 @@ class Training:
         self.micro_batch = min(rows, math.ceil(self.settings.global_batch_size / self.runtime.world_size))
         for name, now in {**self.facts, "rows at a time": self.micro_batch}.items():
             if now != before.get(name):
-                say(f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be")
-        say(f"resuming from {checkpoint}")
+                logger.info(
+                    f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be"
+                )
+        logger.info(f"resuming from {checkpoint}")
 
     def _loop(self, executor: ThreadPoolExecutor) -> None:
         settings, progress = self.settings, self.progress
@@ -238,7 +240,7 @@ class Training:
                     f"out; if there are many, {advice}"
                 )
             raise Failure(f"{what}\n{advice}")
-        say(f"skipped: {what}")
+        logger.info(f"skipped: {what}")
         self.optimizer.step(learning_rate_factor(progress.step, self.settings), skip=True)
         progress.step += 1
         progress.skipped += 1
@@ -276,7 +278,7 @@ class Training:
         watched = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(watched)
         if self.bar.disable:  # nobody sees the bar
-            say(f"step {progress.step:,} of {self.settings.max_steps:,}: {watched}")
+            logger.info(f"step {progress.step:,} of {self.settings.max_steps:,}: {watched}")
         self.window = (now, progress.tokens)
         self.logged = progress.step
         progress.loss_sum, progress.scored = 0.0, 0
@@ -297,7 +299,7 @@ class Training:
             }
         )
         results = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        say(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
+        logger.info(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
         progress.evaluated = progress.step
         progress.since_best += 1
         if self.metric and (not progress.best or scores[self.metric] > progress.best[self.metric]):
