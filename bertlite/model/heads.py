@@ -31,6 +31,8 @@ class MaskedLMHead(nn.Module):
 class MaskedLanguageModel(nn.Module):
     """The encoder under a masked language modelling head; last layer and head run only where a prediction is wanted."""
 
+    head_name = "fill-mask"
+
     def __init__(self, config: Architecture, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
@@ -57,6 +59,8 @@ class Classifier(nn.Module):
     """
 
     pooler = False
+    per_token = True  # whether there are scores for each token, or for each sequence
+    head_name: str
 
     def __init__(
         self, config: Architecture, labels: list[str], kernel: str = "sdpa", problem_type: str | None = None
@@ -85,14 +89,24 @@ class SequenceClassifier(Classifier):
     """Scores (B,L) of each row, from its first token through the pooler (Devlin et al. 2018, section 4.1)."""
 
     pooler = True
+    per_token = False
+
+    @property
+    def head_name(self) -> str:  # type: ignore[override]
+        """The problem type, which transformers guesses where config.json does not say it."""
+        return self.problem_type or ("regression" if len(self.labels) == 1 else "single_label_classification")
 
 
 class TokenClassifier(Classifier):
     """Scores (B,T,L) of each token (Devlin et al. 2018, section 5.3)."""
 
+    head_name = "token-classification"
+
 
 class QuestionAnswerer(Classifier):
     """Scores (B,T,2) of each token as the answer's start and end (Devlin et al. 2018, section 4.2); no dropout."""
+
+    head_name = "question-answering"
 
     def classify(self, hidden: Tensor) -> Tensor:
         return self.classifier(hidden)

@@ -3,6 +3,7 @@
 # Shapes: B batch, Q query tokens, T key tokens, D hidden size, H heads, K = D // H.
 import pytest
 import torch
+from tiny_models import assert_close_to_scale
 from torch import Tensor, nn
 
 from bertlite.model.attention import KERNELS, MultiHeadAttention, best_kernel
@@ -30,11 +31,11 @@ SOURCES = {
 }
 
 
-def make_inputs(source: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+def make_inputs(source: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Leaf tensors by letter, and query, key and value among them; what the letter q names is Q long, the others T."""
     generator = torch.Generator().manual_seed(1)
     leaves = {
-        letter: torch.randn(B, Q if letter == "q" else T, D, generator=generator, requires_grad=True)
+        letter: torch.randn(B, Q if letter == "q" else T, D, generator=generator).to(dtype).requires_grad_()
         for letter in sorted(set(SOURCES[source]))
     }
     return leaves, [leaves[letter] for letter in SOURCES[source]]
@@ -70,19 +71,16 @@ def torch_mask(mask: Tensor | None, queries: int) -> Tensor | None:
     return None if mask is None else ~mask.expand(B, H, queries, T).flatten(0, 1)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_outputs_weights_and_gradients_are_those_of_torch(kernel, source, mask_name, training):
+def test_outputs_weights_and_gradients_are_those_of_torch(kernel, source, mask_name, training, dtype):
     ours, theirs = make_pair(kernel, dropout=0.0 if training else 0.5)
-    ours.train(training)
-    theirs.train(training)
-    leaves, (query, key, value) = make_inputs(source)
+    ours.to(dtype).train(training)
+    theirs.to(dtype).train(training)
+    leaves, (query, key, value) = make_inputs(source, dtype)
     queries = query.shape[1]
     mask = make_mask(mask_name, queries)
 
@@ -91,14 +89,14 @@ def test_outputs_weights_and_gradients_are_those_of_torch(kernel, source, mask_n
         query, key, value, attn_mask=torch_mask(mask, queries), need_weights=True, average_attn_weights=False
     )
 
-    close(output, expected, 1e-6)
-    close(ours.weights(query, key, mask), weights, 1e-6)
+    assert_close_to_scale(output, expected)
+    assert_close_to_scale(ours.weights(query, key, mask), weights)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     mine, other = zip(*same_parameters(ours, theirs), strict=True)
     gradients = torch.autograd.grad((output * direction).sum(), [*leaves.values(), *mine])
     references = torch.autograd.grad((expected * direction).sum(), [*leaves.values(), *other])
     for gradient, reference in zip(gradients, references, strict=True):
-        close(gradient, reference, 1e-5)
+        assert_close_to_scale(gradient, reference)
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
@@ -108,7 +106,7 @@ def test_weights_sum_to_1_and_are_0_where_the_mask_forbids(mask_name):
     mask = make_mask(mask_name, Q)
     weights = ours.weights(query, key, mask)
     assert weights.shape == (B, H, Q, T)
-    close(weights.sum(-1), torch.ones(B, H, Q), 1e-6)
+    assert_close_to_scale(weights.sum(-1), torch.ones(B, H, Q))
     if mask is not None:
         assert (weights[~mask.expand_as(weights)] == 0).all()
 
@@ -138,7 +136,7 @@ def test_dropout_drops_single_weights_at_its_rate_and_scales_up_the_rest(kernel,
     deviation = (rate * (1 - rate) / dropped.numel()) ** 0.5
     assert abs(dropped.float().mean() - rate) < 5 * deviation
     kept = weights[~dropped]
-    close(kept, torch.full_like(kept, 1 / (1 - rate) / weights.shape[-1]), 1e-6)
+    assert_close_to_scale(kept, torch.full_like(kept, 1 / (1 - rate) / weights.shape[-1]))
     # Were whole queries, keys or heads dropped together, their shares would lie far apart.
     for dimension in range(3):
         shares = dropped.float().mean(dimension)
@@ -149,7 +147,7 @@ def test_dropout_drops_single_weights_at_its_rate_and_scales_up_the_rest(kernel,
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dropout_is_off_in_eval_mode_and_at_rate_0(kernel):
     for weights in (dropped_weights(kernel, 0.5, training=False), dropped_weights(kernel, 0.0)):
-        close(weights, torch.full_like(weights, 1 / weights.shape[-1]), 1e-6)
+        assert_close_to_scale(weights, torch.full_like(weights, 1 / weights.shape[-1]))
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
@@ -178,7 +176,7 @@ def test_dropout_lets_the_same_weights_through_backward_as_forward(kernel):
     direction = torch.randn(output.shape, generator=generator)
     total = (output * direction).sum()
     (gradient,) = torch.autograd.grad(total, v)
-    close((gradient * v).sum(), total, 1e-5)  # the output is linear in v
+    assert_close_to_scale((gradient * v).sum(), total)  # the output is linear in v
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -199,7 +197,7 @@ def test_padding_never_reaches_real_tokens(kernel, training):
         assert (gradient[:, 4:] == 0).all()
         results.append((output, gradient[:, :4]))
     for before, after in zip(*results, strict=True):
-        close(after, before, 1e-6)
+        assert_close_to_scale(after, before)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -223,7 +221,7 @@ def test_bf16_is_close_to_fp32(kernel, mask_name):
     expected = layer(*inputs, mask)
     output = layer.bfloat16()(*(x.bfloat16() for x in inputs), mask)
     assert output.dtype == torch.bfloat16
-    close(output.float(), expected, 5e-2)
+    assert_close_to_scale(output, expected.bfloat16())
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, close, make_rows, make_segments, randomize
+from tiny_models import SHAPE, assert_close_to_scale, make_rows, make_segments, randomize
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -56,7 +56,7 @@ def theirs_of(model: Any, tokens: tuple[torch.Tensor, ...], segments: torch.Tens
 def test_scores_are_those_of_transformers(kind, kernel, training, tmp_path):
     theirs = make_theirs(kind, 2 if kind is QuestionAnswerer else 5)
     theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path, kernel)
+    ours, theirs = load_model(tmp_path, kernel).double(), theirs.double()
     assert type(ours) is kind
     tokens = make_rows([[16], [9], [2]], 16)
     segments = make_segments(tokens[0].shape)
@@ -65,7 +65,7 @@ def test_scores_are_those_of_transformers(kind, kernel, training, tmp_path):
         expected = theirs_of(theirs.train(training), tokens, pair)
         real = slice(None) if kind is SequenceClassifier else tokens[2] > 0
         assert scores.shape == expected.shape
-        close(scores[real], expected[real])
+        assert_close_to_scale(scores[real], expected[real])
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -73,14 +73,14 @@ def test_dropout_falls_where_that_of_transformers_does(kind, tmp_path):
     """With the same random numbers, since both draw them in the order of the layers."""
     theirs = make_theirs(kind, hidden_dropout_prob=0.3)
     theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path, "sdpa")
+    ours, theirs = load_model(tmp_path, "sdpa").double(), theirs.double()
     tokens = make_rows([[16], [9]], 16)
     torch.manual_seed(0)
     scores = ours.train()(*tokens)
     torch.manual_seed(0)
     expected = theirs_of(theirs.train(), tokens, None)
     real = slice(None) if kind is SequenceClassifier else tokens[2] > 0
-    close(scores[real], expected[real])
+    assert_close_to_scale(scores[real], expected[real])
 
 
 @pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
@@ -129,11 +129,11 @@ def test_fine_tuning_begins_from_any_bert(name, tmp_path, capsys):
     encoder = theirs if kind is BertModel else theirs.bert
     tokens = make_rows([[16], [9]], 16)
     expected = encoder(tokens[0], tokens[2])
-    close(ours.encoder(*tokens)[tokens[2] > 0], expected.last_hidden_state[tokens[2] > 0])
+    assert_close_to_scale(ours.encoder(*tokens)[tokens[2] > 0], expected.last_hidden_state[tokens[2] > 0])
     if "pooler" in missing:
         assert torch.equal(ours.encoder.pooler.dense.weight, before[1])
     else:
-        close(ours.encoder.pooler(ours.encoder(*tokens)), expected.pooler_output)
+        assert_close_to_scale(ours.encoder.pooler(ours.encoder(*tokens)), expected.pooler_output)
     assert torch.equal(ours.classifier.weight, before[0])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"has no {missing.replace(' ', ' and no ')} for this; new weights take their place" in line
