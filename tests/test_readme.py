@@ -1,4 +1,4 @@
-"""What the README tells people to write is valid, and what it tells them to run runs."""
+"""What the README pages tell people to write is valid, and what they tell them to run runs."""
 
 import json
 import lzma
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from argparse import ArgumentParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,35 +17,82 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from paths import ROOT
+from paths import ROOT, SAMPLE
 
+from bertlite import load
 from bertlite.config.loading import load_config
 from bertlite.config.settings import FinetuneConfig, PretrainConfig, SweepConfig
 from bertlite.finetuning import finetune
 from bertlite.pretraining.pretrain import check_settings
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+INSTALL = {"pip", "scripts/quickstart", "scripts/test", "scripts/check"}  # these change an environment
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: language and text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
-def kind_of(path: Path) -> type:
-    """What a configuration is for."""
+def statements(text: str) -> list[str]:
+    """The statements of a shell block: lines, joined where a line continues or a here-document follows."""
+    result, lines = [], iter(text.splitlines())
+    for line in lines:
+        while line.endswith("\\"):
+            line = line.removesuffix("\\") + next(lines)
+        if here := re.search(r"<<'?(\w+)'?", line):
+            while not line.endswith(f"\n{here[1]}"):
+                line += "\n" + next(lines)
+        if line.strip() and not line.startswith("#"):
+            result.append(line)
+    return result
+
+
+def split(statement: str) -> list[str]:
+    """The words of a simple command, without assignments to variables before it."""
+    words = shlex.split(statement, comments=True)
+    return [word for n, word in enumerate(words) if n or "=" not in word]
+
+
+def page_commands(page: str) -> list[tuple[str, str]]:
+    """What a reader of a page runs, in order: shell statements, with their output where it is shown, and Python."""
+    commands = []
+    for language, text in blocks(page):
+        if language == "bash":
+            commands += [(statement, "") for statement in statements(text)]
+        elif language == "console":
+            for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+                statement, _, output = part.partition("\n")
+                commands.append((statement, output))
+        elif language == "python":
+            commands.append((text, "python"))
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return commands + [(command, "") for command in re.findall(r"`(bertlite [^`\s]+\s[^`]+)`", prose)]
+
+
+def script_commands() -> list[str]:
+    """The commands of all pages that run a script of this repository with options."""
+    shell = [statement for page in PAGES for statement, kind in page_commands(page) if kind != "python"]
+    return [line for line in shell if re.match(r"(\w+=\S+ )?scripts/", line) and split(line)[0] not in INSTALL]
+
+
+def config_class(path: Path) -> type:
+    """The class of the settings that a file holds."""
     sections = yaml.safe_load(path.read_text()).keys()
     return SweepConfig if "sweep" in sections else FinetuneConfig if sections & {"task", "tasks"} else PretrainConfig
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_configurations_in_the_readme_load(text, tmp_path):
+@pytest.mark.parametrize("text", [text for page in PAGES for language, text in blocks(page) if language == "yaml"])
+def test_configurations_on_the_pages_load(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    load_config(kind_of(tmp_path / "mine.yaml"), tmp_path / "mine.yaml")
+    load_config(config_class(tmp_path / "mine.yaml"), tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_that_ship_load(path):
-    config = load_config(kind_of(path), path)
+    config = load_config(config_class(path), path)
     if isinstance(config, FinetuneConfig):
         named = config.model_copy(update={"model": config.model.model_copy(update={"init_from": "runs/mine"})})
         finetune.check_settings(named)
@@ -63,54 +111,21 @@ def test_the_list_of_settings_shows_every_setting_with_its_default():
 def test_the_list_of_settings_of_fine_tuning_is_complete():
     listed = yaml.safe_load((ROOT / "configs" / "classification.yaml").read_text())
     config = load_config(FinetuneConfig, ROOT / "configs" / "classification.yaml")
-    sample = {"task": {part: "sample" for part in ("train", "validation", "test")}}
+    sample = {"task": {split: "sample" for split in ("train", "validation", "test")}}
     assert config == FinetuneConfig.model_validate(sample)
     assert listed.keys() == config.model_dump().keys()
     for section in ("model", "task", "train"):
         assert listed[section].keys() == getattr(config, section).model_dump().keys(), section
 
 
-def test_the_attention_example_of_the_readme_runs():
-    scope: dict = {}
-    (example,) = [text for text in blocks("python") if "MultiHeadAttention" in text]
-    exec(example, scope)
-    assert scope["output"].shape == (2, 5, 64) and scope["weights"].shape == (2, 4, 5, 9)
-
-
-def test_the_python_example_of_the_readme_runs(every_head, tmp_path, monkeypatch):
-    for name, head in {"mine": "BertForMaskedLM", "reviews": "BertForSequenceClassification"}.items():
-        shutil.copytree(every_head[head], tmp_path / "runs" / name)
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    (example,) = [text for text in blocks("python") if "from bertlite import load" in text]
-    exec(example, scope)
-    assert scope["vectors"].shape == (2, 24) and scope["answers"][0].keys() >= {"score", "token_str"}
-    several = scope["film"].predict(["A film.", "Another."])
-    assert [set(one) for one in several] == [{"label", "score"}] * 2
-    alone = scope["film"].predict("A film.")
-    assert (alone["label"], alone["score"]) == (several[0]["label"], pytest.approx(several[0]["score"], abs=1e-5))
-
-
-def commands() -> list[list[str]]:
-    """The commands of the README in their order, then those within its prose, each as the shell would split it."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    within = re.findall(r"`(bertlite [^`\s]+\s[^`]+)`", prose)
-    return [words for line in [*lines, *within] if (words := shlex.split(line, comments=True))]
-
-
-SHELL = [["scripts/quickstart"], ["scripts/test"]]  # the commands that install into .venv
-MEASUREMENTS = [words for words in commands() if words[0] != "bertlite" and words not in SHELL]
-
-
-# What makes a command short enough for a test; added to the settings and options that the README gives.
+# What makes a command short enough for a test; added to the settings and options that a page gives.
 SMALL_SETTINGS = {
     "train": {"max_steps": 20, "save_steps": 10, "compile": False, "precision": "fp32", "num_train_epochs": 1},
-    "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-    "tokenizer": {"path": "vocabulary"},
+    "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "tokenizer": {"vocab_size": 2000},
     "sweep": {"trials": 2},
 }
-SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300", "--step": "2"}
+SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300", "--count": "1"}
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -119,7 +134,7 @@ def smaller(words: list[str]) -> list[str]:
     words = ["tiny" if word in ("mini", "small", "base") else word for word in words]  # of compare_hf
     words = [word for before, word in pairwise(["", *words]) if (before, word) != ("tiny", "tiny")]
     for path in [word for word in words if word.endswith(".yaml") and words[0] == "bertlite"]:
-        sections = kind_of(Path(path)).model_fields
+        sections = config_class(Path(path)).model_fields
         for section in sections.keys() & SMALL_SETTINGS.keys():
             known = sections[section].annotation.model_fields
             for name in known.keys() & SMALL_SETTINGS[section].keys():
@@ -127,74 +142,111 @@ def smaller(words: list[str]) -> list[str]:
     return words
 
 
+def run_page(page: str, bertlite, scripts: set[str]) -> dict:
+    """Run a page in the current folder, with the scripts that are named; return Python's variables."""
+    scope: dict = {}
+    for command, output in page_commands(page):
+        if output == "python":
+            exec(command, scope)
+            continue
+        simple = "<<" not in command and "|" not in command and ">" not in command
+        words = split(command) if simple else ["bash"]
+        if words[0] == "bertlite":
+            code, out, err = bertlite(*smaller(words)[1:])
+            assert code == (2 if output.startswith("bertlite: ") else 0), f"{command}: {err}"
+            check_output(command, output, out + err)
+        elif words[0].startswith("scripts/"):
+            if words[0].removeprefix("scripts/") in scripts:
+                subprocess.run([sys.executable, ROOT / words[0], *smaller(words)[1:]], check=True)
+        elif words[0] not in INSTALL:
+            subprocess.run(["bash", "-euc", command], check=True)
+    return scope
+
+
+def check_output(command: str, shown: str, printed: str) -> None:
+    """The lines that a page shows are printed, as far as their first number; a progress bar is for terminals."""
+    lines = printed.splitlines()
+    for line in shown.splitlines():
+        words = re.match(r"[^\d…]*", line)[0].rstrip()
+        if not line.startswith("training: "):
+            assert any(other.startswith(words) for other in lines), f"{command}: {line!r} is not in {printed}"
+
+
 @pytest.fixture
-def readers_folder(tmp_path, text_files, every_head, monkeypatch) -> Path:
-    """Where somebody who follows the README stands: texts, tables, minimal pairs and configurations lie there."""
-    text, held_out = (Path(text_files[name]).read_text(encoding="utf-8") for name in ("train", "validation"))
-    texts = {"texts/a.txt": text, "enwiki.txt.xz": text, "enwiki_0.txt.xz": text, "held-out.txt": held_out,
-             "enwiki_valid.txt": held_out, "zhwiki.txt.xz": text, "zhwiki_valid.txt": held_out,
-             "other.txt": held_out[:300], "texts.txt": held_out[:300],
-             "sentences.txt": held_out}  # fmt: skip
-    for folder in ("texts", "blimp"):
-        (tmp_path / folder).mkdir()
-    for name, content in texts.items():
-        (tmp_path / name).write_bytes((lzma.compress if name.endswith(".xz") else bytes)(content.encode()))
-    for name in ("vocabulary", "bert-base-uncased"):
-        shutil.copytree(every_head["BertForMaskedLM"], tmp_path / name)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "mine.yaml").write_text(
-        "data: {train: [texts/*.txt], validation: [held-out.txt]}\noutput_dir: runs/mine"
-    )
-    (reviews,) = [block for block in blocks("yaml") if "runs/reviews" in block]
-    for name in ("reviews", "trec6", "sst2", "banking77", "cola", "agnews", "mrpc", "wnut17", "chnsenticorp"):
-        (tmp_path / f"{name}.yaml").write_text(reviews)
-    sample = (ROOT / "bertlite/sample/subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    for name, rows in {"train": sample[:80], "dev": sample[80:120], "test": sample[:40]}.items():
-        (tmp_path / f"{name}.tsv").write_text("\n".join(["label\tsentence", *rows]), encoding="utf-8")
-    pair = {"sentence_good": "The state is.", "sentence_bad": "The state are.", "linguistics_term": "x", "UID": "y"}
-    (tmp_path / "blimp" / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+def empty_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BERTLITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     return tmp_path
 
 
-def run_script(words: list[str]) -> None:
-    subprocess.run([sys.executable, ROOT / words[0], *smaller(words)[1:]], check=True)
+@pytest.fixture
+def clone(empty_folder, text_files, every_head) -> Path:
+    """A clone of the repository, as far as pages use it, with small files in place of the data sets they name."""
+    shutil.copytree(ROOT / "configs", empty_folder / "configs")
+    text, validation = (Path(text_files[name]).read_text(encoding="utf-8") for name in ("train", "validation"))
+    files = {"texts/a.txt": text, "validation.txt": validation,
+             "data/enwiki_0.txt.xz": text, "data/enwiki_valid.txt": validation,
+             "data/zhwiki.txt.xz": text, "data/zhwiki_valid.txt": validation,
+             "data/sentences.txt": validation}  # fmt: skip
+    table = (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:81]
+    labels_and_texts = [line.split("\t") for line in table]
+    for name in ("trec6", "sst2", "banking77", "cola", "agnews", "chnsenticorp"):
+        files[f"data/{name}/train.tsv"] = files[f"data/{name}/test.tsv"] = "\n".join(["label\ttext", *table])
+    pairs = [f"{number % 2}\t{text}\t{text}" for number, (_, text) in enumerate(labels_and_texts)]
+    files["data/mrpc/train.tsv"] = files["data/mrpc/test.tsv"] = "\n".join(["label\tsentence1\tsentence2", *pairs])
+    tagged = "\n\n".join("Ada\tB-PER\nspoke\tO" for _ in range(20))
+    for name in ("wnut17/train.conll", "wnut17/test.conll", "peopledaily/train.txt", "peopledaily/dev.txt"):
+        files[f"data/{name}"] = tagged
+    question = {"id": "1", "question": "Who spoke?", "answers": [{"text": "Ada", "answer_start": 0}]}
+    squad = json.dumps({"data": [{"title": "", "paragraphs": [{"context": "Ada spoke.", "qas": [question]}]}]})
+    files["data/squad/train.json"] = files["data/squad/test.json"] = squad
+    pair = {"sentence_good": "The state is.", "sentence_bad": "The state are.", "linguistics_term": "x", "UID": "y"}
+    files["blimp/pairs.jsonl"] = json.dumps(pair)
+    for name, content in files.items():
+        (empty_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (empty_folder / name).write_bytes((lzma.compress if name.endswith(".xz") else bytes)(content.encode()))
+    for name in ("bert-base-uncased", "bert-base-chinese"):
+        shutil.copytree(every_head["BertForMaskedLM"], empty_folder / "google-bert" / name)
+    return empty_folder
 
 
-def test_the_commands_of_the_readme_run(bertlite, readers_folder):
-    for words in commands():
-        if words[0] == "bertlite":
-            code, _, errors = bertlite(*smaller(words)[1:])
-            assert code == 0, f"{words}: {errors}"
-        elif words[0] == "scripts/curve":
-            run_script(words)
-    assert {path.name for path in (readers_folder / "runs").iterdir()} == {
-        "mine",
-        "reviews",
-        "sweep",
-        "wikipedia",
-        "chinese",
-    }
-    assert "held out" in (readers_folder / "curve.svg").read_text()
+def test_the_readme_runs_from_top_to_bottom(bertlite, empty_folder):
+    scope = run_page("README.md", bertlite, scripts=set())
+    assert {path.name for path in Path("runs").iterdir()} == {"mine", "subjects"}
+    assert scope["vectors"].shape == (2, 32) and scope["answers"][0].keys() >= {"score", "token_str"}
+    several = load("runs/subjects").predict(["A film.", "Another."])
+    assert [set(prediction) for prediction in several] == [{"label", "score"}] * 2
+    alone = load("runs/subjects").predict("A film.")
+    assert (alone["label"], alone["score"]) == (several[0]["label"], pytest.approx(several[0]["score"], abs=1e-5))
+
+
+def test_the_attention_example_has_the_shapes_that_it_says():
+    scope: dict = {}
+    (example,) = [text for _, text in blocks("bertlite/README.md") if "attention.weights" in text]
+    exec(example, scope)
+    assert scope["output"].shape == (2, 5, 64) and scope["weights"].shape == (2, 4, 5, 9)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_the_pages_of_the_repository_run_from_top_to_bottom(page, bertlite, clone):
+    run_page(page, bertlite, scripts={"curve"})
 
 
 @pytest.mark.slow
-def test_the_measurements_of_the_readme_run(bertlite, readers_folder, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for words in commands():
-        if words[0] == "bertlite":
-            assert bertlite(*smaller(words)[1:])[0] == 0
-        elif words not in SHELL:
-            run_script(words)
+def test_the_measurements_run(bertlite, clone):
+    names = {split(command)[0].removeprefix("scripts/") for command in script_commands()}
+    run_page("scripts/README.md", bertlite, scripts=names - {"mutate"})  # mutate is a test of the tests
+    assert "validation" in Path("curve.svg").read_text()
 
 
 class Parsed(Exception):
     """A script has understood its options."""
 
 
-@pytest.mark.parametrize("words", MEASUREMENTS, ids=" ".join)
-def test_scripts_know_the_options_that_the_readme_gives_them(words, monkeypatch):
+@pytest.mark.parametrize("command", script_commands())
+def test_scripts_know_the_options_that_the_pages_give_them(command, monkeypatch):
     parse = ArgumentParser.parse_args
 
     def parse_and_stop(parser: ArgumentParser) -> None:
@@ -202,20 +254,39 @@ def test_scripts_know_the_options_that_the_readme_gives_them(words, monkeypatch)
         raise Parsed
 
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", split(command))
     with patch.dict(os.environ), pytest.raises(Parsed):  # some set variables
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        runpy.run_path(str(ROOT / split(command)[0]), run_name="__main__")
 
 
-@pytest.mark.parametrize("words", SHELL, ids=" ".join)
-def test_shell_scripts_are_well_formed(words):
-    subprocess.run(["bash", "-n", *words], cwd=ROOT, check=True)
+@pytest.mark.parametrize("script", sorted(name for name in INSTALL if name != "pip"))
+def test_shell_scripts_are_well_formed(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
-def test_files_named_in_the_readme_exist():
-    for words in commands():
-        assert words[0] == "bertlite" or (ROOT / words[0]).exists()
-    for name in re.findall(r"`(?:bertlite/)?(\w+\.py)`", README):
-        assert (ROOT / "bertlite" / name).exists(), name
-    for path in (ROOT / "bertlite").glob("*.py"):
-        assert path.name.startswith("__") or f"`{path.name}`" in README or f"`bertlite/{path.name}`" in README, path
+@each_page
+def test_links_and_file_names_on_the_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", PAGES[page])
+    for link in [link for link in links if "://" not in link and "/actions/" not in link]:
+        assert ((ROOT / page).parent / link).exists(), link
+    for name in re.findall(r"`([\w/]+\.py)`", PAGES[page]):
+        assert any((ROOT / base / name).exists() for base in ("", "bertlite", "tests")), name
+
+
+@pytest.mark.parametrize("folder, pattern", [("configs", "*.yaml"), ("scripts", "[!R]*")])
+def test_every_file_beside_a_page_is_described_on_it(folder, pattern):
+    for path in (ROOT / folder).glob(pattern):
+        assert re.search(rf"[`\[(]{re.escape(path.name)}[`\])]", PAGES[f"{folder}/README.md"]), path
+
+
+def test_extras_that_the_pages_install_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for page in PAGES for names in re.findall(r"(?:\.|bertlite)\[([\w,-]+)\]", PAGES[page])
+             for name in names.split(",")}  # fmt: skip
+    assert named and named <= extras.keys()
+
+
+def test_results_in_the_readme_are_measurements():
+    measured = set(re.findall(r"[\d,.]+", PAGES["scripts/README.md"]))
+    (table,) = re.findall(r"^\| size .*?\n\n", PAGES["README.md"], re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"[\d,.]+", table)) <= measured
