@@ -248,13 +248,13 @@ def embed(
 ) -> None:
     """Turn each line of a file into a vector."""
     from bertlite.config.settings import Source
-    from bertlite.data.sources import file_texts, source_files
+    from bertlite.data.sources import find_source_files, read_file_texts
 
     loaded = _loaded(model, precision)
-    files = source_files(Source(path=file), "FILE")
+    files = find_source_files(Source(path=file), "FILE")
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
-        rows, size = embedder.file((text for path in files for text in file_texts(path, column)), out)
+        rows, size = embedder.file((text for path in files for text in read_file_texts(path, column)), out)
     print(f"{out}: {rows:,} vectors of {size}")
 
 

@@ -118,7 +118,7 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     from bertlite.core.runtime import start
     from bertlite.data.batches import Batches
     from bertlite.data.corpus import prepare_corpus
-    from bertlite.data.packing import make_plan
+    from bertlite.data.packing import pack_corpus
     from bertlite.pretraining.evaluate import evaluate_text
 
     loaded = LoadedModel(trained / "model", start())
@@ -128,7 +128,7 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
         result = evaluate_text(model, tokenizer, files, start(), sequence_length=length)
         data = DataSettings.model_validate({"train": files})
         corpus = prepare_corpus(data.train, tokenizer, data, "text")
-        plan = make_plan(corpus, length)
+        plan = pack_corpus(corpus, length)
         batch = Batches(corpus, plan, tokenizer, length).evaluation(0, len(plan))
         reference = AutoModelForMaskedLM.from_pretrained(trained / "model")
         with torch.inference_mode():

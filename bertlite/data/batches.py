@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.settings import MaskingSettings, TrainSettings
 from bertlite.core.random import EVALUATION_MASKS, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, permute
 from bertlite.data.corpus import Corpus, check_sizes
-from bertlite.data.masking import IGNORED, Vocabulary, mask_rows, prediction_slots
-from bertlite.data.packing import Plan, lay_out
-from bertlite.data.tokenizer import vocabulary_of
-from bertlite.data.words import word_start_table
+from bertlite.data.masking import IGNORED, Vocabulary, mask_tokens, max_predictions
+from bertlite.data.packing import Packing, collate
+from bertlite.data.tokenizer import describe_vocabulary
+from bertlite.data.words import mark_word_starts
 
 COUNTED_ROWS = 10_000  # that tell how often tokens occur
 NO_TRAINING = TrainSettings()
@@ -55,7 +55,7 @@ class Batches:
     def __init__(
         self,
         corpus: Corpus,
-        plan: Plan,
+        plan: Packing,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         masking: MaskingSettings = EVALUATION_MASKING,
@@ -63,8 +63,8 @@ class Batches:
     ) -> None:
         self.corpus, self.plan, self.masking, self.train = corpus, plan, masking, train
         self.tokenizer = tokenizer
-        self.vocabulary: Vocabulary = vocabulary_of(tokenizer)
-        self.begins_word = word_start_table(tokenizer.backend_tokenizer)
+        self.vocabulary: Vocabulary = describe_vocabulary(tokenizer)
+        self.begins_word = mark_word_starts(tokenizer.backend_tokenizer)
         self.cls_id, self.sep_id, self.pad_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         self.sequence_length = sequence_length
         files = [*corpus.folder.glob("*.bin"), *plan.folder.glob("*.npy")]
@@ -119,9 +119,9 @@ class Batches:
         if (segmented := self.corpus.word_starts) is None:
             begins_word = self.begins_word[ids]
         else:
-            begins_word = lay_out([self._pieces(row, segmented, 0, 0) for row in rows], self.sequence_length, 0)[0] > 0
-        slots = prediction_slots(self.sequence_length, masking)
-        inputs, places, labels = mask_rows(
+            begins_word = collate([self._pieces(row, segmented, 0, 0) for row in rows], self.sequence_length, 0)[0] > 0
+        slots = max_predictions(self.sequence_length, masking)
+        inputs, places, labels = mask_tokens(
             ids, begins_word, samples, self.vocabulary, masking.strategy, rates, slots, key
         )
         return Batch(*map(torch.from_numpy, (inputs, positions, documents, places, labels)))
@@ -155,12 +155,12 @@ class Batches:
     def _rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         """Token ids, positions and document numbers (R,T) of the plan's rows; -1 is empty."""
         pieces = [self._pieces(row, self.corpus.tokens, self.cls_id, self.sep_id) for row in rows]
-        return lay_out(pieces, self.sequence_length, self.pad_id)
+        return collate(pieces, self.sequence_length, self.pad_id)
 
     def _pieces(self, row: int, values: NDArray[Any], first: int, last: int) -> list[NDArray[Any]]:
         """What the corpus has for the tokens of each piece of a row, with what stands for [CLS] and [SEP]."""
         if row < 0:
             return []
-        part = slice(*self.plan.row_starts[row : row + 2])
-        pieces = zip(self.plan.piece_starts[part], self.plan.piece_lengths[part], strict=True)
+        part = slice(*self.plan.sequence_starts[row : row + 2])
+        pieces = zip(self.plan.span_starts[part], self.plan.span_lengths[part], strict=True)
         return [np.concatenate([[first], values[start : start + length], [last]]) for start, length in pieces]

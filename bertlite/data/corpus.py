@@ -21,8 +21,8 @@ from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import fingerprint, full_disk_named, locked, read_json, remove_leftovers, write_json
 from bertlite.core.logging import logger
-from bertlite.data.sources import read_documents, source_digest, source_files
-from bertlite.data.words import SEGMENTERS, segmented_starts, word_start_table
+from bertlite.data.sources import digest_source, find_source_files, read_documents
+from bertlite.data.words import SEGMENTERS, mark_segmented_words, mark_word_starts
 
 CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenised at a time, which bounds the memory that a corpus takes
@@ -73,7 +73,7 @@ class Corpus:
     """Documents as token ids, without [CLS] and [SEP], in the order of the text.
 
     `tokens` (all tokens,) holds one document after the other; document i is `tokens[starts[i]:starts[i + 1]]`.
-    `word_starts` (all tokens,) says where words begin; None where the vocabulary says it (`words.word_start_table`).
+    `word_starts` (all tokens,) says where words begin; None where the vocabulary says it (`words.mark_word_starts`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ def prepare_corpus(
     backend = tokenizer.backend_tokenizer
     parts = {
         "the tokenizer": backend.to_str(),
-        "the text": [source_digest(source, setting, cache) for source in sources],
+        "the text": [digest_source(source, setting, cache) for source in sources],
         "the settings": [CORPUS_VERSION, data.document, data.min_characters, data.max_characters,
                          data.remove_duplicates, data.segmenter],
     }  # fmt: skip
@@ -205,7 +205,7 @@ class _Writer:
     ) -> None:
         self.tokenizer, self.unknown_id, self.summary = tokenizer, unknown_id, summary
         self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
-        self.begins_word = word_start_table(tokenizer)
+        self.begins_word = mark_word_starts(tokenizer)
         self.segment = choose(SEGMENTERS, data.segmenter, "data.segmenter") if data.segmenter else None
         sizes = file_sizes(folder, summary, self.dtype, self.segment is not None)
         self.files = {path.name: stack.enter_context(_open_at(path, size)) for path, size in sizes.items()}
@@ -235,7 +235,7 @@ class _Writer:
             for chunk, encoding in zip(few, encode(few, add_special_tokens=False), strict=True):
                 ids = np.array(encoding.ids, dtype=self.dtype)
                 segment = self.segment
-                yield ids, segmented_starts(chunk, encoding.offsets, segment) if segment else self.begins_word[ids]
+                yield ids, mark_segmented_words(chunk, encoding.offsets, segment) if segment else self.begins_word[ids]
 
     def sync(self) -> None:
         for file in self.files.values():
@@ -306,7 +306,7 @@ def _chunks(text: str) -> list[str]:
 
 
 def _bar(sources: list[Source], setting: str) -> "tqdm[Any]":
-    files = [path for source in sources for path in source_files(source, setting)]
+    files = [path for source in sources for path in find_source_files(source, setting)]
     total = None if any(source.dataset for source in sources) else sum(path.stat().st_size for path in files)
     return tqdm(desc=f"tokenizing {setting}", total=total, unit="B", unit_scale=True, disable=None)
 

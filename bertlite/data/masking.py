@@ -62,12 +62,12 @@ LAST = np.uint64(1) << np.uint64(32)  # sorts behind all random numbers
 STRATEGIES = {"token": choose_tokens, "whole-word": choose_whole_words}
 
 
-def prediction_slots(length: int, masking: MaskingSettings) -> int:
+def max_predictions(length: int, masking: MaskingSettings) -> int:
     """The predictions that a row of `length` positions may need, at the highest rate, if it is one document."""
     return max(1, round(max(masking.line().start, masking.line().end) * (length - 2)))
 
 
-def mask_rows(
+def mask_tokens(
     ids: NDArray[np.int64],
     begins_word: NDArray[np.bool_],
     samples: NDArray[np.int64],

@@ -25,30 +25,30 @@ PLAN_VERSION = 3  # raise it when the same corpus would give other rows
 LEAST_PIECE = 8  # tokens of a long document that are worth a piece of their own
 
 
-class Plan:
-    """A table of rows. Row r holds pieces `row_starts[r]` to `row_starts[r + 1]`, which lie in the corpus's tokens
+class Packing:
+    """A table of rows. Record r holds pieces `row_starts[r]` to `row_starts[r + 1]`, which lie in the corpus's tokens
     at `piece_starts` and are `piece_lengths` long, [CLS] and [SEP] not counted. `groups` says how many rows, one
     behind the other, have which weight."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.piece_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
-            self.piece_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
-            self.row_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
+            self.span_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
+            self.span_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
+            self.sequence_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
             self.groups: list[tuple[float, int]] = json.loads((folder / "groups.json").read_text())
         except (OSError, EOFError, ValueError) as error:
             raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be made again") from None
 
     def __len__(self) -> int:
-        return len(self.row_starts) - 1
+        return len(self.sequence_starts) - 1
 
     def tokens(self) -> int:
         """Tokens of all rows, [CLS] and [SEP] included."""
-        return int(self.piece_lengths.sum(dtype=np.int64)) + 2 * len(self.piece_lengths)
+        return int(self.span_lengths.sum(dtype=np.int64)) + 2 * len(self.span_lengths)
 
 
-def split_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
+def choose_validation_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
     """Which documents are held out for validation. Raises UserError when there is only one."""
     if len(corpus) < 2:
         raise UserError(
@@ -58,14 +58,14 @@ def split_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
     return held_out(len(corpus), share)
 
 
-def make_plan(
+def pack_corpus(
     corpus: Corpus,
     sequence_length: int,
     weights: Sequence[float] | None = None,
     share: float | None = None,
     part: Literal["all", "train", "held-out"] = "all",
-) -> Plan:
-    """The rows of a corpus, or of what `split_documents` keeps or holds out of it; from the disk where it lies.
+) -> Packing:
+    """The packed sequences of a corpus, or of one split of it; read from the disk where they have been made before.
 
     `weights`, one for each source of the corpus, are how often its text is seen, 1 being once an epoch. Documents
     share rows with documents of their weight.
@@ -76,10 +76,10 @@ def make_plan(
     with locked(folder):
         if not folder.exists():
             everything = np.ones(len(corpus), dtype=bool)
-            wanted = everything if share is None else split_documents(corpus, share) == (part == "held-out")
+            wanted = everything if share is None else choose_validation_documents(corpus, share) == (part == "held-out")
             with new_folder(folder) as aside:
                 _write_plan(aside, corpus, sequence_length, wanted, np.repeat(weights, sources))
-    return Plan(folder)
+    return Packing(folder)
 
 
 def _write_plan(
@@ -88,14 +88,16 @@ def _write_plan(
     weights = np.unique(weight_of[wanted]).tolist()
     documents = [np.flatnonzero(wanted & (weight_of == weight)) for weight in weights]
     every = np.diff(corpus.starts)
-    starts, lengths, rows = zip(*(fill_rows(corpus.starts[these], every[these], T) for these in documents), strict=True)
+    starts, lengths, rows = zip(
+        *(pack_documents(corpus.starts[these], every[these], T) for these in documents), strict=True
+    )
     np.save(folder / "piece_starts.npy", np.concatenate(starts))
     np.save(folder / "piece_lengths.npy", np.concatenate(lengths).astype(np.int32))
     np.save(folder / "row_starts.npy", np.cumsum(np.concatenate([[0], *map(np.diff, rows)])))
     write_json(folder / "groups.json", [(weight, len(one) - 1) for weight, one in zip(weights, rows, strict=True)])
 
 
-def fill_rows(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> tuple[NDArray[np.int64], ...]:
+def pack_documents(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> tuple[NDArray[np.int64], ...]:
     """Lay documents, given by where they start and how long they are, into rows of T positions.
 
     Those that fit a row are packed whole. Longer ones are then poured, one after the other, into the room that is left
@@ -178,7 +180,7 @@ def pack(
     return np.concatenate(pieces), np.cumsum(np.concatenate(sizes))
 
 
-def lay_out(rows: list[list[Any]], length: int, fill: int) -> tuple[NDArray[np.int64], ...]:
+def collate(rows: list[list[Any]], length: int, fill: int) -> tuple[NDArray[np.int64], ...]:
     """Rows of pieces, one behind the other, and then `fill`; the place of each number in its piece, and the number of
     the piece, from 1. All are (R,T), T = `length`."""
     numbers = np.full((len(rows), length), fill, dtype=np.int64)

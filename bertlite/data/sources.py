@@ -63,7 +63,7 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 csv.field_size_limit(1 << 30)
 
 
-def source_files(source: Source, setting: str) -> list[Path]:
+def find_source_files(source: Source, setting: str) -> list[Path]:
     """The files that a source's path means, in their order: a file, a glob, all files of a folder, or `sample`.
 
     Raises UserError for a name that matches nothing, and for an empty file.
@@ -90,19 +90,19 @@ def source_files(source: Source, setting: str) -> list[Path]:
     return list(dict.fromkeys(found))  # ** matches a folder and its files
 
 
-def source_digest(source: Source, setting: str, cache: Path) -> list[Any]:
+def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
     """What stands for a source's text: the same digest, the same text."""
-    paths = source_files(source, setting)
-    about = [source.column, *([kind_of(path), file_digest(path, cache)] for path in paths)]
+    paths = find_source_files(source, setting)
+    about = [source.column, *([file_format(path), digest_file(path, cache)] for path in paths)]
     if source.dataset is None:
         return about
     folder = Path(source.dataset)
     inside = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     return [*about, source.dataset, source.name, source.split, source.revision,
-            *(file_digest(path, cache) for path in inside)]  # fmt: skip
+            *(digest_file(path, cache) for path in inside)]  # fmt: skip
 
 
-def file_digest(path: Path, cache: Path) -> str:
+def digest_file(path: Path, cache: Path) -> str:
     """The content's SHA-256, read again only when the file's size or time has changed since the last time."""
     status = path.stat()
     if not path.is_file():
@@ -132,8 +132,8 @@ def read_documents(
     "line"; of a table or dataset each row is one. A byte order mark is dropped. Raises UserError for what cannot be
     read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
     """
-    for path in source_files(source, setting):
-        if kind_of(path) in TABLES:
+    for path in find_source_files(source, setting):
+        if file_format(path) in TABLES:
             yield from _column(_read_table(path, report), source.column)
         else:
             yield from _read_text(path, document, report)
@@ -141,15 +141,15 @@ def read_documents(
         yield from _read_dataset(source, setting)
 
 
-def file_texts(path: Path, column: str) -> Iterator[str]:
+def read_file_texts(path: Path, column: str) -> Iterator[str]:
     """Each line of a text file, or `column` of each row of a table, also when it is empty.
 
     Raises UserError as `read_documents` does.
     """
-    yield from _column(_read_table(path), column) if kind_of(path) in TABLES else read_lines(path)
+    yield from _column(_read_table(path), column) if file_format(path) in TABLES else read_lines(path)
 
 
-def kind_of(path: Path) -> str:
+def file_format(path: Path) -> str:
     """The ending that says what a file holds: without that of its compression."""
     packed = path.suffix.lower() in DECOMPRESSORS
     return (Path(path.stem).suffix if packed else path.suffix).lower()
@@ -169,7 +169,7 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
     try:
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as file:
             for number, line in enumerate(file, 1):
-                yield decoded_line(line, number, str(path))
+                yield decode_line(line, number, str(path))
                 if number % 100 == 0 and raw.seekable():  # a pipe is not
                     report(raw.tell() - done)
                     done = raw.tell()
@@ -180,12 +180,12 @@ def read_lines(path: Path, report: Callable[[int], object] = lambda count: None)
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def decoded_line(line: bytes, number: int, where: str) -> str:
+def decode_line(line: bytes, number: int, where: str) -> str:
     """Line `number`, counted from 1, of a text, without its end. Raises UserError, naming `where`, for what is no text.
 
     A first line with many zero bytes is a binary file's, or UTF-16's; a few do no harm.
     """
-    encoding = likely_encoding(line) if number == 1 else "latin-1"
+    encoding = guess_encoding(line) if number == 1 else "latin-1"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         if encoding != "utf-16":
@@ -200,7 +200,7 @@ def decoded_line(line: bytes, number: int, where: str) -> str:
     raise UserError(f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); {advice}")
 
 
-def likely_encoding(text: bytes) -> str:
+def guess_encoding(text: bytes) -> str:
     """What a text may be in, by its beginning and by whether it is UTF-8."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text):
         return "utf-16"
@@ -213,7 +213,7 @@ def likely_encoding(text: bytes) -> str:
 
 def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
     """The rows of a table, each with where it stands."""
-    kind = kind_of(path)
+    kind = file_format(path)
     if kind == ".parquet":
         yield from parquet_rows(path)
         report(path.stat().st_size)
@@ -222,22 +222,22 @@ def _read_table(path: Path, report: Callable[[int], object] = lambda count: None
     first = next(lines, "")
     lines = chain([first], lines)
     if kind == ".json" and first.lstrip().startswith("["):
-        for number, row in enumerate(json_value("\n".join(lines), str(path)), 1):
+        for number, row in enumerate(parse_json("\n".join(lines), str(path)), 1):
             yield f"{path}: object {number}", row
     elif kind in (".csv", ".tsv"):
         yield from delimited_rows(lines, path, "," if kind == ".csv" else "\t", kind == ".csv")
     else:
-        yield from json_rows(lines, path)
+        yield from read_json_lines(lines, path)
 
 
-def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
+def read_json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
     """The values of JSON lines, each with where it stands; blank lines are none."""
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f"{path}:{number}", json_value(line, f"{path}:{number}")
+            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
 
 
-def json_value(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """A JSON text's value; half a character, such as a cut emoji, is replaced. Raises UserError, naming `where`."""
     try:
         value = json.loads(text)

@@ -14,23 +14,23 @@ from bertlite.data.sources import (
     DECOMPRESSORS,
     datasets_library,
     delimited_rows,
-    json_rows,
-    json_value,
-    kind_of,
-    likely_encoding,
+    file_format,
+    guess_encoding,
     load_dataset,
     parquet_rows,
+    parse_json,
+    read_json_lines,
 )
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """A row: where it stands, for people, and its columns."""
 
-    where: str
+    location: str
     columns: dict[str, Any]
 
 
-def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
+def read_records(place: Place, settings: TaskSettings, setting: str) -> list[Record]:
     """All rows of a file or a dataset; `sample` is the sample's part that `setting` ends with.
 
     The file's ending says what it is: .parquet, .jsonl, .json (SQuAD's own, or a list of objects), .csv or .tsv; all
@@ -39,17 +39,17 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
     """
     if place.dataset is not None:
         return list(_dataset(place, setting))
-    path = table_file(place, setting)
-    kind = kind_of(path)
+    path = find_table_file(place, setting)
+    kind = file_format(path)
     if kind == ".parquet":
         found: Iterator[tuple[str, Any]] = parquet_rows(path)
     else:
         text = _decoded(path, settings.encoding)
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         if kind in (".jsonl", ".ndjson"):
-            found = json_rows(lines, path)
+            found = read_json_lines(lines, path)
         elif kind == ".json":
-            found = _json_document(json_value(text, str(path)), path)
+            found = _json_document(parse_json(text, str(path)), path)
         elif settings.type == "token-classification":
             found = _sentences(lines, path, settings)
         else:
@@ -57,16 +57,16 @@ def read_rows(place: Place, settings: TaskSettings, setting: str) -> list[Row]:
             delimiter = settings.delimiter or ("," if kind == ".csv" else "\t")
             advice = "; see task.columns, task.delimiter and task.quoting"
             found = delimited_rows(lines, path, delimiter, quoting, settings.columns, advice)
-    rows = [Row(*one) for one in found]
+    rows = [Record(*one) for one in found]
     if not rows:
         raise UserError(f"{setting}: {path} holds no rows")
     for row in rows:
         if not isinstance(row.columns, dict):
-            raise UserError(f'{row.where}: should hold an object with named columns, such as {{"text": …}}')
+            raise UserError(f'{row.location}: should hold an object with named columns, such as {{"text": …}}')
     return rows
 
 
-def table_file(place: Place, setting: str) -> Path:
+def find_table_file(place: Place, setting: str) -> Path:
     """The file that a place means. Raises UserError when there is none."""
     path = Path(str(place.path))
     if place.path == "sample":
@@ -77,11 +77,11 @@ def table_file(place: Place, setting: str) -> Path:
     return path
 
 
-def column(row: Row, name: str, setting: str) -> Any:
+def get_column(row: Record, name: str, setting: str) -> Any:
     """A row's value in a column. Raises UserError, listing the columns there are, when there is none."""
     if name not in row.columns:
         there = ", ".join(map(repr, row.columns))
-        raise UserError(f"{row.where}: {setting}: there is no column {name!r}; there are {there}")
+        raise UserError(f"{row.location}: {setting}: there is no column {name!r}; there are {there}")
     return row.columns[name]
 
 
@@ -96,7 +96,7 @@ def _decoded(path: Path, encoding: str) -> str:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{number}: not {encoding} (byte 0x{content[error.start]:02x}); if it is text at all, set "
-            f"task.encoding, perhaps to {likely_encoding(content)}"
+            f"task.encoding, perhaps to {guess_encoding(content)}"
         ) from None
     except DAMAGED as error:
         raise UserError(f"{path}: damaged or cut off: {error}") from None
@@ -150,7 +150,7 @@ def _json_document(content: Any, path: Path) -> Iterator[tuple[str, Any]]:
             ) from None
 
 
-def _dataset(place: Place, setting: str) -> Iterator[Row]:
+def _dataset(place: Place, setting: str) -> Iterator[Record]:
     """A dataset of the hub or on the disk; numbers that have names become their names."""
     with datasets_library(f"{setting}: {place.dataset}") as datasets:
         table = load_dataset(datasets, place)
@@ -159,4 +159,4 @@ def _dataset(place: Place, setting: str) -> Iterator[Row]:
                 names = getattr(feature, "feature", feature)  # of a list, its members
                 if hasattr(names, "int2str") and columns[key] not in (-1, None):
                     columns[key] = names.int2str(columns[key])
-            yield Row(f"{place.dataset}, {place.split}: row {number}", columns)
+            yield Record(f"{place.dataset}, {place.split}: row {number}", columns)

@@ -43,7 +43,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         raise UserError(f"{name}: {advice}" if local else f"{path}: no such tokenizer")
     try:
         if path.is_file() and path.suffix == ".txt":
-            tokenizer = wrap(word_piece(_read_vocabulary(path), lowercase))
+            tokenizer = wrap_tokenizer(build_word_piece(_read_vocabulary(path), lowercase))
         elif path.is_file():
             tokenizer = _from_file(path)
         else:
@@ -72,7 +72,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def configured_tokenizer(
+def prepare_tokenizer(
     settings: TokenizerSettings, base: str | None, documents: Callable[[], Iterable[str]], digest: Any, cache: Path
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that the settings mean: trained on the documents, or `base`, extended and padded as they say.
@@ -118,7 +118,7 @@ def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> 
     """
     alphabet = _alphabet(documents, vocab_size, lowercase)
     continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
-    tokenizer = word_piece({"[UNK]": 0}, lowercase)
+    tokenizer = build_word_piece({"[UNK]": 0}, lowercase)
     tokenizer.train_from_iterator(
         documents,
         trainers.WordPieceTrainer(
@@ -132,10 +132,10 @@ def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> 
         ),
     )
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return word_piece({piece: number for number, (piece, _) in enumerate(pieces)}, lowercase)
+    return build_word_piece({piece: number for number, (piece, _) in enumerate(pieces)}, lowercase)
 
 
-def extended(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
+def extend_vocabulary(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
     """A vocabulary with new pieces in the places of its [unusedN] entries, in their order, and then at its end."""
     by_number = {number: piece for piece, number in vocabulary.items()}
     unused = sorted(number for number, piece in by_number.items() if UNUSED.fullmatch(piece))
@@ -144,7 +144,7 @@ def extended(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
     return {by_number[number]: number for number in sorted(by_number)}
 
 
-def padded(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
+def pad_vocabulary(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
     """A vocabulary with [unusedN] entries added up to a multiple, so that tokenizer and embedding agree."""
     names = (f"[unused{number}]" for number in count_up() if f"[unused{number}]" not in vocabulary)
     return vocabulary | {
@@ -152,7 +152,7 @@ def padded(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
     }
 
 
-def pieces_before(piece: str, vocabulary: dict[str, int]) -> list[int]:
+def spell_token(piece: str, vocabulary: dict[str, int]) -> list[int]:
     """The ids that a vocabulary without `piece` spells it with, longest match first, as WordPiece does; [] if none."""
     text, prefix, ids = piece.removeprefix("##"), "##" if piece.startswith("##") else "", []
     while text:
@@ -164,7 +164,7 @@ def pieces_before(piece: str, vocabulary: dict[str, int]) -> list[int]:
     return ids
 
 
-def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
+def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
     """BERT's own pipeline around a vocabulary: clean, split off Chinese characters and punctuation, WordPiece."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -173,12 +173,12 @@ def word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
     return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """What masking needs of the tokenizer; [UNK] counts as special, as with Hugging Face."""
     special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
     ordinary = np.setdiff1d(np.arange(len(tokenizer), dtype=np.int64), special)
@@ -197,13 +197,13 @@ def _make(
     if old is not None and settings.extend:
         _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
     if multiple := settings.pad_to_multiple_of:
-        _change_vocabulary(folder, lambda vocabulary: padded(vocabulary, multiple))
+        _change_vocabulary(folder, lambda vocabulary: pad_vocabulary(vocabulary, multiple))
 
 
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
     logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
     sample = sample_documents(documents, settings.train_characters)
-    tokenizer = wrap(train_word_piece(sample, settings.vocab_size, settings.lowercase))
+    tokenizer = wrap_tokenizer(train_word_piece(sample, settings.vocab_size, settings.lowercase))
     if len(tokenizer) < settings.vocab_size:
         logger.info(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
     return tokenizer
@@ -223,7 +223,7 @@ def _extended(
     new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
     if len(new) < settings.extend:
         logger.info(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
-    return extended(vocabulary, new[: settings.extend])
+    return extend_vocabulary(vocabulary, new[: settings.extend])
 
 
 def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str, int]]) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from bertlite.core.errors import UserError
 
 
-def word_start_table(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """For every id of the vocabulary (V,), whether its piece begins a word.
 
     WordPiece marks the pieces that go on (Schuster and Nakajima 2012; BERT writes ##); SentencePiece and byte-level
@@ -26,7 +26,7 @@ def word_start_table(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     return starts if starts.any() else ~starts
 
 
-def jieba_words(text: str) -> list[str]:
+def segment_with_jieba(text: str) -> list[str]:
     """Chinese words by jieba (github.com/fxsjy/jieba), as in Chinese BERT with whole word masking (Cui et al. 2019)."""
     try:
         import jieba
@@ -37,10 +37,10 @@ def jieba_words(text: str) -> list[str]:
 
 
 # A segmenter cuts text into words that, one after the other, are the text.
-SEGMENTERS: dict[str, Callable[[str], list[str]]] = {"jieba": jieba_words}
+SEGMENTERS: dict[str, Callable[[str], list[str]]] = {"jieba": segment_with_jieba}
 
 
-def segmented_starts(
+def mark_segmented_words(
     text: str, offsets: list[tuple[int, int]], segment: Callable[[str], list[str]]
 ) -> NDArray[np.uint8]:
     """For each token, given by its place in the text, whether a word of the segmenter begins there."""

@@ -16,7 +16,7 @@ from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import out_of_memory
 from bertlite.data.masking import IGNORED
-from bertlite.data.packing import lay_out
+from bertlite.data.packing import collate
 from bertlite.model.attention import best_kernel
 from bertlite.model.bert import Encoder
 from bertlite.model.heads import MaskedLanguageModel, QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -125,7 +125,7 @@ def make_inputs(config: Architecture) -> dict[str, Inputs]:
     result = {}
     for name, rows in lengths.items():
         documents = [[[0] * length for length in row] for row in rows]
-        _, position_ids, document_ids = map(torch.from_numpy, lay_out(documents, T, 0))
+        _, position_ids, document_ids = map(torch.from_numpy, collate(documents, T, 0))
         real = document_ids > 0
         input_ids, labels = torch.randint(config.vocab_size, (2, *real.shape), generator=generator)
         input_ids = torch.where(real, input_ids, config.pad_token_id)

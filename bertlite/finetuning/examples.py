@@ -18,8 +18,8 @@ from bertlite.core.logging import logger
 from bertlite.core.random import ROW_ORDER, permute
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
-from bertlite.data.packing import lay_out, pack
-from bertlite.data.tables import Row, column
+from bertlite.data.packing import collate, pack
+from bertlite.data.tables import Record, get_column
 from bertlite.model.heads import QuestionAnswerer, TokenClassifier
 
 MOST_PADDING = 0.05  # of the positions; longer rows pack better …
@@ -90,8 +90,8 @@ class ExampleBatches:
         """A batch of rows that hold these examples."""
         examples, by_token = self.examples, self.head is TokenClassifier
         pieces = [[examples.ids[member] for member in members] for members in rows]
-        ids, positions, documents = lay_out(pieces, self.length, self.pad_id)
-        types, *_ = lay_out([[examples.types[member] for member in members] for members in rows], self.length, 0)
+        ids, positions, documents = collate(pieces, self.length, self.pad_id)
+        types, *_ = collate([[examples.types[member] for member in members] for members in rows], self.length, 0)
         firsts = np.zeros((len(rows), self.places), np.int64)
         target = np.asarray(examples.targets[0])
         none = math.nan if target.dtype.kind == "f" else IGNORED
@@ -166,15 +166,15 @@ def _examples(found: list[Any], spans: list[Any], owners: list[int], tokenizer: 
     return Examples(ids, types, spans, owners, [IGNORED] * len(found), cut)
 
 
-def texts_of(rows: list[Row], settings: TaskSettings) -> list[tuple[str, ...]]:
+def texts_of(rows: list[Record], settings: TaskSettings) -> list[tuple[str, ...]]:
     """The texts of the rows' columns. Raises UserError for one that is empty or no text."""
     texts = []
     for row in rows:
-        values = tuple(column(row, name, "task.text") for name in settings.text)
+        values = tuple(get_column(row, name, "task.text") for name in settings.text)
         for name, value in zip(settings.text, values, strict=True):
             if not isinstance(value, str) or not value.strip():
                 what = "is empty" if value is None or isinstance(value, str) else "holds no text"
-                raise UserError(f"{row.where}: the column {name!r} {what}: {value!r}")
+                raise UserError(f"{row.location}: the column {name!r} {what}: {value!r}")
         texts.append(values)
     return texts
 
@@ -184,66 +184,70 @@ def sorted_labels(labels: set[str]) -> list[str]:
     return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
 
 
-def one_label(row: Row, settings: TaskSettings) -> str:
-    value = column(row, settings.label, "task.label")
+def one_label(row: Record, settings: TaskSettings) -> str:
+    value = get_column(row, settings.label, "task.label")
     if isinstance(value, list | dict):
-        raise UserError(f"{row.where}: the label in column {settings.label!r} is {value!r}; it should be one text")
+        raise UserError(f"{row.location}: the label in column {settings.label!r} is {value!r}; it should be one text")
     if value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip() == "":
-        raise UserError(f"{row.where}: the label in column {settings.label!r} is empty: {value!r}")
+        raise UserError(f"{row.location}: the label in column {settings.label!r} is empty: {value!r}")
     return str(value).strip()
 
 
-def several_labels(row: Row, settings: TaskSettings) -> list[str]:
+def several_labels(row: Record, settings: TaskSettings) -> list[str]:
     """A list, or a text cut at `label_separator`; it may be empty."""
-    value = column(row, settings.label, "task.label")
+    value = get_column(row, settings.label, "task.label")
     parts = value if isinstance(value, list) else str("" if value is None else value).split(settings.label_separator)
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-def one_number(row: Row, settings: TaskSettings) -> float:
-    value = column(row, settings.label, "task.label")
+def one_number(row: Record, settings: TaskSettings) -> float:
+    value = get_column(row, settings.label, "task.label")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= float(np.finfo(np.float32).max):
-        raise UserError(f"{row.where}: the target in column {settings.label!r} is {value!r}, which is no finite number")
+        raise UserError(
+            f"{row.location}: the target in column {settings.label!r} is {value!r}, which is no finite number"
+        )
     return number
 
 
-def words_and_tags(row: Row, settings: TaskSettings) -> tuple[list[str], list[str]]:
+def words_and_tags(row: Record, settings: TaskSettings) -> tuple[list[str], list[str]]:
     """A sentence's words and tags, the tags as IOB2: in IOB1, IOB2, BMES and BILOU alike, what follows no part of
     its own kind begins an entity, and so do B, S and U."""
-    words, tags = (column(row, name, "task") for name in (settings.text[0], settings.label))
+    words, tags = (get_column(row, name, "task") for name in (settings.text[0], settings.label))
     if not isinstance(words, list) or not isinstance(tags, list):
         raise UserError(
-            f"{row.where}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
+            f"{row.location}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
         )
     if len(words) != len(tags):
-        raise UserError(f"{row.where}: {len(words)} words, but {len(tags)} tags")
+        raise UserError(f"{row.location}: {len(words)} words, but {len(tags)} tags")
     if not words:
-        raise UserError(f"{row.where}: the sentence is empty")
+        raise UserError(f"{row.location}: the sentence is empty")
     result, before = [], ""
     for tag in map(str, tags):
         place, _, kind = tag.partition("-")
         if tag != "O" and (place not in ("B", "I", "M", "E", "S", "L", "U") or not kind):
-            raise UserError(f"{row.where}: {tag!r} is no tag; they are O, B-KIND, I-KIND, or with M-, E-, S-, L-, U-")
+            raise UserError(
+                f"{row.location}: {tag!r} is no tag; they are O, B-KIND, I-KIND, or with M-, E-, S-, L-, U-"
+            )
         begins = place in ("B", "S", "U") or kind != before
         result.append("O" if tag == "O" else f"{'B' if begins else 'I'}-{kind}")
         before = "" if place in ("E", "S", "L", "U") else kind
     return [str(word) for word in words], result
 
 
-def answers_of(row: Row) -> tuple[list[str], list[int]]:
+def answers_of(row: Record) -> tuple[list[str], list[int]]:
     """The texts and starts of a question's answers."""
-    answers = column(row, "answers", "SQuAD's form")
+    answers = get_column(row, "answers", "SQuAD's form")
     try:
         return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
     except (TypeError, KeyError, ValueError, OverflowError):
-        raise UserError(f"{row.where}: answers should hold the lists text and answer_start") from None
+        raise UserError(f"{row.location}: answers should hold the lists text and answer_start") from None
 
 
-def class_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+def class_labels(rows: list[Record], settings: TaskSettings) -> list[str]:
     labels = sorted_labels({one_label(row, settings) for row in rows})
     if len(labels) < 2:
         raise UserError(
@@ -252,35 +256,35 @@ def class_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
     return labels
 
 
-def multilabel_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+def multilabel_labels(rows: list[Record], settings: TaskSettings) -> list[str]:
     labels = sorted_labels({label for row in rows for label in several_labels(row, settings)})
     if not labels:
         raise UserError(f"task.train: no row has a label in column {settings.label!r}")
     return labels
 
 
-def tag_labels(rows: list[Row], settings: TaskSettings) -> list[str]:
+def tag_labels(rows: list[Record], settings: TaskSettings) -> list[str]:
     kinds = sorted({tag[2:] for row in rows for tag in words_and_tags(row, settings)[1]} - {""})
     if not kinds:
         raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is nothing to find")
     return ["O", *(f"{place}-{kind}" for kind in kinds for place in "BI")]
 
 
-def _numbers(labels: list[str], wanted: list[str], row: Row) -> list[int]:
+def _numbers(labels: list[str], wanted: list[str], row: Record) -> list[int]:
     for label in wanted:
         if label not in labels:
             shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-            raise UserError(f"{row.where}: the label {label!r} does not occur in task.train, which has {shown}")
+            raise UserError(f"{row.location}: the label {label!r} does not occur in task.train, which has {shown}")
     return [labels.index(label) for label in wanted]
 
 
-def class_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+def class_examples(rows: list[Record], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
     examples.targets = [_numbers(labels, [one_label(row, settings)], row)[0] for row in rows]
     return examples
 
 
-def multilabel_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+def multilabel_examples(rows: list[Record], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
     examples.targets = [np.zeros(len(labels), np.float32) for _ in rows]
     for row, target in zip(rows, examples.targets, strict=True):
@@ -288,13 +292,13 @@ def multilabel_examples(rows: list[Row], labels: list[str], tokenizer: Any, sett
     return examples
 
 
-def regression_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+def regression_examples(rows: list[Record], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     examples = encode_texts(texts_of(rows, settings), tokenizer, settings)
     examples.targets = [np.float32(one_number(row, settings)) for row in rows]
     return examples
 
 
-def tag_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+def tag_examples(rows: list[Record], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     """Sentences of words; the spans are the first piece of each word, by its number, and it alone has a target."""
     sentences = [words_and_tags(row, settings) for row in rows]
     examples = encode_texts([(words,) for words, _ in sentences], tokenizer, settings, words=True)
@@ -307,11 +311,11 @@ def tag_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: T
     return examples
 
 
-def answer_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
+def answer_examples(rows: list[Record], labels: list[str], tokenizer: Any, settings: TaskSettings) -> Examples:
     """Where a piece of the context does not hold the answer, its target is [CLS]."""
     examples = encode_questions(texts_of(rows, settings), tokenizer, settings)
     answers = [_answer_in_context(row, settings) for row in rows]
-    astray = [row.where for row, answer in zip(rows, answers, strict=True) if answer is None]
+    astray = [row.location for row, answer in zip(rows, answers, strict=True) if answer is None]
     if astray:
         logger.info(
             f"{len(astray):,} of {len(rows):,} questions have no answer where answer_start says, such as {astray[0]}; "
@@ -327,7 +331,7 @@ def answer_examples(rows: list[Row], labels: list[str], tokenizer: Any, settings
     return examples
 
 
-def _answer_in_context(row: Row, settings: TaskSettings) -> tuple[int, int] | None:
+def _answer_in_context(row: Record, settings: TaskSettings) -> tuple[int, int] | None:
     """Where the first answer begins and ends; None unless the context has it there."""
     texts, starts = answers_of(row)
     if not (texts and starts and texts[0]):

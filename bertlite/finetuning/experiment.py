@@ -27,7 +27,7 @@ from bertlite.core.files import fingerprint, write_json, write_whole
 from bertlite.core.logging import logger
 from bertlite.core.random import held_out
 from bertlite.core.runtime import Runtime
-from bertlite.data.tables import Row, read_rows
+from bertlite.data.tables import Record, read_records
 from bertlite.finetuning.examples import ExampleBatches, Examples, TaskBatch
 from bertlite.finetuning.losses import compute_scores, label_loss, summed
 from bertlite.finetuning.metrics import CLASSIFICATION
@@ -49,7 +49,7 @@ FEW = 10  # labels that are named in a line
 class Part:
     """One table of a task: its rows, and its examples in batches."""
 
-    rows: list[Row]
+    rows: list[Record]
     examples: Examples
     batches: ExampleBatches
 
@@ -133,11 +133,11 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
             f"train.frozen_layers is {config.train.frozen_layers}; the model has {architecture.num_hidden_layers}"
         )
     trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
-    rows = {"train": read_rows(settings.train, settings, "task.train")}
+    rows = {"train": read_records(settings.train, settings, "task.train")}
     labels = task.labels(rows["train"], settings)
     for name, place in {"validation": settings.validation, "test": settings.test}.items():
         if place is not None:
-            rows[name] = read_rows(place, settings, f"task.{name}")
+            rows[name] = read_records(place, settings, f"task.{name}")
     if settings.validation is None:
         if len(rows["train"]) < 2:
             raise UserError("task.train holds one row, so none can be held out; name a file in task.validation")
@@ -322,7 +322,7 @@ def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], loss
         elif isinstance(predicted, np.ndarray):
             predicted = [label for label, given in zip(work.labels, predicted, strict=True) if given]
         row = part.rows[number]
-        about = {"where": row.where, **row.columns, "predicted": predicted, "loss": sums[number]}
+        about = {"where": row.location, **row.columns, "predicted": predicted, "loss": sums[number]}
         lines.append(json.dumps(about, ensure_ascii=False, default=str) + "\n")
     write_whole(folder / "worst.jsonl", "".join(lines))
     if task.metrics is CLASSIFICATION:

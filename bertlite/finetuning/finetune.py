@@ -16,7 +16,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import write_json
 from bertlite.core.logging import logger, rank_from_environment
 from bertlite.core.runtime import start
-from bertlite.data.tables import table_file
+from bertlite.data.tables import find_table_file
 from bertlite.finetuning.experiment import _prepare, _run_seed
 from bertlite.finetuning.losses import label_loss
 from bertlite.finetuning.tasks import TASKS
@@ -41,7 +41,7 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         for part in ("train", "validation", "test"):
             place = getattr(task, part)
             if place is not None and place.path is not None:
-                table_file(place, f"tasks.{name}.{part}")
+                find_table_file(place, f"tasks.{name}.{part}")
     for name, task in config.tasks.items():
         logger.info(f"task {name}")
         one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})

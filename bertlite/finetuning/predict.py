@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.settings import Place, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
-from bertlite.data.sources import decoded_line, file_texts
+from bertlite.data.sources import decode_line, read_file_texts
 from bertlite.finetuning.examples import ExampleBatches, encode_questions, encode_texts
 from bertlite.finetuning.experiment import compute_outputs
 from bertlite.finetuning.losses import compute_scores, no_loss
@@ -96,10 +96,10 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
     if file is not None:
         if not Path(file).exists():
             raise UserError(f"--file: {file}: there is no such file")
-        yield from file_texts(Path(file), column)
+        yield from read_file_texts(Path(file), column)
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
-        yield decoded_line(line, number, "standard input")
+        yield decode_line(line, number, "standard input")
 
 
 def as_text(result: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import TaskSettings
-from bertlite.data.tables import Row
+from bertlite.data.tables import Record
 from bertlite.finetuning.examples import (
     Examples,
     answer_examples,
@@ -32,7 +32,11 @@ from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifie
 
 
 def decode_tags(
-    outputs: list[NDArray[np.float32]], examples: Examples, rows: list[Row], labels: list[str], settings: TaskSettings
+    outputs: list[NDArray[np.float32]],
+    examples: Examples,
+    rows: list[Record],
+    labels: list[str],
+    settings: TaskSettings,
 ) -> list[list[str]]:
     """A tag for each word; O for words that were cut off."""
     results = []
@@ -68,7 +72,7 @@ def best_answers(
 
 
 def _decode_answers(
-    outputs: list[Any], examples: Examples, rows: list[Row], labels: list[str], settings: TaskSettings
+    outputs: list[Any], examples: Examples, rows: list[Record], labels: list[str], settings: TaskSettings
 ) -> list[str]:
     contexts = [row.columns[settings.text[1]] for row in rows]
     return [found["answer"] for found in best_answers(outputs, examples, contexts, settings.max_answer_length)]
@@ -82,11 +86,11 @@ class Task:
     head: type[Classifier]
     problem_type: str | None
     metrics: dict[str, Measure]
-    labels: Callable[[list[Row], TaskSettings], list[str]]
-    examples: Callable[[list[Row], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
+    labels: Callable[[list[Record], TaskSettings], list[str]]
+    examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
     loss: Callable[..., tuple[Tensor, Tensor]]
-    decode: Callable[[list[Any], Examples, list[Row], list[str], TaskSettings], list[Any]]
-    references: Callable[[list[Row], Examples, TaskSettings], list[Any]]
+    decode: Callable[[list[Any], Examples, list[Record], list[str], TaskSettings], list[Any]]
+    references: Callable[[list[Record], Examples, TaskSettings], list[Any]]
 
 
 # Keys of task.type.

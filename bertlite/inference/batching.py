@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bertlite.core.runtime import Runtime
-from bertlite.data.packing import lay_out
+from bertlite.data.packing import collate
 from bertlite.model.heads import MaskedLMHead
 from bertlite.model.layers import Linear
 
@@ -55,6 +55,6 @@ def like_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[list[
 
 def padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of token ids as the encoder takes them: input_ids, position_ids and document_ids, (B,T) each."""
-    arrays = lay_out([[row] for row in rows], max(map(len, rows)), pad_token_id)
+    arrays = collate([[row] for row in rows], max(map(len, rows)), pad_token_id)
     input_ids, position_ids, document_ids = (torch.from_numpy(array).to(device) for array in arrays)
     return input_ids, position_ids, document_ids

@@ -13,7 +13,7 @@ import torch
 
 from bertlite.config.settings import Architecture, PretrainConfig
 from bertlite.core.runtime import Runtime, start
-from bertlite.data.masking import prediction_slots
+from bertlite.data.masking import max_predictions
 from bertlite.pretraining.pretrain import Prepared, architecture, new_training, prepare
 from bertlite.training.trainer import PARTS
 
@@ -44,7 +44,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     step = median(now.at - before.at for before, now in pairs)
     T = config.data.sequence_length
     shape, rows = architecture(config, prepared.tokenizer), config.train.global_batch_size // runtime.world_size
-    flops = matmul_flops(shape, rows, T, prediction_slots(T, config.masking))
+    flops = matmul_flops(shape, rows, T, max_predictions(T, config.masking))
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
         "tokens_per_second": median((b.tokens - a.tokens) / (b.at - a.at) for a, b in pairs),

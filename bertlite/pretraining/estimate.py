@@ -15,9 +15,9 @@ from bertlite.config.settings import PretrainConfig, Source
 from bertlite.core.logging import logger
 from bertlite.core.runtime import free_memory, start
 from bertlite.data.corpus import Corpus
-from bertlite.data.masking import prediction_slots
-from bertlite.data.packing import Plan
-from bertlite.data.sources import read_documents, source_files
+from bertlite.data.masking import max_predictions
+from bertlite.data.packing import Packing
+from bertlite.data.sources import find_source_files, read_documents
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.initialization import parameter_count
@@ -43,7 +43,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         prepared = prepare(sampled)
         with torch.device("meta"):
             model = MaskedLanguageModel(architecture(sampled, prepared.tokenizer), best_kernel(runtime.device))
-        parameters, slots = parameter_count(model), prediction_slots(T, config.masking)
+        parameters, slots = parameter_count(model), max_predictions(T, config.masking)
         rows = rows_at_a_time(settings, model, T, slots, runtime)
         tokens_of_a_row = prepared.plan.tokens() / len(prepared.plan)
         epoch = _rows(prepared.corpus, prepared.plan, parts, [source.weight for source in config.data.train])
@@ -138,7 +138,7 @@ def _sample(
         with path.open("w", encoding="utf-8") as file:
             for text in read_documents(source, document, setting, done.append):
                 if characters > SAMPLE_CHARACTERS:
-                    part = sum(done) / max(1, sum(path.stat().st_size for path in source_files(source, setting)))
+                    part = sum(done) / max(1, sum(path.stat().st_size for path in find_source_files(source, setting)))
                     break
                 file.write(text + "\n\n")
                 characters += len(text)
@@ -148,7 +148,7 @@ def _sample(
 
 
 def _rows(
-    corpus: Corpus, plan: Plan, parts: Sequence[float | None], weights: Sequence[float] | None = None
+    corpus: Corpus, plan: Packing, parts: Sequence[float | None], weights: Sequence[float] | None = None
 ) -> float | None:
     """The rows that all of the text fills, from those that a part of each source fills."""
     if None in parts:
@@ -156,4 +156,4 @@ def _rows(
     documents = corpus.summary.source_documents
     ends = np.cumsum([0, *documents, *[0] * (len(parts) - len(documents))])  # the last sources may have kept none
     tokens = np.diff(corpus.starts[ends]) / np.array(parts)
-    return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.piece_lengths.sum())
+    return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.span_lengths.sum())

@@ -10,7 +10,7 @@ from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
 from bertlite.data.batches import EVALUATION_MASKING, Batches
 from bertlite.data.corpus import prepare_corpus
-from bertlite.data.packing import make_plan
+from bertlite.data.packing import pack_corpus
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.pretraining.pretrain import masked_lm_scores
 from bertlite.pretraining.scoring import pseudo_perplexity
@@ -42,7 +42,7 @@ def evaluate_text(
     sources = [{"path": file, "column": column} for file in files]
     data = DataSettings.model_validate({"train": sources, "sequence_length": length, "document": document})
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
-    plan = make_plan(corpus, length)
+    plan = pack_corpus(corpus, length)
     batches = Batches(corpus, plan, tokenizer, length)
     logger.info(
         f"--data: {plan.tokens():,} tokens in {len(plan):,} rows of {length}; {EVALUATION_MASKING.rate:.0%} of the "

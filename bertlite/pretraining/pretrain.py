@@ -16,10 +16,10 @@ from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime, start
 from bertlite.data.batches import EVALUATION_MASKING, Batch, Batches
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
-from bertlite.data.masking import IGNORED, STRATEGIES, prediction_slots
-from bertlite.data.packing import Plan, make_plan
-from bertlite.data.sources import read_documents, source_digest
-from bertlite.data.tokenizer import configured_tokenizer, pieces_before
+from bertlite.data.masking import IGNORED, STRATEGIES, max_predictions
+from bertlite.data.packing import Packing, pack_corpus
+from bertlite.data.sources import digest_source, read_documents
+from bertlite.data.tokenizer import prepare_tokenizer, spell_token
 from bertlite.data.words import SEGMENTERS
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import MaskedLanguageModel
@@ -42,9 +42,9 @@ class Prepared(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
-    plan: Plan
+    plan: Packing
     validation_corpus: Corpus
-    validation_plan: Plan
+    validation_plan: Packing
 
 
 def prepare(config: PretrainConfig) -> Prepared:
@@ -54,11 +54,11 @@ def prepare(config: PretrainConfig) -> Prepared:
     """
     check_settings(config)
     data, cache, T = config.data, cache_folder(config.data.cache_dir), config.data.sequence_length
-    digests = [source_digest(source, "data.train", cache) for source in data.train]
+    digests = [digest_source(source, "data.train", cache) for source in data.train]
     base = config.tokenizer.path or config.model.init_from
     if base is not None and (base == config.model.init_from or (Path(base) / "config.yaml").exists()):
         base = str(model_folder(base))
-    tokenizer = configured_tokenizer(
+    tokenizer = prepare_tokenizer(
         config.tokenizer,
         base,
         lambda: (text for source in data.train for text in read_documents(source, data.document, "data.train")),
@@ -70,11 +70,11 @@ def prepare(config: PretrainConfig) -> Prepared:
     weights = [source.weight for source in data.train]
     if data.validation:
         validation = prepare_corpus(data.validation, tokenizer, data, "data.validation")
-        plan, validation_plan = make_plan(corpus, T, weights), make_plan(validation, T)
+        plan, validation_plan = pack_corpus(corpus, T, weights), pack_corpus(validation, T)
     else:
         validation, share = corpus, data.validation_split
-        plan = make_plan(corpus, T, weights, share, "train")
-        validation_plan = make_plan(corpus, T, None, share, "held-out")
+        plan = pack_corpus(corpus, T, weights, share, "train")
+        validation_plan = pack_corpus(corpus, T, None, share, "held-out")
     for name, rows, masking in (
         ("training", plan, config.masking),
         ("held-out", validation_plan, EVALUATION_MASKING),
@@ -198,7 +198,7 @@ def _exchange_vocabulary(model: MaskedLanguageModel, old: dict[str, int], tokeni
     if old == new:
         return
     pieces = sorted(new, key=lambda piece: new[piece])
-    old_ids = [[old[piece]] if piece in old else pieces_before(piece, old) for piece in pieces]
+    old_ids = [[old[piece]] if piece in old else spell_token(piece, old) for piece in pieces]
     fresh = [piece for piece in pieces if piece not in old]
     gone = old.keys() - new.keys()
     unused = sum(piece.startswith("[unused") for piece in gone)
@@ -258,7 +258,7 @@ def new_training(
         settings=settings,
         runtime=runtime,
         facts={"text": [part.folder.name for part in prepared[1:]], **runtime.facts()},
-        micro_batch=rows_at_a_time(settings, model, T, prediction_slots(T, config.masking), runtime),
+        micro_batch=rows_at_a_time(settings, model, T, max_predictions(T, config.masking), runtime),
         optimizer=Optimizer(model, settings),
         watch=PlateauWatch(settings, batches.unigram_entropy),
         batch_command=f"bertlite batch {folder / 'config.yaml'} --step",

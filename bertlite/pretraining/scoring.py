@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
-from bertlite.data.sources import json_rows, read_documents, read_lines, source_files
+from bertlite.data.sources import find_source_files, read_documents, read_json_lines, read_lines
 from bertlite.inference.batching import like_lengths, padded, parts
 from bertlite.model.heads import MaskedLanguageModel
 
@@ -109,8 +109,8 @@ def minimal_pairs(
 
 def read_pairs(files: list[str]) -> Iterator[Pair]:
     """The pairs of JSON lines as BLiMP has them. Raises UserError, naming file and line, for any other."""
-    for path in (path for file in files for path in source_files(Source(path=file), "--pairs")):
-        for where, line in json_rows(read_lines(path), path):
+    for path in (path for file in files for path in find_source_files(Source(path=file), "--pairs")):
+        for where, line in read_json_lines(read_lines(path), path):
             try:
                 good, bad = line["sentence_good"], line["sentence_bad"]
                 if not isinstance(good, str) or not isinstance(bad, str):

@@ -11,15 +11,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paths import SHARED
+from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, MaskingSettings, Source, TrainSettings
 from bertlite.core.errors import DataLost, UserError
 from bertlite.data.batches import Batch, Batches
 from bertlite.data.corpus import prepare_corpus
-from bertlite.data.masking import IGNORED, prediction_slots
-from bertlite.data.packing import Plan, fill_rows, make_plan, pack, split_documents
-from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
-from bertlite.data.words import jieba_words
+from bertlite.data.masking import IGNORED, max_predictions
+from bertlite.data.packing import Packing, choose_validation_documents, pack, pack_corpus, pack_documents
+from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, load_tokenizer, wrap_tokenizer
+from bertlite.data.words import segment_with_jieba
 
 WORDS = 6000
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -28,8 +29,10 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 @pytest.fixture(scope="module")
 def tokenizer():
     """Every word is one token of its own, so that a corpus can name each of its tokens."""
-    return wrap(
-        word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, *map(word, range(WORDS))])}, True)
+    return wrap_tokenizer(
+        build_word_piece(
+            {piece: number for number, piece in enumerate([*SPECIAL_TOKENS, *map(word, range(WORDS))])}, True
+        )
     )
 
 
@@ -150,8 +153,8 @@ def test_wikipedia_fills_the_rows(length, share, tmp_path):
     tokenizer = load_tokenizer(str(SHARED / "vocab" / "bert-base-uncased" / "vocab.txt"))
     data = DataSettings(train=[str(SHARED / "pretrain" / "enwiki_valid.txt")], cache_dir=str(tmp_path))
     corpus = prepare_corpus(data.train, tokenizer, data, "data.train")
-    plan = make_plan(corpus, length)
-    assert plan.piece_lengths.sum() == len(corpus.tokens)
+    plan = pack_corpus(corpus, length)
+    assert plan.span_lengths.sum() == len(corpus.tokens)
     assert plan.tokens() / (len(plan) * length) >= share
 
 
@@ -162,7 +165,7 @@ def test_wikipedia_fills_the_rows(length, share, tmp_path):
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40), T=st.integers(12, 70))
 def test_rows_hold_whole_documents_where_they_fit_and_cut_the_others(lengths, T):
     starts = np.cumsum([0, *lengths])
-    piece_starts, piece_lengths, row_starts = fill_rows(starts[:-1], np.array(lengths), T)
+    piece_starts, piece_lengths, row_starts = pack_documents(starts[:-1], np.array(lengths), T)
     pieces = sorted(zip(piece_starts.tolist(), piece_lengths.tolist(), strict=True))
     ends = [start + length for start, length in pieces]
     assert [start for start, _ in pieces] == [0, *ends[:-1]] and ends[-1] == starts[-1], "each token once"
@@ -177,7 +180,7 @@ def test_long_documents_leave_no_room():
     """They are cut where a row ends: all rows but the last few are full, to less than a piece worth having."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 300, 500)
-    _, piece_lengths, row_starts = fill_rows(np.cumsum([0, *lengths])[:-1], lengths, 64)
+    _, piece_lengths, row_starts = pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 64)
     room = 64 - np.add.reduceat(piece_lengths + 2, row_starts[:-1])
     assert (room >= 10).sum() <= 1
 
@@ -185,7 +188,7 @@ def test_long_documents_leave_no_room():
 @pytest.mark.parametrize(("room", "rows"), [(7, 3), (8, 2), (9, 2)])
 def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
     lengths = np.array([28 - room, 30 + room])  # the first leaves that room in its row of 32
-    assert len(fill_rows(np.cumsum([0, *lengths])[:-1], lengths, 32)[2]) - 1 == rows
+    assert len(pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 32)[2]) - 1 == rows
 
 
 @settings(deadline=None, max_examples=30)
@@ -196,8 +199,8 @@ def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
 )
 def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_corpus, tokenizer):
     corpus = make_corpus(lengths)
-    plan = make_plan(corpus, length)
-    starts, sizes, _ = fill_rows(corpus.starts[:-1], np.diff(corpus.starts), length)
+    plan = pack_corpus(corpus, length)
+    starts, sizes, _ = pack_documents(corpus.starts[:-1], np.diff(corpus.starts), length)
     expected = sorted(corpus.tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True))
     batches = Batches(corpus, plan, tokenizer, length, MaskingSettings(), TrainSettings(seed=seed))
     for epoch in (0, 3):
@@ -209,19 +212,21 @@ def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_c
 
 
 def test_a_plan_is_made_once(corpus):
-    make_plan(corpus, 32)
+    pack_corpus(corpus, 32)
     before = {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")}
-    make_plan(corpus, 32)
+    pack_corpus(corpus, 32)
     assert before and {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")} == before
-    assert len(make_plan(corpus, 16)) > len(make_plan(corpus, 32)) > len(make_plan(corpus, 32, None, 0.5, "train"))
+    assert (
+        len(pack_corpus(corpus, 16)) > len(pack_corpus(corpus, 32)) > len(pack_corpus(corpus, 32, None, 0.5, "train"))
+    )
 
 
 @pytest.mark.parametrize("name", ["piece_starts.npy", "row_starts.npy", "groups.json"])
 def test_a_plan_that_was_cut_is_named(name, make_corpus):
-    folder = make_plan(make_corpus([5, 9, 30]), 16).folder
+    folder = pack_corpus(make_corpus([5, 9, 30]), 16).folder
     os.truncate(folder / name, 1)
     with pytest.raises(DataLost, match=f"{folder}: damaged .*; remove it, and it will be made again"):
-        Plan(folder)
+        Packing(folder)
 
 
 # Holding out
@@ -238,20 +243,20 @@ def test_held_out_documents_are_whole_and_no_others_are_left_out(lengths, share,
     corpus = make_corpus(lengths)
     tokens = {}
     for part in ("train", "held-out"):
-        plan = make_plan(corpus, 16, None, share, part)
+        plan = pack_corpus(corpus, 16, None, share, part)
         batch = Batches(corpus, plan, tokenizer, 16).evaluation(0, len(plan))
         tokens[part] = [token for piece in pieces_of(batch) for token in piece]
     assert tokens["train"] and tokens["held-out"]
     assert sorted(tokens["train"] + tokens["held-out"]) == sorted(corpus.tokens.tolist())
-    held_out = split_documents(corpus, share)
+    held_out = choose_validation_documents(corpus, share)
     assert sorted(tokens["held-out"]) == sorted(np.concatenate([corpus.document(n) for n in np.flatnonzero(held_out)]))
-    assert np.array_equal(held_out, split_documents(corpus, share))
+    assert np.array_equal(held_out, choose_validation_documents(corpus, share))
 
 
 def test_the_held_out_share_is_as_asked_and_spread_over_the_text(make_corpus):
     corpus = make_corpus([1] * 5000)
     for share in (0.02, 0.2, 0.5):
-        held_out = split_documents(corpus, share)
+        held_out = choose_validation_documents(corpus, share)
         spread = np.sqrt(5000 * share * (1 - share))
         assert abs(held_out.sum() - 5000 * share) < 5 * spread
         assert abs(held_out[:2500].sum() - 2500 * share) < 5 * spread
@@ -261,8 +266,8 @@ def test_one_document_cannot_be_held_out(make_corpus):
     corpus = make_corpus([50])
     for part in ("train", "held-out"):
         with pytest.raises(UserError, match=r"data\.train.*one document.*data\.validation"):
-            make_plan(corpus, 16, None, 0.1, part)
-    assert len(make_plan(corpus, 16)) == 4
+            pack_corpus(corpus, 16, None, 0.1, part)
+    assert len(pack_corpus(corpus, 16)) == 4
 
 
 # Batches
@@ -270,7 +275,7 @@ def test_one_document_cannot_be_held_out(make_corpus):
 
 @pytest.fixture(scope="module")
 def batches(corpus, tokenizer):
-    return Batches(corpus, make_plan(corpus, 32), tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
+    return Batches(corpus, pack_corpus(corpus, 32), tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
 
 
 @settings(deadline=None, max_examples=30)
@@ -286,7 +291,7 @@ def test_a_batch_does_not_depend_on_how_it_is_asked_for(batches, first, count, d
 
 
 def test_equal_arguments_make_equal_batches(batches, tokenizer):
-    plan = make_plan(batches.corpus, 32)
+    plan = pack_corpus(batches.corpus, 32)
     twin = Batches(batches.corpus, plan, tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
     twin.training(100, 8)
     assert equal(twin.training(5, 8), batches.training(5, 8))
@@ -295,7 +300,7 @@ def test_equal_arguments_make_equal_batches(batches, tokenizer):
 def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     """Else a run that is resumed by a newer version would see other text, or other masks."""
     corpus = make_corpus([9, 1, 14, 3, 22, 5, 2, 8])
-    plan, masking = make_plan(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
+    plan, masking = pack_corpus(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
     stream = Batches(corpus, plan, tokenizer, 16, masking, TrainSettings(seed=7))
     assert stream.rows(np.arange(10)).tolist() == [4, 1, 5, 3, 0, 2, 5, 3, 1, 0]
     batch, held_out = stream.training(3, 4), stream.evaluation(3, 1)
@@ -353,7 +358,7 @@ def test_training_masks_at_the_configured_rate(batches, tokenizer, rate):
     batch = Batches(batches.corpus, batches.plan, tokenizer, 32, *settings).training(0, len(batches.plan))
     ordinary = (original_ids(batch) > MASK).sum(1).tolist()
     assert (batch.labels != IGNORED).sum(1).tolist() == [round(rate * count) for count in ordinary]
-    assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), prediction_slots(32, masking))
+    assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), max_predictions(32, masking))
 
 
 def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
@@ -374,7 +379,7 @@ def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
 
 
 def test_evaluation_masks_share_nothing_with_training_masks(corpus, tokenizer):
-    plan = make_plan(corpus, 32)
+    plan = pack_corpus(corpus, 32)
     batches = Batches(corpus, plan, tokenizer, 32, MaskingSettings(), TrainSettings(seed=0))
     masks = []
     for batch in (batches.training(0, len(plan)), batches.evaluation(0, len(plan))):
@@ -414,11 +419,11 @@ def test_a_batch_moves_and_is_sliced_as_a_whole(batches):
 def test_other_special_ids_are_used_as_the_tokenizer_says(tmp_path):
     """[CLS], [SEP] and [PAD] need not be 2, 3 and 0."""
     pieces = ["one", "two", "[MASK]", "[SEP]", "[UNK]", "[PAD]", "[CLS]"]
-    other = wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
+    other = make_tokenizer(pieces)
     (tmp_path / "text.txt").write_text("one two one\ntwo")
     data = DataSettings(train=["unused"], document="line", cache_dir=str(tmp_path / "cache"))
     corpus = prepare_corpus([Source(path=str(tmp_path / "text.txt"))], other, data, "data.train")
-    batch = Batches(corpus, make_plan(corpus, 10), other, 10).evaluation(0, 1)
+    batch = Batches(corpus, pack_corpus(corpus, 10), other, 10).evaluation(0, 1)
     assert original_ids(batch).tolist() == [[6, 0, 1, 0, 3, 6, 1, 3, 5, 5]]
     assert batch.document_ids.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 0]]
@@ -430,7 +435,12 @@ def test_other_special_ids_are_used_as_the_tokenizer_says(tmp_path):
 def scheduled(corpus, tokenizer, start, end, steps, length=32, size=8) -> Batches:
     train = TrainSettings(seed=7, max_steps=steps, global_batch_size=size)
     return Batches(
-        corpus, make_plan(corpus, length), tokenizer, length, MaskingSettings(rate={"start": start, "end": end}), train
+        corpus,
+        pack_corpus(corpus, length),
+        tokenizer,
+        length,
+        MaskingSettings(rate={"start": start, "end": end}),
+        train,
     )
 
 
@@ -445,7 +455,7 @@ def test_the_rate_goes_in_a_straight_line_from_the_first_step_to_the_last(corpus
         ordinary = (original_ids(batch) > MASK).sum(1).tolist()
         counts.append((batch.labels != IGNORED).sum(1).tolist())
         assert counts[-1] == [round(rate * count) for count in ordinary]
-        assert batch.labels.shape == (8, prediction_slots(32, batches.masking)), "as many slots at every step"
+        assert batch.labels.shape == (8, max_predictions(32, batches.masking)), "as many slots at every step"
         assert (original_ids(batch)[batch.input_ids == MASK] > MASK).all(), "what is hidden is to be predicted"
     sums = [sum(count) for count in counts[:steps]]
     assert sums == sorted(sums, reverse=start > end) and len(set(sums)) > 5
@@ -489,7 +499,7 @@ def character_tokenizer():
     """Every letter and every Chinese character is a token of its own."""
     letters = sorted({letter for text in ENGLISH for letter in text})
     pieces = [*SPECIAL_TOKENS, *sorted(set(CHINESE)), *letters, *(f"##{letter}" for letter in letters)]
-    return wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
+    return make_tokenizer(pieces)
 
 
 def sentences(language: str) -> list[list[str]]:
@@ -498,7 +508,7 @@ def sentences(language: str) -> list[list[str]]:
     if language == "English":
         return [random.choice(ENGLISH, random.integers(1, 12)).tolist() for _ in range(300)]
     clauses = re.findall(r"\w+\W", CHINESE)
-    return [jieba_words("".join(random.choice(clauses, random.integers(1, 3)))) for _ in range(300)]
+    return [segment_with_jieba("".join(random.choice(clauses, random.integers(1, 3)))) for _ in range(300)]
 
 
 def masked_words(batch: Batch, words_of: dict[tuple[int, ...], list[int]]) -> tuple[int, int]:
@@ -539,8 +549,8 @@ def test_words_are_masked_whole(language, segmenter, strategy, whole, tmp_path, 
         assert corpus.summary.words == sum(map(len, documents))
     words_of = {tuple(corpus.document(number).tolist()): [*map(len, words)] for number, words in enumerate(documents)}
 
-    plan = make_plan(corpus, 128)
-    assert len(plan.piece_lengths) == 300, "no document is cut"
+    plan = pack_corpus(corpus, 128)
+    assert len(plan.span_lengths) == 300, "no document is cut"
     masking = MaskingSettings(strategy=strategy, rate=0.3)
     batch = Batches(corpus, plan, character_tokenizer, 128, masking, TrainSettings()).training(0, 3 * len(plan))
     masked, partly = masked_words(batch, words_of)
@@ -557,7 +567,7 @@ def test_words_of_a_cut_document_stay_words(tmp_path, character_tokenizer):
     data = DataSettings(train=[{"path": str(tmp_path / "text.txt")}], cache_dir=str(tmp_path / "cache"))
     corpus = prepare_corpus(data.train, character_tokenizer, data, "data.train")
     masking = MaskingSettings(strategy="whole-word", rate=0.5)
-    batches = Batches(corpus, make_plan(corpus, 32), character_tokenizer, 32, masking, TrainSettings())
+    batches = Batches(corpus, pack_corpus(corpus, 32), character_tokenizer, 32, masking, TrainSettings())
     words_of = {}
     for start in range(0, 600, 30):
         at = [0, *range(-start % 12 or 12, 30, 12), 30]
@@ -585,20 +595,20 @@ def weighted_corpus(tmp_path, tokenizer, documents: list[int]):
 
 def test_sources_of_one_weight_share_a_plan_as_if_there_were_no_weights(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30])
-    plain, equal_weights = make_plan(corpus, 66), make_plan(corpus, 66, [3.0, 3.0])
+    plain, equal_weights = pack_corpus(corpus, 66), pack_corpus(corpus, 66, [3.0, 3.0])
     assert plain.groups == [[1.0, 25]] and equal_weights.groups == [[3.0, 25]]
-    assert np.array_equal(plain.piece_starts, equal_weights.piece_starts)
+    assert np.array_equal(plain.span_starts, equal_weights.span_starts)
     one, three = (Batches(corpus, plan, tokenizer, 66) for plan in (plain, equal_weights))
     assert (np.bincount(one.rows(np.arange(75))) == 3).all() and (np.bincount(three.rows(np.arange(75))) == 3).all()
 
 
 def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
-    held_out = split_documents(corpus, 0.3)
-    plan = make_plan(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
-    assert plan.piece_lengths.sum() == 30 * (~held_out).sum()
-    owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, plan.piece_starts, "right") - 1]
-    rows = np.repeat(np.arange(len(plan)), np.diff(plan.row_starts))
+    held_out = choose_validation_documents(corpus, 0.3)
+    plan = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
+    assert plan.span_lengths.sum() == 30 * (~held_out).sum()
+    owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, plan.span_starts, "right") - 1]
+    rows = np.repeat(np.arange(len(plan)), np.diff(plan.sequence_starts))
     first_row = 0
     for weight, count in plan.groups:
         inside = (rows >= first_row) & (rows < first_row + count)

@@ -20,6 +20,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SHARED
+from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import DataLost, UserError
@@ -27,10 +28,10 @@ from bertlite.core.files import locked
 from bertlite.data import corpus as corpus_module
 from bertlite.data import sources as sources_module
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
-from bertlite.data.sources import file_digest, read_documents, source_files
-from bertlite.data.tokenizer import SPECIAL_TOKENS, train_word_piece, word_piece, wrap
+from bertlite.data.sources import digest_file, find_source_files, read_documents
+from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, train_word_piece, wrap_tokenizer
 
-(SAMPLE,) = source_files(Source(path="sample"), "data.train")
+(SAMPLE,) = find_source_files(Source(path="sample"), "data.train")
 PRETRAIN = SHARED / "pretrain"
 MODES = ["blank-line", "line"]
 COMPRESS = {
@@ -45,7 +46,7 @@ COMPRESS = {
 def tokenizer():
     """A small tokenizer, trained on English and on some other scripts."""
     text = SAMPLE.read_text(encoding="utf-8")[:100_000]
-    return wrap(train_word_piece([text, "日本語 中文 Ünïcode ß абв " * 9], 800, True))
+    return wrap_tokenizer(train_word_piece([text, "日本語 中文 Ünïcode ß абв " * 9], 800, True))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def documents_of(path: Path, document: str) -> list[str]:
 
 
 def found(*names: str, setting: str = "data.train") -> list[str]:
-    return [str(path) for name in names for path in source_files(Source(path=name), setting)]
+    return [str(path) for name in names for path in find_source_files(Source(path=name), setting)]
 
 
 def reference_documents(content: bytes, document: str) -> list[str]:
@@ -251,7 +252,7 @@ def test_the_sample_ships_with_the_package():
 
 
 def test_a_dataset_has_no_files():
-    assert source_files(Source(dataset="somebody/something"), "data.train") == []
+    assert find_source_files(Source(dataset="somebody/something"), "data.train") == []
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def without_privileges():
 
 @pytest.mark.parametrize(
     "step",
-    [lambda path, cache: documents_of(path, "line"), file_digest],
+    [lambda path, cache: documents_of(path, "line"), digest_file],
     ids=["reading", "digest"],
 )
 def test_files_that_may_not_be_read_are_named(step):
@@ -468,12 +469,12 @@ def test_a_file_of_another_form_is_another_text(names, tmp_path, prepare):
 def test_a_digest_is_that_of_the_content_and_read_once(tmp_path, monkeypatch):
     path, cache = tmp_path / "abc", tmp_path / "cache"
     path.write_bytes(b"abc")
-    digest = file_digest(path, cache)
+    digest = digest_file(path, cache)
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     monkeypatch.setattr(sources_module, "sha256", lambda path: "read again")
-    assert file_digest(path, cache) == file_digest(tmp_path / "." / "abc", cache) == digest
+    assert digest_file(path, cache) == digest_file(tmp_path / "." / "abc", cache) == digest
     os.utime(path, (1, 1))
-    assert file_digest(path, cache) == "read again"
+    assert digest_file(path, cache) == "read again"
 
 
 def test_changed_text_is_tokenised_anew_and_said(tmp_path, prepare, capfd):
@@ -495,8 +496,8 @@ def test_every_setting_that_matters_gives_a_corpus_of_its_own(tmp_path, prepare,
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("One document\nof two lines\n\nAnother")
     second.write_text("More text")
-    other = wrap(word_piece({token: n for n, token in enumerate([*SPECIAL_TOKENS, "one", "document"])}, True))
-    cased = wrap(word_piece(tokenizer.get_vocab(), False))
+    other = make_tokenizer([*SPECIAL_TOKENS, "one", "document"])
+    cased = wrap_tokenizer(build_word_piece(tokenizer.get_vocab(), False))
     corpora = [
         prepare(first),
         prepare(first, document="line"),
@@ -578,7 +579,7 @@ def test_a_segmenter_says_where_words_begin(tmp_path, prepare):
     text = "北京是中华人民共和国的首都，人口 2189 万。 Unbelievable, isn't it?"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     pieces = sorted({*text.lower(), *(f"##{sign}" for sign in "abcdefghijklmnopqrstuvwxyz0123456789")} - {" "})
-    letters = wrap(word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, *pieces])}, True))
+    letters = make_tokenizer([*SPECIAL_TOKENS, *pieces])
     plain, corpus = (prepare(tmp_path / "text.txt", tokenizer=letters, segmenter=name) for name in (None, "jieba"))
     assert plain.word_starts is None and read_back(plain) == read_back(corpus)
     words: list[str] = []
@@ -613,7 +614,7 @@ def test_a_document_without_white_space_is_cut_anywhere(size, tmp_path, prepare,
 @pytest.mark.parametrize(("size", "dtype"), [(65_535, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (70_000, "<u4")])
 def test_large_vocabularies_keep_their_ids(size, dtype, tmp_path, prepare):
     pieces = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(5, size))]
-    large = wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True))
+    large = make_tokenizer(pieces)
     path = tmp_path / "text.txt"
     path.write_text(f"w5 w{size - 1}\n\nw{size - 2} w32768\n")
     corpus = prepare(path, tokenizer=large)
@@ -629,14 +630,14 @@ from pathlib import Path
 from bertlite.data import corpus
 from bertlite.config.settings import DataSettings
 from bertlite.data.tokenizer import load_tokenizer
-from bertlite.data.words import jieba_words
+from bertlite.data.words import segment_with_jieba
 
 settings, vocabulary, cache, attempts = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 corpus.BATCH_CHARACTERS, corpus.BATCHES_PER_SYNC = 4000, 4
 data = DataSettings(cache_dir=cache, **settings)
 tokenizer = load_tokenizer(vocabulary)
 if data.segmenter:
-    jieba_words("")  # its dictionary is loaded once, before all attempts
+    segment_with_jieba("")  # its dictionary is loaded once, before all attempts
 
 def start():
     child = os.fork()

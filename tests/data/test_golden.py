@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 from paths import SAMPLE
+from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, MaskingSettings, TrainSettings
 from bertlite.data.batches import Batches
 from bertlite.data.corpus import prepare_corpus
-from bertlite.data.packing import make_plan
-from bertlite.data.tokenizer import SPECIAL_TOKENS, word_piece, wrap
+from bertlite.data.packing import pack_corpus
+from bertlite.data.tokenizer import SPECIAL_TOKENS
 
 WEIGHTS = [1.0, 2.5, 0.5]
 
@@ -26,7 +27,7 @@ def sample(tmp_path_factory):
         (folder / f"{number}.txt").write_text("\n\n".join(texts), encoding="utf-8")
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
     tokens = [*SPECIAL_TOKENS, "the", "of", "and", "##ing", "##ed", *letters, *(f"##{letter}" for letter in letters)]
-    tokenizer = wrap(word_piece({token: number for number, token in enumerate(tokens)}, True))
+    tokenizer = make_tokenizer(tokens)
     train = [{"path": str(folder / f"{number}.txt"), "weight": weight} for number, weight in enumerate(WEIGHTS)]
     data = DataSettings.model_validate({"train": train, "cache_dir": str(folder / "cache")})
     return prepare_corpus(data.train, tokenizer, data, "data.train"), tokenizer
@@ -43,7 +44,7 @@ def digest(*arrays) -> str:
 
 def test_the_sample_is_packed_as_before(sample):
     corpus, _ = sample
-    plan = make_plan(corpus, 64, WEIGHTS, 0.1, "train")
+    plan = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
     assert digest(corpus.tokens, corpus.starts) == "5d58237983b694e2"
     assert plan.folder.name == "plan-ee53af631ebeff77"
     arrays = [np.load(plan.folder / f"{name}.npy") for name in ("piece_starts", "piece_lengths", "row_starts")]
@@ -64,7 +65,7 @@ def test_the_sample_is_packed_as_before(sample):
 def test_batches_hold_the_same_text_and_masks_as_before(sample, strategy, rate, expected):
     """At the beginning, and where an epoch ends."""
     corpus, tokenizer = sample
-    plan = make_plan(corpus, 64, WEIGHTS, 0.1, "train")
+    plan = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
     masking, train = MaskingSettings(strategy=strategy, rate=rate), TrainSettings(seed=3, max_steps=50)
     batches = Batches(corpus, plan, tokenizer, 64, masking, train)
     actual = [digest(*vars(batches.training(first, 40)).values()) for first in (0, len(plan) - 20)]
@@ -73,6 +74,6 @@ def test_batches_hold_the_same_text_and_masks_as_before(sample, strategy, rate, 
 
 def test_evaluation_masks_are_the_same_as_before(sample):
     corpus, tokenizer = sample
-    plan = make_plan(corpus, 64, None, 0.1, "held-out")
+    plan = pack_corpus(corpus, 64, None, 0.1, "held-out")
     batch = Batches(corpus, plan, tokenizer, 64).evaluation(0, len(plan) + 2)
     assert digest(*vars(batch).values()) == "b534f630ff9e9c6e"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertlite.config.settings import MaskingSettings
-from bertlite.data.masking import IGNORED, STRATEGIES, Vocabulary, choose_whole_words, mask_rows, prediction_slots
+from bertlite.data.masking import IGNORED, STRATEGIES, Vocabulary, choose_whole_words, mask_tokens, max_predictions
 
 # Special ids lie at both ends and in between, so that nothing can rely on where they are.
 PAD, CLS, UNK, SEP, MASK = SPECIAL = [0, 3, 17, 40, 63]
@@ -43,8 +43,8 @@ def word_beginnings(ids, seed, share=0.5):
 def masked(ids, samples, strategy, rate, key, begins_word=None):
     """Mask at one rate, with just the slots that it may need, every token a word unless said otherwise."""
     begins_word = np.ones(ids.shape, dtype=bool) if begins_word is None else begins_word
-    slots = prediction_slots(ids.shape[1], MaskingSettings(rate=rate))
-    return mask_rows(ids, begins_word, samples, VOCABULARY, strategy, np.full(len(ids), rate), slots, key)
+    slots = max_predictions(ids.shape[1], MaskingSettings(rate=rate))
+    return mask_tokens(ids, begins_word, samples, VOCABULARY, strategy, np.full(len(ids), rate), slots, key)
 
 
 def chosen_tokens(positions, labels, length):
@@ -57,7 +57,7 @@ def chosen_tokens(positions, labels, length):
 
 
 def many_rows(count, words, strategy="token", rate=0.15, seed=0, begins_word=None):
-    """Mask `count` rows that all hold the same words, and return what `mask_rows` does."""
+    """Mask `count` rows that all hold the same words, and return what `mask_tokens` does."""
     ids = np.tile(np.array(words, dtype=np.int64), (count, 1))
     begins_word = None if begins_word is None else np.tile(begins_word, (count, 1))
     return ids, *masked(ids, np.arange(count), strategy, rate, (seed, 3), begins_word)
@@ -99,10 +99,10 @@ def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
     begins_word, samples = word_beginnings(ids, seed), np.arange(first, first + len(ids))
     rates = np.linspace(*rate, len(ids))
     length = ids.shape[1]
-    slots = prediction_slots(length, MaskingSettings(rate={"start": rate[0], "end": rate[1]}))
+    slots = max_predictions(length, MaskingSettings(rate={"start": rate[0], "end": rate[1]}))
     arguments = ids, begins_word, samples, rates
     before = [argument.copy() for argument in arguments]
-    inputs, positions, labels = mask_rows(*arguments[:3], VOCABULARY, strategy, rates, slots, (seed, 3))
+    inputs, positions, labels = mask_tokens(*arguments[:3], VOCABULARY, strategy, rates, slots, (seed, 3))
     assert all(map(np.array_equal, arguments, before)), "an argument was changed"
     assert inputs.shape == ids.shape and inputs.dtype == positions.dtype == labels.dtype == np.int64
     assert positions.shape == labels.shape == (len(ids), slots)
@@ -131,9 +131,9 @@ def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
 def test_no_rounding_hides_more_tokens_than_there_are_slots_for(length):
     ids = np.full((1, length), VOCABULARY.ordinary_ids[0])
     ids[0, [0, -1]] = SPECIAL[0]
-    slots = prediction_slots(length, MaskingSettings())
+    slots = max_predictions(length, MaskingSettings())
     rates = np.nextafter([0.15], 1)
-    inputs, positions, labels = mask_rows(
+    inputs, positions, labels = mask_tokens(
         ids, np.ones_like(ids, bool), np.arange(1), VOCABULARY, "token", rates, slots, (0, 3)
     )
     assert set(np.flatnonzero(inputs != ids)) <= set(positions[labels != IGNORED].tolist())
@@ -253,7 +253,7 @@ def test_rows_have_rates_of_their_own(strategy):
     ids = np.tile([CLS, *[5] * 40, SEP], (5, 1))
     rates = np.array([0.05, 0.1, 0.25, 0.5, 0.9])
     arguments = ids, np.ones(ids.shape, dtype=bool), np.arange(5), VOCABULARY, strategy, rates
-    _, positions, labels = mask_rows(*arguments, 36, (0, 3))
+    _, positions, labels = mask_tokens(*arguments, 36, (0, 3))
     assert (labels != IGNORED).sum(1).tolist() == [2, 4, 10, 20, 36]
     for row, rate in enumerate(rates):
         alone = masked(ids[row : row + 1], np.array([row]), strategy, rate, (0, 3))
@@ -264,8 +264,8 @@ def test_rows_have_rates_of_their_own(strategy):
 @settings(deadline=None)
 @given(start=RATE, end=RATE, length=st.integers(8, 512))
 def test_slots_are_those_of_the_highest_rate(start, end, length):
-    slots = prediction_slots(length, MaskingSettings(rate={"start": start, "end": end}))
-    assert slots == max(prediction_slots(length, MaskingSettings(rate=rate)) for rate in (start, end))
+    slots = max_predictions(length, MaskingSettings(rate={"start": start, "end": end}))
+    assert slots == max(max_predictions(length, MaskingSettings(rate=rate)) for rate in (start, end))
     assert slots == max(1, round(max(start, end) * (length - 2)))
 
 

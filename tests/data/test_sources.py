@@ -15,8 +15,8 @@ import pytest
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import UserError
 from bertlite.data.corpus import BATCH_CHARACTERS, prepare_corpus
-from bertlite.data.packing import make_plan
-from bertlite.data.sources import file_texts, read_documents, source_digest, source_files
+from bertlite.data.packing import pack_corpus
+from bertlite.data.sources import digest_source, find_source_files, read_documents, read_file_texts
 from bertlite.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [f'Document {number}, with "quotes", a\ttab and é, 中文.\nTwo lines.' for number in range(50)]
@@ -85,7 +85,7 @@ def test_names_may_be_in_capitals(tmp_path):
 def test_a_row_without_any_text_is_still_a_row(tmp_path):
     for name, sign in {"a.tsv": "\t", "a.csv": ","}.items():
         (tmp_path / name).write_text(f"text{sign}label\n1{sign}a\n{sign}\n3{sign}b\n")
-        assert list(file_texts(tmp_path / name, "text")) == ["1", "", "3"]
+        assert list(read_file_texts(tmp_path / name, "text")) == ["1", "", "3"]
 
 
 def test_text_that_can_be_read_but_once_is_refused(tmp_path, tokenizer):
@@ -99,7 +99,7 @@ def test_a_line_of_a_table_with_nothing_on_it_is_passed_over(tmp_path):
         "a.csv": "text,label\none,1\n   \n\nthree,2\n",
     }.items():
         (tmp_path / name).write_text(content)
-        assert list(file_texts(tmp_path / name, "text")) == ["one", "three"]
+        assert list(read_file_texts(tmp_path / name, "text")) == ["one", "three"]
 
 
 def test_lines_of_a_json_file_are_read_too(tmp_path):
@@ -130,9 +130,9 @@ def test_a_name_with_brackets_is_a_name_first(tmp_path):
     for folder in ("d[1]", "d1"):
         (tmp_path / folder).mkdir()
         write_jsonl(tmp_path / folder / "x.jsonl")
-    assert source_files(Source(path=str(tmp_path / "d[1]" / "x.jsonl")), "") == [tmp_path / "d[1]" / "x.jsonl"]
-    assert source_files(Source(path=str(tmp_path / "d[1]")), "") == [tmp_path / "d[1]" / "x.jsonl"]
-    assert source_files(Source(path=str(tmp_path / "d[0-9]")), "") == [tmp_path / "d1" / "x.jsonl"]
+    assert find_source_files(Source(path=str(tmp_path / "d[1]" / "x.jsonl")), "") == [tmp_path / "d[1]" / "x.jsonl"]
+    assert find_source_files(Source(path=str(tmp_path / "d[1]")), "") == [tmp_path / "d[1]" / "x.jsonl"]
+    assert find_source_files(Source(path=str(tmp_path / "d[0-9]")), "") == [tmp_path / "d1" / "x.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
@@ -165,7 +165,7 @@ def test_a_dataset_is_another_text_when_its_files_or_settings_are_others(tmp_pat
     source = Source(dataset=str(tmp_path / "mine"), column="body")
 
     def digest(**changes) -> list:
-        return source_digest(source.model_copy(update=changes), "data.train", tmp_path / "cache")
+        return digest_source(source.model_copy(update=changes), "data.train", tmp_path / "cache")
 
     before = digest()
     assert digest() == before
@@ -316,9 +316,9 @@ def test_an_unreachable_dataset_is_named():
 
 def test_sources_that_match_nothing(tmp_path):
     with pytest.raises(UserError, match="no file matches"):
-        source_files(Source(path=str(tmp_path / "*.txt")), "data.train")
+        find_source_files(Source(path=str(tmp_path / "*.txt")), "data.train")
     with pytest.raises(UserError, match="no such file"):
-        source_files(Source(path=str(tmp_path / "a.txt")), "data.train")
+        find_source_files(Source(path=str(tmp_path / "a.txt")), "data.train")
 
 
 def test_weights_change_how_often_a_source_is_seen(tmp_path, tokenizer):
@@ -333,7 +333,7 @@ def test_weights_change_how_often_a_source_is_seen(tmp_path, tokenizer):
     weights = [2.0, 1.0, 0.5]
     train = [{"path": str(tmp_path / f"{letter}.txt"), "weight": w} for letter, w in zip("abc", weights, strict=True)]
     corpus = prepare(tmp_path, tokenizer, train)
-    plan = make_plan(corpus, 128, weights)
+    plan = pack_corpus(corpus, 128, weights)
     assert plan.groups == [[0.5, 100], [1.0, 80], [2.0, 60]]
     batches = Batches(corpus, plan, tokenizer, 128, MaskingSettings(), TrainSettings())
     epoch = 50 + 80 + 120

@@ -12,7 +12,7 @@ from paths import SHARED
 
 from bertlite.config.settings import Place, TaskSettings
 from bertlite.core.errors import UserError
-from bertlite.data.tables import column, read_rows
+from bertlite.data.tables import get_column, read_records
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the development data are not here")
 
@@ -20,7 +20,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the development d
 def read(path: Path | str, **settings) -> list[dict]:
     place = settings.pop("place", {"path": str(path)})
     task = TaskSettings.model_validate({"train": "unread", **settings})
-    return [row.columns for row in read_rows(Place.model_validate(place), task, "task.train")]
+    return [row.columns for row in read_records(Place.model_validate(place), task, "task.train")]
 
 
 WANTED = [{"text": 'He said "no', "label": "1"}, {"text": "fine, thanks", "label": "0"}]
@@ -98,7 +98,7 @@ def test_squad_becomes_flat_rows(tmp_path):
 
 def test_the_sample_has_three_parts():
     task = TaskSettings.model_validate({"train": "sample"})
-    sizes = [len(read_rows(task.train, task, f"task.{part}")) for part in ("train", "validation", "test")]
+    sizes = [len(read_records(task.train, task, f"task.{part}")) for part in ("train", "validation", "test")]
     assert sizes == [1330, 280, 560]
 
 
@@ -159,11 +159,11 @@ def test_other_bad_files(tmp_path):
 def test_a_missing_column_lists_those_there_are(tmp_path):
     (tmp_path / "a.tsv").write_text("text\tlabel\nx\ty\n")
     task = TaskSettings.model_validate({"train": str(tmp_path / "a.tsv")})
-    (row,) = read_rows(task.train, task, "task.train")
+    (row,) = read_records(task.train, task, "task.train")
     with pytest.raises(
         UserError, match=r"a\.tsv:2: task\.text: there is no column 'sentence'; there are 'text', 'label'"
     ):
-        column(row, "sentence", "task.text")
+        get_column(row, "sentence", "task.text")
 
 
 ODDITIES = {

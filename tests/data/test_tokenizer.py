@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SHARED
+from tiny_tokenizers import make_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
@@ -23,14 +24,14 @@ from bertlite.core.errors import UserError
 from bertlite.data.sources import read_documents
 from bertlite.data.tokenizer import (
     SPECIAL_TOKENS,
-    configured_tokenizer,
+    build_word_piece,
+    describe_vocabulary,
     load_tokenizer,
+    prepare_tokenizer,
     train_word_piece,
-    vocabulary_of,
-    word_piece,
-    wrap,
+    wrap_tokenizer,
 )
-from bertlite.data.words import word_start_table
+from bertlite.data.words import mark_word_starts
 
 VOCABULARIES = {name: SHARED / "vocab" / name for name in ("bert-base-uncased", "bert-base-chinese")}
 needs_vocabularies = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -84,7 +85,7 @@ def trained(request, tmp_path_factory):
     """A tokenizer trained on a part of the sample, and whether it lower-cases."""
     chosen = TokenizerSettings(vocab_size=3000, lowercase=request.param)
     cache = tmp_path_factory.mktemp("tokenizers")
-    return configured_tokenizer(chosen, None, first_of_the_sample, "sample", cache), request.param
+    return prepare_tokenizer(chosen, None, first_of_the_sample, "sample", cache), request.param
 
 
 def test_training_is_the_same_in_every_process():
@@ -153,7 +154,7 @@ def test_training_text_is_covered_and_pieces_are_used(trained):
 
 def test_chinese_characters_are_tokens_of_their_own():
     text = "北京是中华人民共和国的首都。"
-    tokenizer = wrap(train_word_piece([text, "人口 2189 万, in Beijing"], 200, True))
+    tokenizer = wrap_tokenizer(train_word_piece([text, "人口 2189 万, in Beijing"], 200, True))
     assert tokenizer.tokenize(text) == list(text)
     assert tokenizer.tokenize("在Beijing北京") == ["[UNK]", *tokenizer.tokenize("beijing"), "北", "京"]
     assert not any(piece.startswith("##") and piece[2:] in text for piece in tokenizer.get_vocab())
@@ -162,7 +163,7 @@ def test_chinese_characters_are_tokens_of_their_own():
 @pytest.mark.skipif(not (SHARED / "pretrain" / "zhwiki_valid.txt").exists(), reason="needs ../shared/data")
 def test_chinese_wikipedia_has_few_unknown_tokens():
     train, valid = (SHARED / "pretrain" / f"zhwiki_{name}" for name in ("train.txt.xz", "valid.txt"))
-    tokenizer = wrap(train_word_piece(read(train, "line", 6_000), 21_128, True))
+    tokenizer = wrap_tokenizer(train_word_piece(read(train, "line", 6_000), 21_128, True))
     assert len(tokenizer) <= 21_128
     ids = [number for text in tokenizer(read(valid, "line"))["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.005
@@ -202,7 +203,7 @@ def test_frequent_characters_get_the_room():
 
 def test_a_vocabulary_of_special_tokens_alone_is_refused():
     with pytest.raises(UserError, match=r"tokenizer.*special tokens"):
-        vocabulary_of(wrap(train_word_piece(["", " \n"], 100, True)))
+        describe_vocabulary(wrap_tokenizer(train_word_piece(["", " \n"], 100, True)))
 
 
 # Loading
@@ -273,7 +274,9 @@ def with_a_unigram_model() -> Tokenizer:
 
 
 def with_another_normalizer() -> Tokenizer:
-    tokenizer = word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the", "##s", "1"])}, False)
+    tokenizer = build_word_piece(
+        {piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the", "##s", "1"])}, False
+    )
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
@@ -304,7 +307,7 @@ def test_special_tokens_anywhere_in_vocab_txt(tmp_path):
     path.write_text("\n".join(["the", "[MASK]", "a", "[SEP]", "[PAD]", "[CLS]", "[UNK]"]), encoding="utf-8")
     tokenizer = load_tokenizer(str(path))
     assert tokenizer("the zebra [MASK]", "a")["input_ids"] == [5, 0, 6, 1, 3, 2, 3]
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = describe_vocabulary(tokenizer)
     assert vocabulary.size == 7 and vocabulary.mask_id == 1
     assert vocabulary.special_ids.tolist() == [1, 3, 4, 5, 6] and vocabulary.ordinary_ids.tolist() == [0, 2]
 
@@ -321,7 +324,7 @@ def test_a_tokenizers_own_truncation_and_padding_are_switched_off(trained, tmp_p
 
 def test_masking_knows_special_and_ordinary_ids(trained):
     tokenizer, _ = trained
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = describe_vocabulary(tokenizer)
     assert vocabulary.size == len(tokenizer) and vocabulary.mask_id == tokenizer.mask_token_id
     assert vocabulary.special_ids.tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(vocabulary.ordinary_ids, np.arange(5, len(tokenizer)))
@@ -332,7 +335,7 @@ def test_added_special_tokens_are_special_too(trained, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     tokenizer.add_special_tokens({"additional_special_tokens": ["[E1]", "[E2]"]})
     size = len(trained[0])
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = describe_vocabulary(tokenizer)
     assert vocabulary.size == size + 2
     assert vocabulary.special_ids.tolist() == [0, 1, 2, 3, 4, size, size + 1]
     assert vocabulary.ordinary_ids.max() == size - 1
@@ -350,7 +353,7 @@ def base(tmp_path):
     """The folder of a small tokenizer that knows every letter, four words and two unused places."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = [*SPECIAL_TOKENS, "[unused0]", *WORDS.split(), "[unused1]", *letters, *(f"##{sign}" for sign in letters)]
-    wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True)).save_pretrained(tmp_path / "base")
+    make_tokenizer(pieces).save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
 
@@ -359,10 +362,10 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
         return iter(["some words and some more words"] * 3)
 
     chosen = TokenizerSettings(vocab_size=60)
-    first = configured_tokenizer(chosen, None, texts, ["digest"], tmp_path)
+    first = prepare_tokenizer(chosen, None, texts, ["digest"], tmp_path)
     assert "training a vocabulary of 60" in capfd.readouterr().err
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokenizers/*/*")}
-    again = configured_tokenizer(chosen, None, never, ["digest"], tmp_path)
+    again = prepare_tokenizer(chosen, None, never, ["digest"], tmp_path)
     assert "training" not in capfd.readouterr().err
     assert files and {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokenizers/*/*")} == files
     assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
@@ -378,8 +381,8 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
     for digest, changes in others:
         wanted = TokenizerSettings(**{"vocab_size": 60, **changes})
         with pytest.raises(AssertionError, match="was read"):
-            configured_tokenizer(wanted, None, never, digest, tmp_path)
-        configured_tokenizer(wanted, None, texts, digest, tmp_path)
+            prepare_tokenizer(wanted, None, never, digest, tmp_path)
+        prepare_tokenizer(wanted, None, texts, digest, tmp_path)
         assert "training" in capfd.readouterr().err
     assert len(list(tmp_path.glob("tokenizers/[!.]*"))) == 1 + len(others)
 
@@ -391,9 +394,9 @@ def test_training_that_fails_leaves_nothing_behind(tmp_path):
 
     chosen = TokenizerSettings(vocab_size=60)
     with pytest.raises(UserError, match="bad line"):
-        configured_tokenizer(chosen, None, broken, ["digest"], tmp_path)
+        prepare_tokenizer(chosen, None, broken, ["digest"], tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert len(configured_tokenizer(chosen, None, lambda: iter(["some text"]), ["digest"], tmp_path)) > 5
+    assert len(prepare_tokenizer(chosen, None, lambda: iter(["some text"]), ["digest"], tmp_path)) > 5
 
 
 def test_training_sees_no_more_characters_than_asked(tmp_path):
@@ -401,7 +404,7 @@ def test_training_sees_no_more_characters_than_asked(tmp_path):
     letters = []
     for characters in (200, 1000, 10**6):
         chosen = TokenizerSettings(vocab_size=100, train_characters=characters)
-        tokenizer = configured_tokenizer(chosen, None, lambda: iter(texts), "digest", tmp_path)
+        tokenizer = prepare_tokenizer(chosen, None, lambda: iter(texts), "digest", tmp_path)
         letters.append(sum(len(piece) == 1 for piece in tokenizer.get_vocab()))
     assert letters[0] == 1 < letters[1] <= 5 and letters[2] == 20
 
@@ -411,26 +414,26 @@ def test_a_trained_vocabulary_is_padded(multiple, tmp_path):
     def texts():
         return [WORDS * 3]
 
-    plain = configured_tokenizer(TokenizerSettings(vocab_size=50), None, texts, "digest", tmp_path).get_vocab()
+    plain = prepare_tokenizer(TokenizerSettings(vocab_size=50), None, texts, "digest", tmp_path).get_vocab()
     chosen = TokenizerSettings(vocab_size=50, pad_to_multiple_of=multiple)
-    tokenizer = configured_tokenizer(chosen, None, texts, "digest", tmp_path)
+    tokenizer = prepare_tokenizer(chosen, None, texts, "digest", tmp_path)
     vocabulary = tokenizer.get_vocab()
     assert len(tokenizer) == -(-len(plain) // multiple) * multiple
     assert sorted(vocabulary.values()) == list(range(len(tokenizer))) and plain.items() <= vocabulary.items()
     assert all(piece.startswith("[unused") for piece in vocabulary.keys() - plain.keys())
-    assert vocabulary_of(tokenizer).special_ids.tolist() == [0, 1, 2, 3, 4]
+    assert describe_vocabulary(tokenizer).special_ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_given_tokenizer_is_used_as_it_is(base, tmp_path):
     """Neither the text nor the settings of training reach it, and nothing is kept."""
-    tokenizer = configured_tokenizer(TokenizerSettings(vocab_size=60), base, never, "digest", tmp_path / "cache")
+    tokenizer = prepare_tokenizer(TokenizerSettings(vocab_size=60), base, never, "digest", tmp_path / "cache")
     same_ids(tokenizer, load_tokenizer(base))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_given_tokenizer_is_padded_without_the_text(base, tmp_path):
     chosen = TokenizerSettings(pad_to_multiple_of=64)
-    tokenizer = configured_tokenizer(chosen, base, never, "digest", tmp_path / "cache")
+    tokenizer = prepare_tokenizer(chosen, base, never, "digest", tmp_path / "cache")
     assert len(tokenizer) == 64
     same_ids(tokenizer, load_tokenizer(base))
 
@@ -438,7 +441,7 @@ def test_a_given_tokenizer_is_padded_without_the_text(base, tmp_path):
 def test_an_extended_tokenizer_spells_new_words_whole_and_old_ones_as_before(base, tmp_path):
     before = load_tokenizer(base)
     chosen = TokenizerSettings(extend=4)
-    after = configured_tokenizer(chosen, base, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+    after = prepare_tokenizer(chosen, base, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
     new = {piece: number for piece, number in after.get_vocab().items() if piece not in before.get_vocab()}
     places = [number for piece, number in before.get_vocab().items() if piece.startswith("[unused")]
     assert sorted(new.values()) == [*sorted(places), len(before), len(before) + 1]
@@ -454,14 +457,14 @@ def test_an_extended_tokenizer_spells_new_words_whole_and_old_ones_as_before(bas
 def test_what_was_extended_is_kept_until_something_changes(base, tmp_path):
     def extend(documents, base=base, digest="digest", **changes):
         chosen = TokenizerSettings(**{"extend": 3, **changes})
-        return configured_tokenizer(chosen, base, documents, digest, tmp_path / "cache").get_vocab()
+        return prepare_tokenizer(chosen, base, documents, digest, tmp_path / "cache").get_vocab()
 
     first = extend(lambda: iter([DOMAIN]))
     assert extend(never) == first
     other = tmp_path / "other"
-    wrap(word_piece(load_tokenizer(base).get_vocab() | {"##ing": len(load_tokenizer(base))}, True)).save_pretrained(
-        other
-    )
+    wrap_tokenizer(
+        build_word_piece(load_tokenizer(base).get_vocab() | {"##ing": len(load_tokenizer(base))}, True)
+    ).save_pretrained(other)
     for changes in ({"extend": 2}, {"digest": "other"}, {"base": str(other)}, {"train_characters": 20},
                     {"pad_to_multiple_of": 8}):  # fmt: skip
         with pytest.raises(AssertionError, match="was read"):
@@ -476,7 +479,7 @@ def test_only_word_piece_is_extended_or_padded(changes, tmp_path):
     other.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"BPE.*WordPiece"):
         chosen = TokenizerSettings(**changes)
-        configured_tokenizer(chosen, str(tmp_path / "base"), lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+        prepare_tokenizer(chosen, str(tmp_path / "base"), lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
@@ -486,7 +489,7 @@ def test_word_piece_without_a_normalizer_is_extended(base, tmp_path):
     backend.normalizer = None
     backend.save(str(tmp_path / "tokenizer.json"))
     chosen, path = TokenizerSettings(extend=1), str(tmp_path / "tokenizer.json")
-    tokenizer = configured_tokenizer(chosen, path, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
+    tokenizer = prepare_tokenizer(chosen, path, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
     assert tokenizer.tokenize("zyloprim") == ["zyloprim"]
 
 
@@ -497,7 +500,7 @@ def test_two_processes_may_train_the_same_at_once(tmp_path):
     trained = []
 
     def train(documents):
-        trained.append(configured_tokenizer(chosen, None, documents, ["digest"], tmp_path).backend_tokenizer.to_str())
+        trained.append(prepare_tokenizer(chosen, None, documents, ["digest"], tmp_path).backend_tokenizer.to_str())
 
     second = threading.Thread(target=train, args=[lambda: iter(texts)])
 
@@ -565,7 +568,7 @@ def json_with_a_gap(folder: Path) -> str:
 
 
 def folder_for_short_texts(folder: Path) -> str:
-    tokenizer = wrap(word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "the"])}, True))
+    tokenizer = make_tokenizer([*SPECIAL_TOKENS, "the"])
     tokenizer.model_max_length = 7
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -618,6 +621,6 @@ def test_pieces_that_begin_words_are_told_by_the_marks_of_each_kind():
     pieces = ["Ġthe", "the", "▁a", "##b", "[UNK]"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     byte_pairs, word_pieces = models.BPE(vocabulary, []), models.WordPiece(vocabulary, unk_token="[UNK]")
-    assert word_start_table(Tokenizer(byte_pairs)).tolist() == [True, False, True, False, False]
-    assert word_start_table(Tokenizer(word_pieces)).tolist() == [True, True, True, False, True]
-    assert word_start_table(Tokenizer(models.BPE({"a": 0, "b": 1}, []))).all()  # none is marked
+    assert mark_word_starts(Tokenizer(byte_pairs)).tolist() == [True, False, True, False, False]
+    assert mark_word_starts(Tokenizer(word_pieces)).tolist() == [True, True, True, False, True]
+    assert mark_word_starts(Tokenizer(models.BPE({"a": 0, "b": 1}, []))).all()  # none is marked

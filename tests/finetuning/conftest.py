@@ -11,7 +11,7 @@ from tiny_tasks import rows_of, with_head
 
 from bertlite.config.loading import load_config
 from bertlite.config.settings import FinetuneConfig
-from bertlite.data.tokenizer import train_word_piece, wrap
+from bertlite.data.tokenizer import train_word_piece, wrap_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def vocabulary(tmp_path_factory) -> Path:
     """A folder with a tokenizer of a thousand pieces."""
     folder = tmp_path_factory.mktemp("vocabulary")
     texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")[:60]
-    wrap(train_word_piece(texts, 1000, True)).save_pretrained(folder)
+    wrap_tokenizer(train_word_piece(texts, 1000, True)).save_pretrained(folder)
     return folder
 
 

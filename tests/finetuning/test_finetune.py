@@ -32,7 +32,7 @@ from bertlite.core.runtime import start
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
-from bertlite.data.tables import Row
+from bertlite.data.tables import Record
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning import experiment, finetune
 from bertlite.finetuning.examples import ExampleBatches, Examples, one_label, several_labels
@@ -620,9 +620,9 @@ def test_bad_input_is_named_and_leaves_nothing_behind(name, write, tmp_path):
 
 def test_a_label_is_the_same_with_and_without_blanks_around_it():
     settings = TaskSettings.model_validate({"train": "x", "type": "multilabel"})
-    assert one_label(Row("", {"label": " a "}), settings) == "a"
+    assert one_label(Record("", {"label": " a "}), settings) == "a"
     for value, wanted in {0: ["0"], 1: ["1"], "": [], "a, b": ["a", "b"]}.items():
-        assert several_labels(Row("", {"label": value}), settings) == wanted
+        assert several_labels(Record("", {"label": value}), settings) == wanted
 
 
 @pytest.mark.parametrize("lengths", [[12], [140, 9], [90, 60, 61, 130, 20, 77, 50, 52, 30, 100]])

@@ -9,7 +9,7 @@ from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
 from bertlite.config.settings import TaskSettings
-from bertlite.data.tables import Row
+from bertlite.data.tables import Record
 from bertlite.finetuning import metrics
 from bertlite.finetuning.examples import words_and_tags
 from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
@@ -74,7 +74,7 @@ TAGS = {
 
 def iob2(tags: list[str]) -> list[str]:
     settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
-    return words_and_tags(Row("here", {"text": ["word"] * len(tags), "label": tags}), settings)[1]
+    return words_and_tags(Record("here", {"text": ["word"] * len(tags), "label": tags}), settings)[1]
 
 
 @pytest.mark.parametrize("scheme", TAGS)

@@ -12,11 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_tokenizers import make_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM
 
 from bertlite.core.errors import UserError
-from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, word_piece, wrap
+from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from bertlite.export.parity import check_parity
 from bertlite.inference.fill import fill
 from bertlite.model.heads import SequenceClassifier
@@ -34,7 +35,7 @@ def valid(tmp_path_factory) -> Path:
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
     pieces = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(25))]
-    wrap(word_piece({piece: number for number, piece in enumerate(pieces)}, True)).save_pretrained(folder)
+    make_tokenizer(pieces).save_pretrained(folder)
     return folder
 
 
@@ -219,7 +220,7 @@ def test_code_and_names_of_other_places_in_a_folder_are_never_followed(folder, t
 
 @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file"])
 def test_a_tokenizer_file_elsewhere_is_not_read(folder, tmp_path, key):
-    other = wrap(word_piece({piece: number for number, piece in enumerate([*SPECIAL_TOKENS, "secret"])}, True))
+    other = make_tokenizer([*SPECIAL_TOKENS, "secret"])
     other.save_pretrained(tmp_path / "elsewhere")
     change_json(folder / "tokenizer_config.json", **{key: str(tmp_path / "elsewhere" / "tokenizer.json")})
     assert "secret" not in load_tokenizer(str(folder)).get_vocab()

@@ -11,7 +11,7 @@ from tiny_runs import metrics, pretrain, weights
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from bertlite.core.errors import UserError
-from bertlite.data.tokenizer import extended, load_tokenizer, padded, pieces_before, sample_documents
+from bertlite.data.tokenizer import extend_vocabulary, load_tokenizer, pad_vocabulary, sample_documents, spell_token
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
@@ -74,7 +74,7 @@ def test_an_extended_vocabulary(begin, go_on):
     before, after = weights(begin)[EMBEDDING], weights(on)[EMBEDDING]
     torch.testing.assert_close(after[: len(old)], before, atol=0, rtol=0)
     for piece in fresh:
-        ids = pieces_before(piece, old)
+        ids = spell_token(piece, old)
         expected = before[ids].mean(0) if ids else before.mean(0)
         torch.testing.assert_close(after[new[piece]], expected)
     model = BertForMaskedLM.from_pretrained(on / "model")
@@ -94,24 +94,24 @@ def test_contradictions_are_named(begin, go_on):
 
 def test_new_pieces_take_unused_places_first():
     vocabulary = {"[PAD]": 0, "[unused0]": 1, "a": 2, "[unused1]": 3, "b": 4}
-    assert extended(vocabulary, ["x"]) == {"[PAD]": 0, "x": 1, "a": 2, "[unused1]": 3, "b": 4}
-    assert extended(vocabulary, ["x", "y", "z"]) == {"[PAD]": 0, "x": 1, "a": 2, "y": 3, "b": 4, "z": 5}
+    assert extend_vocabulary(vocabulary, ["x"]) == {"[PAD]": 0, "x": 1, "a": 2, "[unused1]": 3, "b": 4}
+    assert extend_vocabulary(vocabulary, ["x", "y", "z"]) == {"[PAD]": 0, "x": 1, "a": 2, "y": 3, "b": 4, "z": 5}
 
 
 def test_padding_a_vocabulary_adds_unused_entries():
     vocabulary = {"[PAD]": 0, "[unused0]": 1, "a": 2}
-    assert padded(vocabulary, 4) == {"[PAD]": 0, "[unused0]": 1, "a": 2, "[unused1]": 3}
-    assert padded(vocabulary, 3) == vocabulary
+    assert pad_vocabulary(vocabulary, 4) == {"[PAD]": 0, "[unused0]": 1, "a": 2, "[unused1]": 3}
+    assert pad_vocabulary(vocabulary, 3) == vocabulary
 
 
 def test_old_spelling_is_that_of_the_tokenizer(begin):
     tokenizer = load_tokenizer(str(begin / "model"))
     vocabulary = tokenizer.get_vocab()
     for word in ("bacteriology", "unconstitutional", "sociologists", "telescopes"):
-        assert pieces_before(word, vocabulary) == tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+        assert spell_token(word, vocabulary) == tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
     continued = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("xology"))[1:]
-    assert pieces_before("##ology", vocabulary) == continued
-    assert pieces_before("☃", vocabulary) == []
+    assert spell_token("##ology", vocabulary) == continued
+    assert spell_token("☃", vocabulary) == []
 
 
 def test_a_long_text_is_sampled_evenly_and_the_same_every_time():

@@ -15,7 +15,7 @@ from tiny_runs import metrics, pretrain, weights
 from bertlite.config.loading import load_config
 from bertlite.config.settings import MaskingSettings, PretrainConfig
 from bertlite.core.errors import UserError
-from bertlite.data.masking import prediction_slots
+from bertlite.data.masking import max_predictions
 from bertlite.model.huggingface import read_architecture
 from bertlite.pretraining import estimate as planning
 from bertlite.pretraining.bench import matmul_flops
@@ -37,7 +37,7 @@ def test_a_plan_is_what_the_run_takes(write_config, optim):
     assert result["tokens"] == pytest.approx(metrics(folder)[-1]["tokens"], rel=0.01)
     prepared = prepare(load_config(PretrainConfig, path))
     assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
-    of_a_step = matmul_flops(read_architecture(folder / "model"), 8, 64, prediction_slots(64, MaskingSettings()))
+    of_a_step = matmul_flops(read_architecture(folder / "model"), 8, 64, max_predictions(64, MaskingSettings()))
     assert result["floating_point_operations"] == 12 * of_a_step
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
     assert 0.6 * result["disk"] < sum(sizes) <= 1.05 * result["disk"]

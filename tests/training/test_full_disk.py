@@ -8,7 +8,7 @@ from tiny_runs import pretrain, traces
 from bertlite.config.settings import DataSettings
 from bertlite.core.errors import Failure
 from bertlite.data.corpus import prepare_corpus
-from bertlite.data.tokenizer import load_tokenizer, train_word_piece, wrap
+from bertlite.data.tokenizer import load_tokenizer, train_word_piece, wrap_tokenizer
 from bertlite.training.checkpoint import newest_checkpoint
 
 
@@ -25,7 +25,7 @@ def small_disk(tmp_path):
 
 
 def test_a_corpus_that_does_not_fit_is_finished_when_there_is_room(small_disk, tmp_path):
-    wrap(train_word_piece(["some words of text"] * 9, 100, True)).save_pretrained(tmp_path / "tokenizer")
+    wrap_tokenizer(train_word_piece(["some words of text"] * 9, 100, True)).save_pretrained(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
     (tmp_path / "text.txt").write_text("\n\n".join(f"some words of text {number}" for number in range(200_000)))
 
