@@ -333,9 +333,9 @@ def main() -> None:
     except Failure as error:
         sys.exit(_say(str(error), 1))
     except (MemoryError, RuntimeError) as error:
-        from bertlite.core.runtime import out_of_memory
+        from bertlite.core.runtime import is_out_of_memory
 
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         advice = "lower the rows of a step, those computed at a time, or the size of the model"
         sys.exit(_say(f"the memory is exhausted; {advice}", 1))
@@ -359,9 +359,9 @@ def _settings(
 
 def _loaded(model: str, precision: str) -> "LoadedModel":
     from bertlite.api import LoadedModel
-    from bertlite.core.runtime import start
+    from bertlite.core.runtime import initialize_runtime
 
-    return LoadedModel(model, start(precision))
+    return LoadedModel(model, initialize_runtime(precision))
 
 
 def _say(text: str, code: int) -> int:

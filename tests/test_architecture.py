@@ -10,7 +10,7 @@ from paths import PACKAGE
 
 # A module imports only from packages above its own and, within its package, from modules to its left.
 ORDER = {
-    "core": "errors logging signals random files trust distributed runtime",
+    "core": "errors distributed logging signals random files trust runtime",
     "config": "settings loading",
     "data": "masking words sources tokenizer corpus tables packing batches",
     "model": "layers attention bert heads initialization huggingface",

@@ -115,17 +115,17 @@ def test_evaluate_is_the_loss_of_transformers(trained, text_files):
     """By hand: the rows and masks of the evaluation, the model of transformers."""
     from bertlite.api import LoadedModel
     from bertlite.config.settings import DataSettings
-    from bertlite.core.runtime import start
+    from bertlite.core.runtime import initialize_runtime
     from bertlite.data.batches import Batches
     from bertlite.data.corpus import prepare_corpus
     from bertlite.data.packing import pack_corpus
     from bertlite.pretraining.evaluate import evaluate_text
 
-    loaded = LoadedModel(trained / "model", start())
+    loaded = LoadedModel(trained / "model", initialize_runtime())
     model, tokenizer = loaded.masked_lm, loaded.tokenizer
     files = [text_files["validation"]]
     for length in (64, 33):
-        result = evaluate_text(model, tokenizer, files, start(), sequence_length=length)
+        result = evaluate_text(model, tokenizer, files, initialize_runtime(), sequence_length=length)
         data = DataSettings.model_validate({"train": files})
         corpus = prepare_corpus(data.train, tokenizer, data, "text")
         plan = pack_corpus(corpus, length)

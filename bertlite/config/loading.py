@@ -88,7 +88,7 @@ def dump_config(config: Section) -> str:
     return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def differences(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     """The settings in which two configurations of one kind differ: dotted name → (old value, new value)."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
     names = dict.fromkeys([*after, *before])

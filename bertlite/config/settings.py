@@ -31,7 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file, a folder, or a name of the hub
 
 
-class Shape(Section):
+class EncoderSettings(Section):
     """The encoder's shape; the defaults are google-research/bert's BERT-mini."""
 
     hidden_size: Width = 256
@@ -47,7 +47,7 @@ class Shape(Section):
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
 
     @model_validator(mode="after")
-    def heads_divide_hidden_size(self) -> "Shape":
+    def heads_divide_hidden_size(self) -> "EncoderSettings":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
@@ -56,7 +56,7 @@ class Shape(Section):
         return self
 
 
-class ModelSettings(Shape):
+class ModelSettings(EncoderSettings):
     """What to train: a new encoder of a shape, or one that exists (`init_from`), which brings its own."""
 
     init_from: PathText | None = None
@@ -68,7 +68,7 @@ class ModelSettings(Shape):
         return values if self.init_from is None else {name: values[name] for name in sorted(self.model_fields_set)}
 
 
-class Architecture(Shape):
+class Architecture(EncoderSettings):
     """A complete description of an encoder: its shape, and what the tokenizer decides."""
 
     vocab_size: Width
@@ -92,7 +92,7 @@ class TokenizerSettings(Section):
     extend: Annotated[int, Field(ge=0)] = 0
 
 
-class Place(Section):
+class DataLocation(Section):
     """Where data lie: files (`path`), or a Hugging Face dataset (`dataset`)."""
 
     path: PathText | None = None
@@ -102,7 +102,7 @@ class Place(Section):
     revision: str | None = None
 
     @model_validator(mode="after")
-    def one_place(self) -> "Place":
+    def one_place(self) -> "DataLocation":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("path: name either a path or a dataset")
         for name in self.model_fields_set & {"name", "split", "revision", "streaming"}:
@@ -117,7 +117,7 @@ class Place(Section):
         return self.path if set(given) == {"path"} else given
 
 
-class Source(Place):
+class Source(DataLocation):
     """Text to pretrain on: which column of a table, and how often it is seen."""
 
     streaming: bool = False
@@ -149,14 +149,14 @@ class DataSettings(Section):
     cache_dir: PathText | None = None
 
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Line(Section):
+class LinearSchedule(Section):
     """A share that goes in a straight line from `start` to `end` over the run."""
 
-    start: Share
-    end: Share
+    start: Fraction
+    end: Fraction
 
 
 class MaskingSettings(Section):
@@ -164,16 +164,16 @@ class MaskingSettings(Section):
 
     strategy: str = "token"
     rate: Annotated[
-        Annotated[Share, Tag("<number>")] | Annotated[Line, Tag("<line>")],
-        Discriminator(lambda value: "<line>" if isinstance(value, dict | Line) else "<number>"),
+        Annotated[Fraction, Tag("<number>")] | Annotated[LinearSchedule, Tag("<line>")],
+        Discriminator(lambda value: "<line>" if isinstance(value, dict | LinearSchedule) else "<number>"),
     ] = 0.15
 
-    def line(self) -> Line:
+    def schedule(self) -> LinearSchedule:
         """The rate over the run."""
-        return self.rate if isinstance(self.rate, Line) else Line(start=self.rate, end=self.rate)
+        return self.rate if isinstance(self.rate, LinearSchedule) else LinearSchedule(start=self.rate, end=self.rate)
 
 
-class Optimization(Section):
+class OptimizationSettings(Section):
     """Batch, optimizer, schedule and precision."""
 
     global_batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 32
@@ -193,7 +193,7 @@ class Optimization(Section):
     compile: Literal["auto"] | bool = "auto"
 
 
-class TrainSettings(Optimization):
+class TrainSettings(OptimizationSettings):
     """Pretraining: its length and its intervals, in steps."""
 
     max_steps: Annotated[int, Field(ge=0)] = 1200
@@ -244,7 +244,7 @@ class FinetuneModel(Section):
     attention_probs_dropout_prob: Probability = 0.1
 
 
-Table = Annotated[Place, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+Table = Annotated[DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
 
 
 ClassWeights = Annotated[
@@ -263,7 +263,7 @@ class TaskSettings(Section):
     type: str = "classification"
     train: Table
     validation: Table | None = None
-    validation_split: Share = 0.1
+    validation_split: Fraction = 0.1
     test: Table | None = None
     text: Annotated[
         list[str],
@@ -290,7 +290,7 @@ class TaskSettings(Section):
         return values
 
 
-class FinetuneTrainSettings(Optimization):
+class FinetuneTrainSettings(OptimizationSettings):
     """Fine-tuning: its length in epochs, its seeds, and what it does beyond pretraining."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0

@@ -1,24 +1,39 @@
-"""What the ranks of a run share."""
+"""The ranks of a run: which one this process is, and what they share. torch loads when they first communicate."""
 
-import torch
-import torch.distributed as dist
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def get_rank() -> int:
+    """Return the rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def barrier() -> None:
     """Wait for all ranks."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
 
 
-def all_reduce_sum(tensors: list[torch.Tensor]) -> None:
-    """Add up tensors over all ranks, in place."""
+def all_reduce_sum(tensors: "list[torch.Tensor]") -> None:
+    """Sum tensors over all ranks, in place."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
 
 
-def agreed_maximum(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers, the same on all ranks."""
+def all_reduce_max(number: int, device: "torch.device") -> int:
+    """Return the largest of the ranks' numbers, on all ranks."""
+    import torch
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return number
     shared = torch.tensor(number, device=device)
@@ -27,6 +42,8 @@ def agreed_maximum(number: int, device: torch.device) -> int:
 
 
 def leave_process_group() -> None:
-    """Part from the other ranks, at the end of a run that went well."""
+    """Disconnect from the other ranks, at the end of a run that succeeded."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -20,13 +20,13 @@ from bertlite.core.errors import DiskFull, UserError
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` to fill; when the block ends well, it becomes `path`.
 
     Everything is on the disk before the name appears. After an error, nothing is left.
     Raises DiskFull.
     """
-    with full_disk_named(path.parent):
+    with disk_full_as_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -34,9 +34,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             mask = _umask()
             for inner in (aside, *aside.rglob("*")):  # mkdtemp and safetensors make what others may not read
                 inner.chmod((0o777 if inner.is_dir() else 0o666) & ~mask)
-                sync(inner)
+                fsync(inner)
             aside.rename(path)
-            sync(path.parent)
+            fsync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # it is gone when all went well
 
@@ -52,7 +52,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Only one process at a time makes `path`; the operating system frees the lock when that process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -66,7 +66,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a hidden file beside `path` to write; when the block ends well, it becomes `path` in one step.
 
     Readers see the old file or the new one. Raises DiskFull, and UserError when its folder is not there or it is one.
@@ -75,29 +75,29 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path.parent}: there is no such folder; make it first")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; name a file")
-    with full_disk_named(path.parent):  # a name of its own: containers that share a folder share process numbers
+    with disk_full_as_error(path.parent):  # a name of its own: containers that share a folder share process numbers
         number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         aside = Path(name)
         try:
             with open(number, "wb") as file:
                 yield file
             aside.chmod(0o666 & ~_umask())
-            sync(aside)
+            fsync(aside)
             aside.replace(path)
-            sync(path.parent)
+            fsync(path.parent)
         finally:
             aside.unlink(missing_ok=True)  # it is gone when all went well
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: readers see the old file or the new one."""
-    with new_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as JSON, in one step."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
+def disk_full_as_error(folder: Path) -> Iterator[None]:
     """Turn "no space left" into a DiskFull that says where."""
     try:
         yield
@@ -120,7 +120,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Ask the operating system to bring a file or folder to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

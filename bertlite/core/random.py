@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What a stream of numbers is for. Two purposes never share numbers.
-HELD_OUT, MATES, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT, TOKENIZER_SAMPLE = range(8)
+VALIDATION_SPLIT, PACKING, EPOCH_ORDER, SOURCE_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT, TOKENIZER_SAMPLE = (
+    range(8)
+)
 
 _AT_A_TIME = 1 << 16  # numbers at a time: philox takes some ten times the memory of its result
 
@@ -39,7 +41,7 @@ def split64(value: NDArray[Any] | int) -> tuple[NDArray[np.uint64], NDArray[np.u
     return value & _LOW, value >> _SHIFT
 
 
-def draw(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> NDArray[np.uint64]:
+def draw_uint32(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> NDArray[np.uint64]:
     """A 32-bit random number for each of the things `first` to `first + count`."""
     result = np.empty(count, np.uint64)
     for at in range(0, count, _AT_A_TIME):
@@ -48,17 +50,17 @@ def draw(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> ND
     return result
 
 
-def held_out(count: int, share: float) -> NDArray[np.bool_]:
+def choose_validation(count: int, share: float) -> NDArray[np.bool_]:
     """Which of `count` things are kept apart: each with the same chance, the same every time; of two or more not none
     and not all."""
-    random = draw(count, (0, HELD_OUT))
+    random = draw_uint32(count, (0, VALIDATION_SPLIT))
     apart = random < np.uint64(share * 2**32)
     apart[np.argmin(random)] = True
     apart[np.argmax(random)] = False
     return apart
 
 
-def below(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
+def map_to_range(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
     """Map 32-bit random numbers to integers in [0, limit), for limits far below 2**32."""
     return ((random * np.uint64(limit)) >> _SHIFT).astype(np.int64)
 

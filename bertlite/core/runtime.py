@@ -14,8 +14,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from bertlite.core.distributed import get_rank
 from bertlite.core.errors import UserError
-from bertlite.core.logging import logger, rank_from_environment
+from bertlite.core.logging import logger
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def facts(self) -> dict[str, str | int | bool]:
+    def environment(self) -> dict[str, str | int | bool]:
         """What has to be equal for two runs to be equal bit for bit."""
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {
@@ -44,7 +45,7 @@ class Runtime:
         }
 
 
-def start(precision: str = "fp32", compile: str | bool = False) -> Runtime:
+def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> Runtime:
     """Choose device and precision, make torch deterministic, and join the other ranks under torchrun."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True)
@@ -63,19 +64,19 @@ def start(precision: str = "fp32", compile: str | bool = False) -> Runtime:
         device=device,
         dtype=_matrix_dtype(precision, device),
         compile=bool(compile) and _can_compile(device, compile),
-        rank=rank_from_environment(),
+        rank=get_rank(),
         world_size=world_size,
     )
 
 
-def free_memory(runtime: Runtime) -> int:
+def available_memory(runtime: Runtime) -> int:
     """Bytes that a rank may still take."""
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what Python, a GPU or torch's own allocator for CPUs raises when memory gives out."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bertlite.core.errors import UserError
 
-LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json there is takes a tenth of it
+MAX_JSON_BYTES = 1 << 28  # bytes; the largest tokenizer.json there is takes a tenth of it
 
 
 def check_model_folder(folder: Path) -> None:
@@ -20,5 +20,5 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{path}: a link that leaves its folder; copy the file there if it is right")
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: neither a file nor a folder; remove it")
-        if path.suffix == ".json" and path.stat().st_size > LARGEST_JSON:
+        if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for such a file")

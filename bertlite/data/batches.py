@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import MaskingSettings, TrainSettings
-from bertlite.core.random import EVALUATION_MASKS, ROW_ORDER, SOURCE_ORDER, TRAINING_MASKS, permute
+from bertlite.core.random import EPOCH_ORDER, EVALUATION_MASKS, SOURCE_ORDER, TRAINING_MASKS, permute
 from bertlite.data.corpus import Corpus, check_sizes
 from bertlite.data.masking import IGNORED, Vocabulary, mask_tokens, max_predictions
 from bertlite.data.packing import Packing, collate
@@ -74,7 +74,7 @@ class Batches:
         """Samples `first` to `first + count` of the endless stream, masked at the rate of their step."""
         samples = np.arange(first, first + count)
         steps = samples // self.train.global_batch_size
-        line = self.masking.line()
+        line = self.masking.schedule()
         done = np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
         rates = line.start + (line.end - line.start) * done  # a constant rate in every bit
         return self._batch(self.rows(samples), samples, self.masking, rates, (self.train.seed, TRAINING_MASKS))
@@ -95,7 +95,7 @@ class Batches:
         for (_, size), count in zip(self.plan.groups, turns.tolist(), strict=True):
             inside = (place >= first_turn) & (place < first_turn + count)
             number = epochs[inside] * count + place[inside] - first_turn
-            result[inside] = first_row + permute(number % size, size, (seed, ROW_ORDER), number // size)
+            result[inside] = first_row + permute(number % size, size, (seed, EPOCH_ORDER), number // size)
             first_turn, first_row = first_turn + count, first_row + size
         return result
 

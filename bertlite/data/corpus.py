@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.loading import choose
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import DataLost, UserError
-from bertlite.core.files import fingerprint, full_disk_named, locked, read_json, remove_leftovers, write_json
+from bertlite.core.files import disk_full_as_error, fingerprint, lock, read_json, remove_leftovers, write_json
 from bertlite.core.logging import logger
 from bertlite.data.sources import digest_source, find_source_files, read_documents
 from bertlite.data.words import SEGMENTERS, mark_segmented_words, mark_word_starts
@@ -136,7 +136,7 @@ def prepare_corpus(
     }  # fmt: skip
     key = fingerprint(parts)
     folder = cache / "corpora" / key
-    with locked(folder):
+    with lock(folder):
         if not (folder / "corpus.json").exists():
             _say_what_changed(sources, parts, cache, setting)
             _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
@@ -175,7 +175,7 @@ def _tokenize(
     remove_leftovers(folder, "*.json")
     progress = folder / "progress.json"
     summary = Summary(**(read_json(progress) or {}))
-    with full_disk_named(folder), _bar(sources, setting) as bar, ExitStack() as stack:
+    with disk_full_as_error(folder), _bar(sources, setting) as bar, ExitStack() as stack:
         writer = _Writer(folder, tokenizer, unknown_id, data, summary, stack)
         for number, batch in enumerate(_batches(sources, data, summary, setting, bar), 1):
             writer.write(batch)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertlite.config.settings import MaskingSettings
-from bertlite.core.random import below, philox, split64
+from bertlite.core.random import map_to_range, philox, split64
 
 IGNORED = -100  # the label of a prediction slot that is not used, as in torch and transformers
 
@@ -64,7 +64,7 @@ STRATEGIES = {"token": choose_tokens, "whole-word": choose_whole_words}
 
 def max_predictions(length: int, masking: MaskingSettings) -> int:
     """The predictions that a row of `length` positions may need, at the highest rate, if it is one document."""
-    return max(1, round(max(masking.line().start, masking.line().end) * (length - 2)))
+    return max(1, round(max(masking.schedule().start, masking.schedule().end) * (length - 2)))
 
 
 def mask_tokens(
@@ -88,8 +88,8 @@ def mask_tokens(
     count = np.minimum(np.rint(rates * maskable.sum(1)), slots).astype(np.int64)
     chosen = STRATEGIES[strategy](maskable, count, random[..., 0], begins_word)
 
-    tenth = below(random[..., 1], 10)
-    random_ids = vocabulary.ordinary_ids[below(random[..., 2], len(vocabulary.ordinary_ids))]
+    tenth = map_to_range(random[..., 1], 10)
+    random_ids = vocabulary.ordinary_ids[map_to_range(random[..., 2], len(vocabulary.ordinary_ids))]
     inputs = np.select([chosen & (tenth < 8), chosen & (tenth == 8)], [vocabulary.mask_id, random_ids], ids)
 
     positions = np.argsort(~chosen, axis=1, kind="stable")[:, :slots]  # the chosen ones first, in their order

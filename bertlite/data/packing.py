@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertlite.core.errors import DataLost, UserError
-from bertlite.core.files import fingerprint, locked, new_folder, write_json
+from bertlite.core.files import atomic_folder, fingerprint, lock, write_json
 from bertlite.core.random import (
-    MATES,
-    draw,
-    held_out,
+    PACKING,
+    choose_validation,
+    draw_uint32,
 )
 from bertlite.data.corpus import Corpus
 
@@ -55,7 +55,7 @@ def choose_validation_documents(corpus: Corpus, share: float) -> NDArray[np.bool
             "data.train holds only one document, so none can be held out; name a file in data.validation or, where "
             "each line is a document, set data.document to line"
         )
-    return held_out(len(corpus), share)
+    return choose_validation(len(corpus), share)
 
 
 def pack_corpus(
@@ -73,11 +73,11 @@ def pack_corpus(
     sources = corpus.summary.source_documents
     weights = list(weights or [1.0] * len(sources))[: len(sources)]
     folder = corpus.folder / f"plan-{fingerprint([PLAN_VERSION, sequence_length, weights, share, part])}"
-    with locked(folder):
+    with lock(folder):
         if not folder.exists():
             everything = np.ones(len(corpus), dtype=bool)
             wanted = everything if share is None else choose_validation_documents(corpus, share) == (part == "held-out")
-            with new_folder(folder) as aside:
+            with atomic_folder(folder) as aside:
                 _write_plan(aside, corpus, sequence_length, wanted, np.repeat(weights, sources))
     return Packing(folder)
 
@@ -165,7 +165,7 @@ def pack(
             open_rows[room - each * length].append((pattern + (length,) * each, filled))
             left -= each * filled
 
-    order = np.lexsort((draw(len(lengths), (seed, MATES), epoch), lengths))  # by length, shuffled within each
+    order = np.lexsort((draw_uint32(len(lengths), (seed, PACKING), epoch), lengths))  # by length, shuffled within each
     taken = np.cumsum(histogram) - histogram  # where in `order` the next piece of each length stands
     pieces, sizes = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
     for pattern, rows in chain.from_iterable(open_rows.values()):

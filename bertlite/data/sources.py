@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from bertlite.config.settings import Place, Source
+from bertlite.config.settings import DataLocation, Source
 from bertlite.core.errors import UserError
-from bertlite.core.files import fingerprint, full_disk_named, read_json, sha256, write_json
+from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
 
 
@@ -322,14 +322,14 @@ def datasets_library(name: str) -> Iterator[Any]:
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error comes back as an exception
     theirs = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
     try:
-        with full_disk_named(Path(datasets.config.HF_DATASETS_CACHE)):
+        with disk_full_as_error(Path(datasets.config.HF_DATASETS_CACHE)):
             yield datasets
     except (*theirs, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
 
 
-def load_dataset(datasets: Any, place: Place, streaming: bool = False) -> Any:
+def load_dataset(datasets: Any, place: DataLocation, streaming: bool = False) -> Any:
     """The dataset that a place means: one that was saved to a folder, alone or with others, or one of the hub."""
     folder = Path(str(place.dataset))
     if (folder / "dataset_dict.json").exists():

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertlite.config.settings import Place, TaskSettings
+from bertlite.config.settings import DataLocation, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.data.sources import (
     DAMAGED,
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     columns: dict[str, Any]
 
 
-def read_records(place: Place, settings: TaskSettings, setting: str) -> list[Record]:
+def read_records(place: DataLocation, settings: TaskSettings, setting: str) -> list[Record]:
     """All rows of a file or a dataset; `sample` is the sample's part that `setting` ends with.
 
     The file's ending says what it is: .parquet, .jsonl, .json (SQuAD's own, or a list of objects), .csv or .tsv; all
@@ -66,7 +66,7 @@ def read_records(place: Place, settings: TaskSettings, setting: str) -> list[Rec
     return rows
 
 
-def find_table_file(place: Place, setting: str) -> Path:
+def find_table_file(place: DataLocation, setting: str) -> Path:
     """The file that a place means. Raises UserError when there is none."""
     path = Path(str(place.path))
     if place.path == "sample":
@@ -150,7 +150,7 @@ def _json_document(content: Any, path: Path) -> Iterator[tuple[str, Any]]:
             ) from None
 
 
-def _dataset(place: Place, setting: str) -> Iterator[Record]:
+def _dataset(place: DataLocation, setting: str) -> Iterator[Record]:
     """A dataset of the hub or on the disk; numbers that have names become their names."""
     with datasets_library(f"{setting}: {place.dataset}") as datasets:
         table = load_dataset(datasets, place)

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, 
 
 from bertlite.config.settings import TokenizerSettings
 from bertlite.core.errors import UserError
-from bertlite.core.files import fingerprint, locked, new_folder
+from bertlite.core.files import atomic_folder, fingerprint, lock
 from bertlite.core.logging import logger
-from bertlite.core.random import TOKENIZER_SAMPLE, draw
+from bertlite.core.random import TOKENIZER_SAMPLE, draw_uint32
 from bertlite.core.trust import check_model_folder
 from bertlite.data.masking import Vocabulary
 
@@ -86,9 +86,9 @@ def prepare_tokenizer(
     given = None if old is None else [old.backend_tokenizer.to_str(), settings.extend]
     size = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
     folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, given, size])
-    with locked(folder):
+    with lock(folder):
         if not folder.exists():
-            with new_folder(folder) as aside:
+            with atomic_folder(folder) as aside:
                 _make(aside, old, documents, settings)
     tokenizer = load_tokenizer(str(folder))
     logger.info(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
@@ -242,7 +242,7 @@ def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str
 
 def _random_numbers() -> Iterator[int]:
     for first in count_up(step=4096):
-        yield from draw(4096, (0, TOKENIZER_SAMPLE), first=first).tolist()
+        yield from draw_uint32(4096, (0, TOKENIZER_SAMPLE), first=first).tolist()
 
 
 def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:

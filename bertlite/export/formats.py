@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.files import new_folder
+from bertlite.core.files import atomic_folder
 from bertlite.export.model_card import model_card
 from bertlite.export.onnx import sample_texts, write_onnx
 from bertlite.export.parity import TOLERANCES, check_parity, quieten_transformers
@@ -118,7 +118,7 @@ def export(source: Path, out: Path, format: str, options: Options = Options()) -
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
     tokenizer = load_tokenizer_of(source, model.config)
-    with new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         found = target.write(model, tokenizer, aside, options)
         checks = check_parity(aside if format == "hf" else source)
         for check in checks:

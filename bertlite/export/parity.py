@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
-from bertlite.core.runtime import out_of_memory
+from bertlite.core.runtime import is_out_of_memory
 from bertlite.data.masking import IGNORED
 from bertlite.data.packing import collate
 from bertlite.model.attention import best_kernel
@@ -88,7 +88,7 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     try:
         theirs, report = kind.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises many, for settings that bertlite has no use for
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(
             f"{folder}: transformers cannot load it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.settings import TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.core.random import ROW_ORDER, permute
+from bertlite.core.random import EPOCH_ORDER, permute
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
 from bertlite.data.packing import collate, pack
@@ -75,7 +75,7 @@ class ExampleBatches:
         """Rows `first` to `first + count` of the endless stream; each epoch packs and shuffles the examples anew."""
         samples = np.arange(first, first + count)
         epochs = samples // self.rows
-        places = permute(samples % self.rows, self.rows, (self.seed, ROW_ORDER), epochs)
+        places = permute(samples % self.rows, self.rows, (self.seed, EPOCH_ORDER), epochs)
         return self.batch([self.members(*one) for one in zip(epochs.tolist(), places.tolist(), strict=True)])
 
     def members(self, epoch: int, row: int) -> NDArray[np.int64]:

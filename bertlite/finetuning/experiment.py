@@ -17,15 +17,15 @@ from bertlite.config.settings import (
     Architecture,
     FinetuneConfig,
     FinetuneTrainSettings,
-    Optimization,
+    OptimizationSettings,
     TaskSettings,
     TrainSettings,
 )
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.files import fingerprint, write_json, write_whole
+from bertlite.core.files import fingerprint, write_json, write_text
 from bertlite.core.logging import logger
-from bertlite.core.random import held_out
+from bertlite.core.random import choose_validation
 from bertlite.core.runtime import Runtime
 from bertlite.data.tables import Record, read_records
 from bertlite.finetuning.examples import ExampleBatches, Examples, TaskBatch
@@ -141,7 +141,7 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
     if settings.validation is None:
         if len(rows["train"]) < 2:
             raise UserError("task.train holds one row, so none can be held out; name a file in task.validation")
-        apart = held_out(len(rows["train"]), settings.validation_split)
+        apart = choose_validation(len(rows["train"]), settings.validation_split)
         rows["validation"] = [row for row, out in zip(rows["train"], apart, strict=True) if out]
         rows["train"] = [row for row, out in zip(rows["train"], apart, strict=True) if not out]
     parts: dict[str, Part] = {}
@@ -181,7 +181,7 @@ def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -
     epoch = max(1, round(batches.rows / rows))
     steps = train.max_steps or max(1, round(train.num_train_epochs * batches.rows / rows))
     every = train.eval_steps or epoch
-    shared = {name: getattr(train, name) for name in Optimization.model_fields} | {"global_batch_size": rows}
+    shared = {name: getattr(train, name) for name in OptimizationSettings.model_fields} | {"global_batch_size": rows}
     return TrainSettings(
         **shared, max_steps=steps, seed=seed, logging_steps=train.logging_steps, eval_steps=every, save_steps=every,
         save_total_limit=1,
@@ -252,7 +252,7 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
     model.to(runtime.device)
-    facts = {"text": work.digest, **runtime.facts()}
+    facts = {"text": work.digest, **runtime.environment()}
     logger.info(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
@@ -324,7 +324,7 @@ def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], loss
         row = part.rows[number]
         about = {"where": row.location, **row.columns, "predicted": predicted, "loss": sums[number]}
         lines.append(json.dumps(about, ensure_ascii=False, default=str) + "\n")
-    write_whole(folder / "worst.jsonl", "".join(lines))
+    write_text(folder / "worst.jsonl", "".join(lines))
     if task.metrics is CLASSIFICATION:
         _draw_confusion(folder / "confusion.png", part.examples.targets, predictions, work.labels)
 

@@ -11,11 +11,11 @@ from bertlite.config.settings import (
     FinetuneConfig,
     TaskSettings,
 )
-from bertlite.core.distributed import barrier, leave_process_group
+from bertlite.core.distributed import barrier, get_rank, leave_process_group
 from bertlite.core.errors import UserError
 from bertlite.core.files import write_json
-from bertlite.core.logging import logger, rank_from_environment
-from bertlite.core.runtime import start
+from bertlite.core.logging import logger
+from bertlite.core.runtime import initialize_runtime
 from bertlite.data.tables import find_table_file
 from bertlite.finetuning.experiment import _prepare, _run_seed
 from bertlite.finetuning.losses import label_loss
@@ -46,7 +46,7 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         logger.info(f"task {name}")
         one = config.model_copy(update={"task": task, "tasks": {}, "output_dir": str(suite / name)})
         results[name] = _run_task(one, task, resume)
-    if rank_from_environment() == 0:
+    if get_rank() == 0:
         write_json(suite / "results.json", results)
     leave_process_group()
     return results
@@ -89,7 +89,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> dict[str, Any]:
-    runtime = start(config.train.precision, config.train.compile)
+    runtime = initialize_runtime(config.train.precision, config.train.compile)
     folder = Path(config.output_dir)
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "results.json").exists():

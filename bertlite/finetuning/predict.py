@@ -11,7 +11,7 @@ from scipy.special import expit, softmax
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.settings import Place, TaskSettings
+from bertlite.config.settings import DataLocation, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
 from bertlite.data.sources import decode_line, read_file_texts
@@ -45,7 +45,7 @@ def predict(
     if two and model.config.type_vocab_size < 2:
         raise UserError("the model tells no two texts apart: its type_vocab_size is 1")
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    settings = TaskSettings(train=Place(path="-"), max_length=length, doc_stride=min(64, length // 4))
+    settings = TaskSettings(train=DataLocation(path="-"), max_length=length, doc_stride=min(64, length // 4))
     encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
     for chunk in parts(enumerate(texts, 1), TEXTS_AT_A_TIME):
         inputs = [tuple(text.split("\t")) if two else (text,) for _, text in chunk]

@@ -10,7 +10,7 @@ import pandas
 from bertlite.config.loading import dump_config, with_changes
 from bertlite.config.settings import FinetuneConfig, Range, SweepConfig
 from bertlite.core.errors import DiskFull, Failure, UserError
-from bertlite.core.files import write_whole
+from bertlite.core.files import write_text
 from bertlite.core.logging import logger
 from bertlite.finetuning.finetune import check_settings, run
 from bertlite.training.run_folder import open_run, write_config
@@ -70,8 +70,8 @@ def _keep_best(folder: Path, study: Any, base: FinetuneConfig, space: dict[str, 
         shutil.rmtree(other)
     chosen = {name: rows[0][name] for name in space}
     best = with_changes(base, {**chosen, "output_dir": f"{base.output_dir}-best"}, "sweep.space")
-    write_whole(folder / "best.yaml", dump_config(best))
-    write_whole(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
+    write_text(folder / "best.yaml", dump_config(best))
+    write_text(folder / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
     _draw(folder / "trials.png", rows, list(space))
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
-from bertlite.core.files import new_file
+from bertlite.core.files import atomic_file
 from bertlite.inference.batching import like_lengths, padded, parts
 from bertlite.model.bert import Encoder
 
@@ -77,7 +77,7 @@ class Embedder:
         rows, size = 0, self.encoder.config.hidden_size
         header = {"descr": npy.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": (0, size)}
         with (
-            new_file(out) as file,
+            atomic_file(out) as file,
             ThreadPoolExecutor(1, "tokens") as executor,
             tqdm(disable=None, unit=" texts") as bar,
         ):

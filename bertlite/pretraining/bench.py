@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bertlite.config.settings import Architecture, PretrainConfig
-from bertlite.core.runtime import Runtime, start
+from bertlite.core.runtime import Runtime, initialize_runtime
 from bertlite.data.masking import max_predictions
 from bertlite.pretraining.pretrain import Prepared, architecture, new_training, prepare
 from bertlite.training.trainer import PARTS
@@ -36,7 +36,7 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
     Returns medians over the steps: tokens and seconds by part; the share of the peak that the model's matrix products
     reach (padding and unused prediction slots count as work); and peak memory in bytes.
     """
-    runtime = start(config.train.precision, config.train.compile)
+    runtime = initialize_runtime(config.train.precision, config.train.compile)
     prepared = prepare(config)
     laps = rehearse(config, prepared, runtime, WARM_UP + steps)
     memory = peak_memory(runtime.device)
@@ -54,8 +54,8 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
         "peak_flops_per_second": peak,
         "share_of_peak": flops / step / peak,
         "peak_memory_bytes": memory,
-        "device": str(runtime.facts()["device"]),
-        "precision": str(runtime.facts()["precision"]),
+        "device": str(runtime.environment()["device"]),
+        "precision": str(runtime.environment()["precision"]),
     }
 
 

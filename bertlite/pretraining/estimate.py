@@ -13,7 +13,7 @@ import torch
 
 from bertlite.config.settings import PretrainConfig, Source
 from bertlite.core.logging import logger
-from bertlite.core.runtime import free_memory, start
+from bertlite.core.runtime import available_memory, initialize_runtime
 from bertlite.data.corpus import Corpus
 from bertlite.data.masking import max_predictions
 from bertlite.data.packing import Packing
@@ -36,7 +36,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
     None. Raises UserError for what is wrong with the configuration.
     """
     settings, T = config.train, config.data.sequence_length
-    runtime = start(settings.precision, settings.compile)
+    runtime = initialize_runtime(settings.precision, settings.compile)
     with TemporaryDirectory() as name:
         logger.info("from the beginning of each source, in a temporary folder:")
         sampled, parts, validation_parts = _sampled(config, Path(name))
@@ -66,7 +66,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             + 2 * weights
             + moments
             + rows * bytes_of_a_row(settings, model.config, T, slots),
-            "memory_free": free_memory(runtime),
+            "memory_free": available_memory(runtime),
             "disk": (kept + 1) * (weights + moments) + weights,
             "disk_free": shutil.disk_usage(place).free,
             "seconds_per_step": None,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
-from bertlite.config.settings import Architecture, PretrainConfig, Shape
+from bertlite.config.settings import Architecture, EncoderSettings, PretrainConfig
 from bertlite.core.distributed import barrier, leave_process_group
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.core.runtime import Runtime, start
+from bertlite.core.runtime import Runtime, initialize_runtime
 from bertlite.data.batches import EVALUATION_MASKING, Batch, Batches
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.data.masking import IGNORED, STRATEGIES, max_predictions
@@ -80,7 +80,7 @@ def prepare(config: PretrainConfig) -> Prepared:
         ("held-out", validation_plan, EVALUATION_MASKING),
     ):
         used = rows.tokens() / (len(rows) * T)
-        if rows.tokens() * max(masking.line().start, masking.line().end) < 1:
+        if rows.tokens() * max(masking.schedule().start, masking.schedule().end) < 1:
             raise UserError(f"the {name} text is {rows.tokens()} tokens, too few to hide one of them; give more of it")
         logger.info(
             f"{name} text: {rows.tokens():,} tokens in {len(rows):,} rows of {T}, {used:.1%} of the positions used"
@@ -96,7 +96,7 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
     """
     check_settings(config)
     folder = Path(config.output_dir)
-    runtime = start(config.train.precision, config.train.compile)
+    runtime = initialize_runtime(config.train.precision, config.train.compile)
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "model" / "config.json").exists():
             logger.info(f"{folder}: the run has finished; its model is in {folder / 'model'}")
@@ -144,7 +144,7 @@ def check_settings(config: PretrainConfig) -> None:
     if settings.init_from is None:
         return
     begin = read_architecture(model_folder(settings.init_from))
-    for name in settings.model_fields_set & Shape.model_fields.keys() - DROPOUT_SETTINGS:
+    for name in settings.model_fields_set & EncoderSettings.model_fields.keys() - DROPOUT_SETTINGS:
         ours, theirs = getattr(settings, name), getattr(begin, name)
         if ours != theirs:
             raise UserError(f"model.{name} is {ours}, but {settings.init_from} has {theirs}; leave it out")
@@ -257,7 +257,7 @@ def new_training(
         ),
         settings=settings,
         runtime=runtime,
-        facts={"text": [part.folder.name for part in prepared[1:]], **runtime.facts()},
+        facts={"text": [part.folder.name for part in prepared[1:]], **runtime.environment()},
         micro_batch=rows_at_a_time(settings, model, T, max_predictions(T, config.masking), runtime),
         optimizer=Optimizer(model, settings),
         watch=PlateauWatch(settings, batches.unigram_entropy),

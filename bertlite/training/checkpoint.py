@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.core.files import new_folder, sha256, write_json
+from bertlite.core.files import atomic_folder, sha256, write_json
 from bertlite.core.logging import logger
 from bertlite.model.huggingface import Model, save_model
 
@@ -41,7 +41,7 @@ def save_checkpoint(
             return folder
         names = (folder.with_name(f"{folder.name}.invalid-{number}") for number in count(1))
         folder.rename(next(name for name in names if not name.exists()))  # set aside, never deleted
-    with new_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         save_model(model, aside)
         tokenizer.save_pretrained(aside)
         training = aside / "training"
@@ -71,7 +71,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def save_final_model(run: Path, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write `RUN/model`, the sign that a run has finished."""
-    with new_folder(run / "model") as aside:
+    with atomic_folder(run / "model") as aside:
         save_model(model, aside)
         tokenizer.save_pretrained(aside)
 

@@ -3,9 +3,9 @@
 import math
 
 from bertlite.config.settings import Architecture, TrainSettings
-from bertlite.core.distributed import agreed_maximum
+from bertlite.core.distributed import all_reduce_max
 from bertlite.core.errors import UserError
-from bertlite.core.runtime import Runtime, free_memory
+from bertlite.core.runtime import Runtime, available_memory
 from bertlite.model.huggingface import Model
 
 
@@ -21,10 +21,10 @@ def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, 
     share = math.ceil(settings.global_batch_size / runtime.world_size)
     if settings.per_device_train_batch_size:
         return min(share, settings.per_device_train_batch_size)
-    free = free_memory(runtime)
+    free = available_memory(runtime)
     free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
     fitting = min(share, max(1, free // 2 // bytes_of_a_row(settings, model.config, row, slots)))
-    return math.ceil(share / agreed_maximum(math.ceil(share / fitting), runtime.device))
+    return math.ceil(share / all_reduce_max(math.ceil(share / fitting), runtime.device))
 
 
 def bytes_of_a_row(settings: TrainSettings, config: Architecture, row: int, slots: int) -> int:

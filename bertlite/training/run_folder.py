@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bertlite.config.loading import differences, dump_config, load_config
+from bertlite.config.loading import diff_configs, dump_config, load_config
 from bertlite.config.settings import MAY_DIFFER_ON_RESUME, Section
 from bertlite.core.errors import UserError
-from bertlite.core.files import full_disk_named, remove_leftovers, write_whole
+from bertlite.core.files import disk_full_as_error, remove_leftovers, write_text
 from bertlite.model.huggingface import local_folder
 from bertlite.training.checkpoint import newest_checkpoint
 
@@ -58,7 +58,7 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
 
 def write_config(folder: Path, config: Section) -> None:
     """Write the resolved configuration into a run folder: from now on it holds a run."""
-    write_whole(folder / "config.yaml", dump_config(config))
+    write_text(folder / "config.yaml", dump_config(config))
 
 
 def model_folder(name: str) -> Path:
@@ -84,7 +84,7 @@ class Metrics:
     def write(self, line: dict[str, Any]) -> None:
         odd = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         line = line | dict.fromkeys(odd)
-        with full_disk_named(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+        with disk_full_as_error(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ class Metrics:
     def cut_back(self, step: int) -> None:
         """Drop the lines after `step`."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
-        write_whole(self.path, "".join(kept))
+        write_text(self.path, "".join(kept))
 
 
 def _check_config(folder: Path, config: Section, resume: bool) -> None:
@@ -116,7 +116,7 @@ def _check_config(folder: Path, config: Section, resume: bool) -> None:
             return
         raise UserError(f"{folder}: holds no config.yaml, so it cannot be resumed; name another folder by --out")
     old = load_config(type(config), folder / "config.yaml")
-    for name, (before, now) in differences(old, config).items():
+    for name, (before, now) in diff_configs(old, config).items():
         if name not in MAY_DIFFER_ON_RESUME:
             longer = f" --set model.init_from={folder}" if name in ("train.max_steps", "train.num_train_epochs") else ""
             raise UserError(

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import TrainSettings
-from bertlite.core.distributed import agreed_maximum, all_reduce_sum
+from bertlite.core.distributed import all_reduce_max, all_reduce_sum
 from bertlite.core.errors import DataLost, Failure, UserError
-from bertlite.core.files import sync
+from bertlite.core.files import fsync
 from bertlite.core.logging import logger
 from bertlite.core.random import DROPOUT, philox, split64
-from bertlite.core.runtime import Runtime, out_of_memory
+from bertlite.core.runtime import Runtime, is_out_of_memory
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.model.huggingface import Model
@@ -154,7 +154,7 @@ class Training:
                 self._evaluate(self.evaluate)
             if self.saved < progress.step and (self._due(settings.save_steps) or self._minutes_have_passed()):
                 self._save()
-            if stop := agreed_maximum(stop_request.number, self.runtime.device):
+            if stop := all_reduce_max(stop_request.number, self.runtime.device):
                 raise Stopped(stop)
             if progress.step == settings.max_steps or (self.patience and progress.since_best >= self.patience):
                 return
@@ -173,7 +173,7 @@ class Training:
         minutes = self.settings.save_minutes
         if minutes is None or self.progress.step == 0:
             return False
-        return bool(agreed_maximum(int(time.perf_counter() - self.saved_at >= 60 * minutes), self.runtime.device))
+        return bool(all_reduce_max(int(time.perf_counter() - self.saved_at >= 60 * minutes), self.runtime.device))
 
     def _share(self, step: int) -> Batch:
         """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
@@ -201,7 +201,7 @@ class Training:
                 loss.backward()
                 self._count("backward")
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 memory = "GPU's memory" if device.type == "cuda" else "memory"
                 raise Failure(
@@ -310,7 +310,7 @@ class Training:
         began = time.perf_counter()
         self.progress.elapsed_seconds = began - self.started
         if self.runtime.rank == 0 and self.saves:
-            sync(self.metrics.path)
+            fsync(self.metrics.path)
             state = {"progress": asdict(self.progress), "facts": self.facts | {"rows at a time": self.micro_batch}}
             save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer.state(), state,
                             self.settings.save_total_limit)  # fmt: skip

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertlite.config.loading import choose, differences, dump_config, load_config
+from bertlite.config.loading import choose, diff_configs, dump_config, load_config
 from bertlite.config.settings import (
     MAY_DIFFER_ON_RESUME,
     DataSettings,
@@ -81,7 +81,7 @@ def complaint(load, tmp_path):
 
 def test_shortest_config_has_the_contracts_values(load):
     shortest, contract = load(SHORTEST), load(CONTRACT)
-    assert list(differences(shortest, contract)) == []
+    assert list(diff_configs(shortest, contract)) == []
     assert shortest == contract
 
 
@@ -146,7 +146,7 @@ def test_set_overrides_the_file(load, override, expected):
         }
     )
     before, after = load(text), load(text, override)
-    changed = differences(before, after)
+    changed = diff_configs(before, after)
     assert len(changed) == 1
     for section, values in expected.items():
         if isinstance(values, dict):
@@ -402,9 +402,9 @@ def test_settings_never_change(load):
 def test_differences_are_dotted_names(load):
     first = load(SHORTEST)
     second = load(SHORTEST, "train.seed=1", "model.hidden_size=512", "output_dir=b", "data.train=[a, b]")
-    assert list(differences(first, first)) == []
-    assert sorted(differences(first, second)) == ["data.train", "model.hidden_size", "output_dir", "train.seed"]
-    assert sorted(differences(second, first)) == sorted(differences(first, second))
+    assert list(diff_configs(first, first)) == []
+    assert sorted(diff_configs(first, second)) == ["data.train", "model.hidden_size", "output_dir", "train.seed"]
+    assert sorted(diff_configs(second, first)) == sorted(diff_configs(first, second))
 
 
 def test_what_may_differ_on_resume_is_the_contracts_list_and_exists(load):
@@ -416,7 +416,7 @@ def test_what_may_differ_on_resume_is_the_contracts_list_and_exists(load):
     words = {"output_dir": "other", "train.on_nonfinite_loss": "skip"}
     names = MAY_DIFFER_ON_RESUME - {"sweep.trials"}  # of another kind of configuration
     changes = [f"{name}={words.get(name, 17)}" for name in names]
-    assert set(differences(load(SHORTEST), load(SHORTEST, *changes))) == names
+    assert set(diff_configs(load(SHORTEST), load(SHORTEST, *changes))) == names
 
 
 def test_choose_names_setting_choices_and_the_one_probably_meant():

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bertlite.core.errors import UserError
-from bertlite.core.files import new_folder, remove_leftovers, sha256, write_whole
+from bertlite.core.files import atomic_folder, remove_leftovers, sha256, write_text
 
 
 def test_new_folder_appears_only_when_filled(tmp_path):
-    with new_folder(tmp_path / "model") as aside:
+    with atomic_folder(tmp_path / "model") as aside:
         (aside / "a").write_text("1")
         (aside / "inner").mkdir()
         (aside / "inner" / "b").write_text("2")
@@ -23,7 +23,7 @@ def test_new_folder_appears_only_when_filled(tmp_path):
 
 
 def test_new_folder_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(KeyError), new_folder(tmp_path / "model") as aside:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "model") as aside:
         (aside / "a").write_text("1")
         raise KeyError
     assert os.listdir(tmp_path) == []
@@ -31,15 +31,15 @@ def test_new_folder_leaves_nothing_after_an_error(tmp_path):
 
 def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
     path = tmp_path / "config.yaml"
-    write_whole(path, "old")
+    write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new \ud800")
+        write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_a_file_is_as_readable_as_any_new_one(tmp_path):
-    write_whole(tmp_path / "ours", "x")
+    write_text(tmp_path / "ours", "x")
     (tmp_path / "theirs").write_text("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
 
@@ -48,7 +48,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(UserError, match="is a device or a pipe; name a file"):
-            write_whole(path, "x")
+            write_text(path, "x")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
@@ -65,12 +65,12 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
 
 def test_what_a_killed_process_leaves_has_the_names_that_are_removed(tmp_path):
     code = (
-        "import os, pathlib, sys\nfrom bertlite import files\npath = pathlib.Path(sys.argv[1])\n"
-        "files.sync = lambda path: os.kill(os.getpid(), 9)\n"
+        "import os, pathlib, sys\nfrom bertlite.core import files\npath = pathlib.Path(sys.argv[1])\n"
+        "files.fsync = lambda path: os.kill(os.getpid(), 9)\n"
     )
     ends = {
-        "model": "with files.new_folder(path / 'model') as aside: (aside / 'a').write_text('1')",
-        "config.yaml": "files.write_whole(path / 'config.yaml', 'text')",
+        "model": "with files.atomic_folder(path / 'model') as aside: (aside / 'a').write_text('1')",
+        "config.yaml": "files.write_text(path / 'config.yaml', 'text')",
     }
     for name, end in ends.items():
         subprocess.run([sys.executable, "-c", code + end, tmp_path], check=False)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from bertlite.core import random as philox_module
 from bertlite.core.random import (
-    MATES,
-    ROW_ORDER,
+    EPOCH_ORDER,
+    PACKING,
     SOURCE_ORDER,
     TRAINING_MASKS,
-    below,
-    draw,
-    held_out,
+    choose_validation,
+    draw_uint32,
+    map_to_range,
     permute,
     philox,
     split64,
@@ -77,26 +77,28 @@ def test_64_bits_are_split_without_loss(value):
 
 @given(random=st.lists(WORD, max_size=20), limit=st.integers(1, 2**20))
 def test_below_is_the_number_scaled_and_rounded_down(random, limit):
-    assert below(np.array(random, dtype=np.uint64), limit).tolist() == [number * limit // 2**32 for number in random]
+    assert map_to_range(np.array(random, dtype=np.uint64), limit).tolist() == [
+        number * limit // 2**32 for number in random
+    ]
 
 
 @given(limit=st.integers(1, 2**20))
 def test_below_reaches_both_ends_and_not_further(limit):
-    assert below(np.array([0, 2**32 - 1], dtype=np.uint64), limit).tolist() == [0, limit - 1]
+    assert map_to_range(np.array([0, 2**32 - 1], dtype=np.uint64), limit).tolist() == [0, limit - 1]
 
 
 @pytest.mark.parametrize("limit", [2, 3, 10, 1000])
 @pytest.mark.parametrize("word", range(4))
 def test_below_is_uniform(limit, word):
     random = philox((3, TRAINING_MASKS), (np.arange(100_000), 0, 0, 0))[:, word]
-    assert_uniform(np.bincount(below(random, limit), minlength=limit))
+    assert_uniform(np.bincount(map_to_range(random, limit), minlength=limit))
 
 
 @settings(deadline=None)
 @given(size=st.integers(1, 5000), seed=WORD, epoch=st.integers(0, 2**40))
 def test_every_permutation_is_a_bijection(size, seed, epoch):
     index = np.arange(size)
-    order = permute(index, size, (seed, ROW_ORDER), np.full(size, epoch))
+    order = permute(index, size, (seed, EPOCH_ORDER), np.full(size, epoch))
     assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), index)
     assert np.array_equal(index, np.arange(size)), "the argument was changed"
@@ -104,7 +106,7 @@ def test_every_permutation_is_a_bijection(size, seed, epoch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 255, 256, 257, 4096, 4097, 100_000])
 def test_sizes_about_powers_of_two_are_bijections(size):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, (5, ROW_ORDER), 9)), np.arange(size))
+    assert np.array_equal(np.sort(permute(np.arange(size), size, (5, EPOCH_ORDER), 9)), np.arange(size))
 
 
 @settings(deadline=None)
@@ -121,7 +123,7 @@ def test_a_permutation_does_not_depend_on_how_indexes_are_grouped(data, size, ke
 def test_epochs_seeds_and_purposes_give_other_orders(size):
     index = np.arange(size)
     epochs = (0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**40)
-    keys = [(0, ROW_ORDER), (1, ROW_ORDER), (2**32 - 1, ROW_ORDER), (0, SOURCE_ORDER)]
+    keys = [(0, EPOCH_ORDER), (1, EPOCH_ORDER), (2**32 - 1, EPOCH_ORDER), (0, SOURCE_ORDER)]
     orders = [permute(index, size, key, epoch) for key in keys for epoch in epochs]
     for number, order in enumerate(orders):
         for other in [*orders[:number], index]:
@@ -132,7 +134,7 @@ def test_epochs_seeds_and_purposes_give_other_orders(size):
 def test_every_position_is_equally_likely_over_the_epochs(size):
     epochs = 200 * size
     for element in (0, size // 2, size - 1):
-        positions = permute(np.full(epochs, element), size, (11, ROW_ORDER), np.arange(epochs))
+        positions = permute(np.full(epochs, element), size, (11, EPOCH_ORDER), np.arange(epochs))
         assert_uniform(np.bincount(positions, minlength=size))
 
 
@@ -140,7 +142,7 @@ def test_every_position_is_equally_likely_over_the_epochs(size):
 def test_neighbours_end_up_any_distance_apart(size):
     """Four rounds leave a trace in small tables; half to twice what chance gives is good enough to shuffle rows."""
     epochs = 200 * size
-    first, second = (permute(np.full(epochs, element), size, (0, ROW_ORDER), np.arange(epochs)) for element in (4, 5))
+    first, second = (permute(np.full(epochs, element), size, (0, EPOCH_ORDER), np.arange(epochs)) for element in (4, 5))
     counts = np.bincount((second - first) % size, minlength=size)[1:]
     expected = epochs / (size - 1)
     assert expected / 2 < counts.min() and counts.max() < expected * 2
@@ -155,17 +157,19 @@ def test_no_two_purposes_share_numbers():
 
 
 def test_many_draws_are_those_of_its_parts():
-    parts = [draw(count, (3, MATES), 1, first) for first, count in ((5, 65_000), (65_005, 70_000), (135_005, 1))]
-    assert np.array_equal(draw(135_001, (3, MATES), 1, 5), np.concatenate(parts))
+    parts = [
+        draw_uint32(count, (3, PACKING), 1, first) for first, count in ((5, 65_000), (65_005, 70_000), (135_005, 1))
+    ]
+    assert np.array_equal(draw_uint32(135_001, (3, PACKING), 1, 5), np.concatenate(parts))
 
 
 def test_a_seed_means_the_same_in_every_version():
     """Else what a run has seen, and what was held out from it, would change when it is resumed by a newer version."""
-    assert permute(np.arange(10), 10, (7, ROW_ORDER), 3).tolist() == [2, 5, 9, 8, 0, 3, 6, 7, 1, 4]
-    few = [permute(np.arange(size), size, (0, ROW_ORDER), 1).tolist() for size in (2, 3, 4)]
+    assert permute(np.arange(10), 10, (7, EPOCH_ORDER), 3).tolist() == [2, 5, 9, 8, 0, 3, 6, 7, 1, 4]
+    few = [permute(np.arange(size), size, (0, EPOCH_ORDER), 1).tolist() for size in (2, 3, 4)]
     assert few == [[1, 0], [2, 0, 1], [3, 0, 1, 2]]
     epochs = np.repeat([0, 1, 2, 3], 5)
     order = [16, 8, 19, 2, 7, 8, 9, 18, 1, 6, 6, 7, 16, 17, 5, 5, 12, 16, 3, 0]
     assert permute(np.arange(20), 20, (0, SOURCE_ORDER), epochs).tolist() == order
-    assert np.flatnonzero(held_out(40, 0.1)).tolist() == [2, 14, 29, 37]
-    assert draw(3, (1, MATES), 5, 2).tolist() == [375845274, 1999634829, 481803444]
+    assert np.flatnonzero(choose_validation(40, 0.1)).tolist() == [2, 14, 29, 37]
+    assert draw_uint32(3, (1, PACKING), 5, 2).tolist() == [375845274, 1999634829, 481803444]

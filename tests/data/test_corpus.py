@@ -24,7 +24,7 @@ from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import DataLost, UserError
-from bertlite.core.files import locked
+from bertlite.core.files import lock
 from bertlite.data import corpus as corpus_module
 from bertlite.data import sources as sources_module
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
@@ -729,11 +729,11 @@ def test_only_one_process_at_a_time_is_inside_a_lock(tmp_path):
     inside = threading.Event()
 
     def enter():
-        with locked(tmp_path / "new" / "name"):
+        with lock(tmp_path / "new" / "name"):
             inside.set()
 
-    with locked(tmp_path / "new" / "name"):
-        with locked(tmp_path / "new" / "other"):
+    with lock(tmp_path / "new" / "name"):
+        with lock(tmp_path / "new" / "other"):
             pass
         other = threading.Thread(target=enter)
         other.start()

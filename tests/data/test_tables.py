@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from paths import SHARED
 
-from bertlite.config.settings import Place, TaskSettings
+from bertlite.config.settings import DataLocation, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.data.tables import get_column, read_records
 
@@ -20,7 +20,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the development d
 def read(path: Path | str, **settings) -> list[dict]:
     place = settings.pop("place", {"path": str(path)})
     task = TaskSettings.model_validate({"train": "unread", **settings})
-    return [row.columns for row in read_records(Place.model_validate(place), task, "task.train")]
+    return [row.columns for row in read_records(DataLocation.model_validate(place), task, "task.train")]
 
 
 WANTED = [{"text": 'He said "no', "label": "1"}, {"text": "fine, thanks", "label": "0"}]

@@ -27,8 +27,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from bertlite.api import LoadedModel
 from bertlite.config.settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.random import ROW_ORDER, held_out, permute
-from bertlite.core.runtime import start
+from bertlite.core.random import EPOCH_ORDER, choose_validation, permute
+from bertlite.core.runtime import initialize_runtime
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
@@ -47,7 +47,7 @@ from bertlite.training.optim import Optimizer, learning_rate_factor
 
 
 def prepared(config: FinetuneConfig) -> experiment.FineTuning:
-    return experiment._prepare(config, config.task, Path(str(config.model.init_from)), start("fp32"))
+    return experiment._prepare(config, config.task, Path(str(config.model.init_from)), initialize_runtime("fp32"))
 
 
 def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
@@ -105,7 +105,7 @@ def test_twenty_steps_are_those_of_transformers(kind, write, vocabulary, tmp_pat
     for step in range(20):
         samples = np.arange(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
         epochs = samples // batches.rows
-        places = permute(samples % batches.rows, batches.rows, (batches.seed, ROW_ORDER), epochs)
+        places = permute(samples % batches.rows, batches.rows, (batches.seed, EPOCH_ORDER), epochs)
         members = [int(one) for pair in zip(epochs, places, strict=True) for one in batches.members(*map(int, pair))]
         losses = [their_loss(theirs, kind, train.examples, member) for member in members]
         loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
@@ -201,9 +201,9 @@ def test_predictions_are_those_of_the_pipeline(kind, vocabulary, tmp_path):
     texts = [text for _, text in SENTENCES[200:270]]
     name, options = PIPELINES[kind]
     expected = pipeline(name, model=str(folder), device="cpu")(texts, **options)
-    loaded = LoadedModel(folder, start("fp32"))
+    loaded = LoadedModel(folder, initialize_runtime("fp32"))
     model, tokenizer = loaded.model, loaded.tokenizer
-    found = list(predict(model, tokenizer, texts, start("fp32")))
+    found = list(predict(model, tokenizer, texts, initialize_runtime("fp32")))
     assert len(found) == len(expected) == 70  # more than are computed at a time, in their order
     for ours, theirs, text in zip(found, expected, texts, strict=True):
         for one, other in zip(*([ours], [theirs]) if isinstance(ours, dict) else (ours, theirs), strict=True):
@@ -213,7 +213,7 @@ def test_predictions_are_those_of_the_pipeline(kind, vocabulary, tmp_path):
             assert "word" not in one or one["word"] == text[one["start"] : one["end"]]
     if name == "text-classification":
         every = pipeline(name, model=str(folder), device="cpu")(texts[:1], top_k=3)[0]
-        (ours,) = predict(model, tokenizer, texts[:1], start("fp32"), top_k=3)
+        (ours,) = predict(model, tokenizer, texts[:1], initialize_runtime("fp32"), top_k=3)
         for one, other in zip(*((ours, every) if isinstance(ours, list) else ([ours], every)), strict=True):
             assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
 
@@ -243,12 +243,12 @@ def test_tags_of_words_become_entities_as_seqeval_has_them(vocabulary):
 
 def test_answers_are_the_likeliest_spans_of_the_context(vocabulary, tmp_path):
     folder = with_head(vocabulary, "question-answering", tmp_path, std=0.3)
-    loaded = LoadedModel(folder, start("fp32"))
+    loaded = LoadedModel(folder, initialize_runtime("fp32"))
     model, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.model_max_length = 64  # so that contexts are read in pieces
     theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
     context = " ".join(text for _, text in SENTENCES[:4])
-    (answer,) = predict(model, tokenizer, [f"What is it?\t{context}"], start("fp32"))
+    (answer,) = predict(model, tokenizer, [f"What is it?\t{context}"], initialize_runtime("fp32"))
     assert context[answer["start"] : answer["end"]] == answer["answer"]
     pieces = tokenizer("What is it?", context, truncation="only_second", max_length=64, stride=16,
                        return_overflowing_tokens=True)  # fmt: skip
@@ -262,10 +262,10 @@ def test_answers_are_the_likeliest_spans_of_the_context(vocabulary, tmp_path):
                 score = (result.start_logits[0, first] + result.end_logits[0, last]).item()
                 best = max(best, (score, one.offsets[first][0], one.offsets[last][1]))
     assert (answer["start"], answer["end"]) == best[1:]
-    (nothing,) = predict(model, tokenizer, ["What?\t\u200b"], start("fp32"))  # no token
+    (nothing,) = predict(model, tokenizer, ["What?\t\u200b"], initialize_runtime("fp32"))  # no token
     assert nothing == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
     with pytest.raises(UserError, match="text 2: should be a question and its context, with a tab between"):
-        list(predict(model, tokenizer, ["a\tb", "no tab"], start("fp32")))
+        list(predict(model, tokenizer, ["a\tb", "no tab"], initialize_runtime("fp32")))
 
 
 def test_pairs(write, tmp_path):
@@ -275,9 +275,9 @@ def test_pairs(write, tmp_path):
     run(config)
     batch = prepared(config).parts["train"].batches.training(0, 2)
     assert batch.token_type_ids.max() == 1
-    loaded = LoadedModel(tmp_path / "run" / "model", start("fp32"))
+    loaded = LoadedModel(tmp_path / "run" / "model", initialize_runtime("fp32"))
     model, tokenizer = loaded.model, loaded.tokenizer
-    (ours,) = predict(model, tokenizer, ["one text\tanother one"], start("fp32"), pairs=True)
+    (ours,) = predict(model, tokenizer, ["one text\tanother one"], initialize_runtime("fp32"), pairs=True)
     theirs = pipeline("text-classification", model=str(tmp_path / "run" / "model"), device="cpu")
     expected = theirs({"text": "one text", "text_pair": "another one"})
     assert ours["label"] == expected["label"] and ours["score"] == pytest.approx(expected["score"], abs=1e-5)
@@ -669,7 +669,7 @@ def test_what_is_neither_measured_nor_trained_is_told(write, vocabulary, capsys)
 
     train = [
         {**row, "label": "rare" if out else row["label"]}
-        for row, out in zip(rows[24:], held_out(len(rows[24:]), 0.1), strict=True)
+        for row, out in zip(rows[24:], choose_validation(len(rows[24:]), 0.1), strict=True)
     ]
     prepared(write("classification", rows[:24] + train, task__validation=None))
     assert "train: no row is labelled rare, so that is not learnt" in capsys.readouterr().err
@@ -687,7 +687,7 @@ def test_what_is_neither_measured_nor_trained_is_told(write, vocabulary, capsys)
 def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
     config = write()
     with pytest.raises(UserError, match="the model is not fine-tuned"):
-        LoadedModel(str(config.model.init_from), start("fp32")).predict("a")
+        LoadedModel(str(config.model.init_from), initialize_runtime("fp32")).predict("a")
 
 
 def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):

@@ -70,7 +70,7 @@ def test_a_resumed_run_computes_as_many_rows_at_a_time_as_before(write_config, t
     """Else what memory happens to be free would decide the last digits."""
     path = write_config("whole", train__save_steps=5)
     with monkeypatch.context() as patch:
-        patch.setattr("bertlite.training.memory.free_memory", lambda runtime: 4_500_000)
+        patch.setattr("bertlite.training.memory.available_memory", lambda runtime: 4_500_000)
         whole = pretrain(path)
     assert "8 rows a step, 2 at a time" in capsys.readouterr().err
     cut, other = (crash_after(whole, 5, tmp_path / name) for name in ("cut", "other"))

@@ -17,7 +17,7 @@ from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig
 from bertlite.core.distributed import leave_process_group
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.runtime import start
+from bertlite.core.runtime import initialize_runtime
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.model.huggingface import load_model, load_tokenizer_of
@@ -141,7 +141,7 @@ def test_auto_is_bf16_where_that_is_fast(monkeypatch, fast):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert start("auto").dtype == (torch.bfloat16 if fast else torch.float32)
+    assert initialize_runtime("auto").dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def dropped_units(path: Path, *overrides: str) -> list[bytes]:
@@ -149,7 +149,7 @@ def dropped_units(path: Path, *overrides: str) -> list[bytes]:
     config = load_config(PretrainConfig, path, list(overrides))
     folder = Path(config.output_dir)
     folder.mkdir(exist_ok=True)
-    training = new_training(config, prepare(config), folder, start("fp32"))
+    training = new_training(config, prepare(config), folder, initialize_runtime("fp32"))
     units: list[bytes] = []
     training.saves = False
     training.model.encoder.embeddings.dropout.register_forward_hook(
@@ -181,7 +181,7 @@ def test_an_evaluation_is_left_at_once_unless_other_ranks_would_wait(tmp_path):
         return {"count": torch.tensor(len(batch))}
 
     batches = Batch(*torch.zeros(5, 4, 8).long())
-    arguments = (torch.nn.Identity(), count, lambda first, size: batches, 4, 4, start("fp32"))
+    arguments = (torch.nn.Identity(), count, lambda first, size: batches, 4, 4, initialize_runtime("fp32"))
     stop_request.number = 15
     try:
         with pytest.raises(Stopped):
@@ -196,7 +196,7 @@ def test_an_evaluation_is_left_at_once_unless_other_ranks_would_wait(tmp_path):
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_training_that_is_stopped_tells_of_a_checkpoint_if_it_saves_any(write_config, tmp_path, capsys, saves):
     config = load_config(PretrainConfig, write_config())
-    training = new_training(config, prepare(config), tmp_path, start("fp32"))
+    training = new_training(config, prepare(config), tmp_path, initialize_runtime("fp32"))
     training.saves, training.watch = saves, lambda step, *_: setattr(stop_request, "number", 15 * (step == 2))
     try:
         with pytest.raises(Stopped):
@@ -207,16 +207,16 @@ def test_a_training_that_is_stopped_tells_of_a_checkpoint_if_it_saves_any(write_
 
 
 def test_without_a_compiler_the_model_runs_uncompiled_unless_it_must_not(monkeypatch, capsys):
-    assert start("fp32", "auto").compile and start("fp32", True).compile  # here there is one
+    assert initialize_runtime("fp32", "auto").compile and initialize_runtime("fp32", True).compile  # here there is one
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not start("fp32", "auto").compile
+    assert not initialize_runtime("fp32", "auto").compile
     assert "the model runs uncompiled, more slowly: compiling needs a C++ compiler (no-such-" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"train\.compile is true, but that needs a C\+\+ compiler"):
-        start("fp32", True)
+        initialize_runtime("fp32", True)
     monkeypatch.undo()
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     with pytest.raises(UserError, match="Python's headers"):
-        start("fp32", True)
+        initialize_runtime("fp32", True)
 
 
 def test_training_that_diverges_ends_with_advice(write_config):
