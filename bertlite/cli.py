@@ -167,7 +167,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a BERT: labels, numbers, entities, answers."""
-    from bertlite.config.settings import FinetuneConfig
+    from bertlite.config.finetune_settings import FinetuneConfig
     from bertlite.finetuning import finetune as finetuning
 
     results = finetuning.run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
@@ -185,7 +185,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Search the best settings of a fine-tuning."""
-    from bertlite.config.settings import SweepConfig
+    from bertlite.config.finetune_settings import SweepConfig
     from bertlite.finetuning import sweep as sweeping
 
     rows = sweeping.sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)

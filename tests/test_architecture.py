@@ -10,8 +10,8 @@ from paths import PACKAGE
 
 # A module imports only from packages above its own and, within its package, from modules to its left.
 ORDER = {
-    "core": "errors distributed logging signals random files trust runtime",
-    "config": "settings loading",
+    "core": "errors packages distributed logging signals random files trust runtime",
+    "config": "settings finetune_settings loading",
     "data": "masking words sources tokenizer corpus tables packing batches",
     "model": "layers attention bert heads initialization huggingface",
     "training": "optim memory plateau checkpoint run_folder trainer",

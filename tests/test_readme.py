@@ -20,8 +20,9 @@ import yaml
 from paths import ROOT, SAMPLE
 
 from bertlite import load
+from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import load_config
-from bertlite.config.settings import FinetuneConfig, PretrainConfig, SweepConfig
+from bertlite.config.settings import PretrainConfig
 from bertlite.finetuning import finetune
 from bertlite.pretraining.pretrain import check_settings
 

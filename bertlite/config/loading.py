@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bertlite.config.settings import FinetuneConfig, PretrainConfig, Section, SweepConfig
+from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
+from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError
 
 

@@ -1,4 +1,7 @@
-"""All settings of the YAML: strict, with Hugging Face's own names, and without importing torch."""
+"""The settings of the YAML for pretraining, and what fine-tuning shares with it; strict, and without importing torch.
+
+The text below a setting is its description. Names are Hugging Face's where it has one.
+"""
 
 import os
 from collections.abc import Callable
@@ -18,36 +21,57 @@ from pydantic import (
 
 
 class Section(BaseModel):
-    """One section of the YAML: unknown keys and wrong types are errors, values never change."""
+    """One section of the YAML. Unknown keys and wrong types are errors; values never change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 Positive = Annotated[int, Field(gt=0)]
-Width = Annotated[int, Field(gt=0, le=1 << 24)]  # of a matrix with two such sides, 64 bits can count the bytes
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(gt=0, le=1 << 24)]  # the bytes of a matrix with two such sides can be counted in 64 bits
 Depth = Annotated[int, Field(gt=0, le=10_000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file, a folder, or a name of the hub
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a file, a folder, or a hub name
 
 
 class EncoderSettings(Section):
-    """The encoder's shape; the defaults are google-research/bert's BERT-mini."""
+    """The size and the layers of the encoder; the defaults are google-research/bert's BERT-mini."""
 
     hidden_size: Width = 256
+    """Size of the vector of each token."""
     num_hidden_layers: Depth = 4
+    """Number of layers."""
     num_attention_heads: Width = 4
+    """Attention heads of each layer; divides hidden_size."""
     intermediate_size: Width = 1024
+    """Size of the hidden layer of each feed-forward network."""
     hidden_act: str = "gelu"
+    """Activation of the feed-forward networks: gelu, gelu_new or relu."""
     hidden_dropout_prob: Probability = 0.0
+    """Dropout of embeddings, attention outputs and feed-forward outputs."""
     attention_probs_dropout_prob: Probability = 0.0
+    """Dropout of attention probabilities."""
     max_position_embeddings: Annotated[Width, Field(ge=8)] = 512
+    """Longest sequence that the model can read; at least data.sequence_length."""
     type_vocab_size: Width = 2
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    """Number of segments that token_type_ids can tell apart."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Constant that layer normalization adds to the variance."""
 
     @model_validator(mode="after")
-    def heads_divide_hidden_size(self) -> "EncoderSettings":
+    def check_heads_divide_hidden_size(self) -> "EncoderSettings":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
@@ -57,157 +81,209 @@ class EncoderSettings(Section):
 
 
 class ModelSettings(EncoderSettings):
-    """What to train: a new encoder of a shape, or one that exists (`init_from`), which brings its own."""
+    """The model to pretrain: a new encoder, or an existing one (init_from), which brings its own size."""
 
     init_from: PathText | None = None
+    """Existing BERT to continue from: a Hugging Face folder, a hub name or a run folder; null: a new model."""
     position_init: Literal["normal", "sinusoidal"] = "normal"
+    """Initial position embeddings: random, or sinusoids; both are trained."""
 
     @model_serializer(mode="wrap")
-    def a_model_that_exists_brings_its_shape(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    def serialize_settings_in_force(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out the defaults of the size where an existing model brings its own."""
         values = serialize(self)
         return values if self.init_from is None else {name: values[name] for name in sorted(self.model_fields_set)}
 
 
 class Architecture(EncoderSettings):
-    """A complete description of an encoder: its shape, and what the tokenizer decides."""
+    """The complete description of an encoder: its settings, and what the tokenizer determines."""
 
     vocab_size: Width
-    pad_token_id: Annotated[int, Field(ge=0)] = 0
+    pad_token_id: NonNegative = 0
 
     @model_validator(mode="after")
-    def padding_is_in_the_vocabulary(self) -> "Architecture":
+    def check_padding_is_in_the_vocabulary(self) -> "Architecture":
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id is {self.pad_token_id}, outside of the vocabulary of {self.vocab_size}")
         return self
 
 
 class TokenizerSettings(Section):
-    """Which tokenizer: a given one (`path`), perhaps extended and padded, or WordPiece trained on the text."""
+    """The tokenizer: an existing one (path), or a WordPiece tokenizer trained on the text."""
 
     path: PathText | None = None
+    """A Hugging Face folder, vocab.txt, tokenizer.json or hub name; null: that of model.init_from, or a new one."""
     vocab_size: Annotated[Width, Field(gt=5)] = 30522  # the special tokens alone are five
+    """Vocabulary size of a new tokenizer."""
     lowercase: bool = True
+    """Whether a new tokenizer lowercases text and strips accents."""
     train_characters: Positive = 100_000_000
+    """Characters that train a new tokenizer: a random sample of longer text."""
     pad_to_multiple_of: Positive | None = None
-    extend: Annotated[int, Field(ge=0)] = 0
+    """Pad the vocabulary with [unusedN] tokens to a multiple of this, such as 64."""
+    extend: NonNegative = 0
+    """Number of tokens, learned from the text, that are added to an existing tokenizer, first in place of [unusedN]."""
 
 
 class DataLocation(Section):
-    """Where data lie: files (`path`), or a Hugging Face dataset (`dataset`)."""
+    """Where data are: files (path), or a Hugging Face dataset (dataset)."""
 
     path: PathText | None = None
+    """A file, a glob or a folder."""
     dataset: PathText | None = None
+    """Hub name or folder of a dataset."""
     name: str | None = None
+    """Configuration of the dataset, such as 20231101.de."""
     split: str = "train"
+    """Split of the dataset."""
     revision: str | None = None
+    """Revision of the dataset on the hub."""
 
     @model_validator(mode="after")
-    def one_place(self) -> "DataLocation":
+    def check_path_or_dataset(self) -> "DataLocation":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("path: name either a path or a dataset")
         for name in self.model_fields_set & {"name", "split", "revision", "streaming"}:
             if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but goes with a dataset, not with a path")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but belongs to a dataset, not to a path")
         return self
 
     @model_serializer(mode="wrap")
-    def only_a_path_is_its_name(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
+    def serialize_briefly(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
+        """Write what differs from the defaults; a path alone becomes a string."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         given = {name: value for name, value in serialize(self).items() if value != defaults[name]}
         return self.path if set(given) == {"path"} else given
 
 
 class Source(DataLocation):
-    """Text to pretrain on: which column of a table, and how often it is seen."""
+    """A source of text for pretraining."""
 
     streaming: bool = False
+    """Whether the dataset is read over the network without storing it."""
     column: str = "text"
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Column of a table or dataset that holds the text; each of its rows is a document."""
+    weight: PositiveFloat = 1.0
+    """How often the text is seen in each epoch."""
 
 
-def _sources(value: Any) -> Any:
-    """A single source, or a list of them; a source that is only a name is a path."""
+def _list_sources(value: Any) -> Any:
+    """Make a list of a single source, and a path of a source that is only a string."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return [{"path": one} if isinstance(one, str) else one for one in values]
+    return [{"path": source} if isinstance(source, str) else source for source in values]
 
 
-Sources = Annotated[list[Source], BeforeValidator(_sources)]
+Sources = Annotated[list[Source], BeforeValidator(_list_sources)]
 
 
 class DataSettings(Section):
-    """Which text, what a document of it is, which documents are dropped, and how long the rows are (in positions)."""
+    """The text, how it divides into documents, which documents are dropped, and the length of the sequences."""
 
     train: Annotated[Sources, Field(min_length=1)]
+    """Training text: files, globs, folders, datasets, or sample, the text that ships with bertlite."""
     validation: Sources = []
-    validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Validation text; without it, some documents of the training text are the validation set."""
+    validation_split: Fraction = 0.02
+    """Fraction of the training documents that are the validation set where data.validation is empty."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Positions of a sequence; short documents share a sequence without attending to each other."""
     document: Literal["blank-line", "line"] = "blank-line"
-    min_characters: Annotated[int, Field(ge=0)] = 0
+    """What ends a document of a text file."""
+    min_characters: NonNegative = 0
+    """Drop shorter documents."""
     max_characters: Positive | None = None
+    """Drop longer documents."""
     remove_duplicates: bool = False
+    """Drop documents that equal an earlier one."""
     segmenter: str | None = None
+    """Word segmenter for whole-word masking: jieba for Chinese."""
     cache_dir: PathText | None = None
-
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+    """Where corpora and tokenizers are kept; null: $BERTLITE_CACHE or ~/.cache/bertlite."""
 
 
 class LinearSchedule(Section):
-    """A share that goes in a straight line from `start` to `end` over the run."""
+    """A fraction that changes linearly over the run."""
 
     start: Fraction
+    """Value at the first step."""
     end: Fraction
+    """Value at the last step."""
 
 
 class MaskingSettings(Section):
-    """Which share of the tokens that are not special is hidden, and by which strategy it is chosen."""
+    """Which tokens are masked."""
 
     strategy: str = "token"
+    """What is masked as one: token or whole-word."""
     rate: Annotated[
-        Annotated[Fraction, Tag("<number>")] | Annotated[LinearSchedule, Tag("<line>")],
-        Discriminator(lambda value: "<line>" if isinstance(value, dict | LinearSchedule) else "<number>"),
+        Annotated[Fraction, Tag("<number>")] | Annotated[LinearSchedule, Tag("<schedule>")],
+        Discriminator(lambda value: "<schedule>" if isinstance(value, dict | LinearSchedule) else "<number>"),
     ] = 0.15
+    """Fraction of the tokens, special ones excluded, that are masked: a number, or {start: 0.3, end: 0.15}."""
 
     def schedule(self) -> LinearSchedule:
-        """The rate over the run."""
+        """Return the rate over the run; a constant rate is a schedule too."""
         return self.rate if isinstance(self.rate, LinearSchedule) else LinearSchedule(start=self.rate, end=self.rate)
 
 
 class OptimizationSettings(Section):
-    """Batch, optimizer, schedule and precision."""
+    """Batch, optimizer, learning rate schedule and precision."""
 
     global_batch_size: Annotated[int, Field(gt=0, le=1 << 20)] = 32
+    """Sequences of an optimizer step over all ranks and micro-batches; in fine-tuning, examples, on average."""
     per_device_train_batch_size: Positive | None = None
+    """Sequences of a micro-batch; null: as many as fit in memory. Results do not depend on it but for rounding."""
     gradient_checkpointing: bool = False
+    """Recompute the layers in the backward pass, which needs much less memory and more time."""
     optim: str = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    muon_learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """adamw, or muon: Muon for the matrices of the layers, AdamW for the rest."""
+    learning_rate: PositiveFloat = 4e-4
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveFloat = 5e-3
+    """Peak learning rate of Muon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay; biases and layer normalization have none."""
     adam_beta1: Probability = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: Probability = 0.98
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-6
+    """Constant that AdamW adds to the denominator."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    """Fraction of the steps in which the learning rate rises to its peak."""
     lr_scheduler_type: str = "linear"
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate after warm-up: linear, cosine or constant."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Norm at which gradients are clipped."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of matrix products; auto: bf16 where the hardware is faster with it."""
     compile: Literal["auto"] | bool = "auto"
+    """Whether torch.compile is used; auto: where it can be."""
 
 
 class TrainSettings(OptimizationSettings):
-    """Pretraining: its length and its intervals, in steps."""
+    """Pretraining: optimization, length, and intervals in steps."""
 
-    max_steps: Annotated[int, Field(ge=0)] = 1200
+    max_steps: NonNegative = 1200
+    """Number of optimizer steps."""
     seed: Seed = 0
+    """Seed of initial weights, order, masks and dropout."""
     logging_steps: Positive = 10
+    """Steps between training lines of metrics.jsonl."""
     eval_steps: Positive = 200
+    """Steps between evaluations on the validation set."""
     save_steps: Positive = 200
-    save_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Steps between checkpoints."""
+    save_minutes: PositiveFloat | None = None
+    """Also save a checkpoint when the last one is older than this."""
     save_total_limit: Positive = 3
+    """Number of checkpoints that are kept, the newest."""
     on_nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What to do in a step with an infinite or NaN loss or gradient: stop the run, or leave the weights unchanged."""
 
 
 class PretrainConfig(Section):
-    """Everything that `bertlite pretrain` reads."""
+    """All settings of `bertlite pretrain`."""
 
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
@@ -215,9 +291,10 @@ class PretrainConfig(Section):
     masking: MaskingSettings = MaskingSettings()
     train: TrainSettings = TrainSettings()
     output_dir: PathText = "runs/mini"
+    """Run folder; --out sets it."""
 
     @model_validator(mode="after")
-    def what_is_extended_exists(self) -> "PretrainConfig":
+    def check_tokenizer_to_extend_exists(self) -> "PretrainConfig":
         if self.tokenizer.extend and self.tokenizer.path is None and self.model.init_from is None:
             raise ValueError(
                 f"tokenizer.extend is {self.tokenizer.extend}, but there is no tokenizer to extend; "
@@ -226,7 +303,7 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def row_fits_positions(self) -> "PretrainConfig":
+    def check_sequence_fits_positions(self) -> "PretrainConfig":
         length, limit = self.data.sequence_length, self.model.max_position_embeddings
         if length > limit and self.model.init_from is None:
             raise ValueError(
@@ -236,140 +313,14 @@ class PretrainConfig(Section):
         return self
 
 
-class FinetuneModel(Section):
-    """Which model to begin from, and the dropout of its fine-tuning."""
-
-    init_from: PathText | None = None
-    hidden_dropout_prob: Probability = 0.1
-    attention_probs_dropout_prob: Probability = 0.1
-
-
-Table = Annotated[DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
-
-
-ClassWeights = Annotated[
-    Annotated[Literal["balanced"], Tag("<balanced>")]
-    | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("<weights>")],
-    Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
-    BeforeValidator(  # labels that look like numbers
-        lambda value: {str(label): weight for label, weight in value.items()} if isinstance(value, dict) else value
-    ),
-]
-
-
-class TaskSettings(Section):
-    """What is learnt, from which columns of which tables, and by which metric the best checkpoint is chosen."""
-
-    type: str = "classification"
-    train: Table
-    validation: Table | None = None
-    validation_split: Fraction = 0.1
-    test: Table | None = None
-    text: Annotated[
-        list[str],
-        Field(min_length=1, max_length=2),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    ] = ["text"]
-    label: str = "label"
-    label_separator: Annotated[str, Field(min_length=1)] = ","
-    metric: str | None = None
-    class_weights: ClassWeights | None = None
-    max_length: Annotated[int, Field(ge=8)] = 128
-    doc_stride: Positive = 64
-    max_answer_length: Positive = 30
-    columns: list[str] | None = None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    quoting: bool | None = None
-    encoding: str = "utf-8"
-
-    @model_validator(mode="before")
-    @classmethod
-    def questions_have_columns_of_their_own(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("type") == "question-answering":
-            return {"text": ["question", "context"], **values}
-        return values
-
-
-class FinetuneTrainSettings(OptimizationSettings):
-    """Fine-tuning: its length in epochs, its seeds, and what it does beyond pretraining."""
-
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    adam_beta2: Probability = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    compile: Literal["auto"] | bool = False
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
-    logging_steps: Positive = 10
-    eval_steps: Positive | None = None
-    early_stopping_patience: Positive | None = None
-    label_smoothing_factor: Probability = 0.0
-    layerwise_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    frozen_layers: Annotated[int, Field(ge=0)] = 0
-
-
-class FinetuneConfig(Section):
-    """Everything that `bertlite finetune` reads: one task, or several by name."""
-
-    model: FinetuneModel = FinetuneModel()
-    task: TaskSettings | None = None
-    tasks: dict[str, TaskSettings] = {}
-    train: FinetuneTrainSettings = FinetuneTrainSettings()
-    output_dir: PathText = "runs/finetune"
-
-    @model_validator(mode="after")
-    def one_task_or_several(self) -> "FinetuneConfig":
-        if (self.task is None) == (not self.tasks):
-            raise ValueError("should have either task or tasks")
-        return self
-
-
-class Range(Section):
-    """Numbers from `low` to `high`, whole ones if both are; with `log`, as many between 1 and 10 as from 10 to 100."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def numbers_lie_between(self) -> "Range":
-        if self.low >= self.high or (self.log and self.low <= 0):
-            limit = f"high {self.high}" if self.low >= self.high else "0, as log needs"
-            raise ValueError(f"low is {self.low}, not {'below' if self.low >= self.high else 'above'} {limit}")
-        return self
-
-
-class SweepSettings(Section):
-    """How many trials, and what they choose from: a list of values, or a range, for each setting by its name."""
-
-    trials: Positive = 20
-    seed: Seed = 0
-    space: Annotated[
-        dict[
-            str,
-            Annotated[
-                Annotated[list[Any], Field(min_length=1), Tag("<values>")] | Annotated[Range, Tag("<range>")],
-                Discriminator(lambda value: "<values>" if isinstance(value, list) else "<range>"),
-            ],
-        ],
-        Field(min_length=1),
-    ]
-
-
-class SweepConfig(FinetuneConfig):
-    """Everything that `bertlite sweep` reads: a fine-tuning of one task, and what to vary in it."""
-
-    sweep: SweepSettings
-
-
 MAY_DIFFER_ON_RESUME = {
-    "output_dir",  # names the run folder itself
+    "output_dir",  # is the run folder itself
     "train.logging_steps",
     "train.eval_steps",
     "train.save_steps",
     "train.save_minutes",
     "train.save_total_limit",
     "train.per_device_train_batch_size",
-    "train.on_nonfinite_loss",  # a run that stopped may go on by skipping; until then both are the same
-    "sweep.trials",  # more of them may follow
+    "train.on_nonfinite_loss",  # stop and skip do the same until the run stops
+    "sweep.trials",  # more trials continue the sweep
 }

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends badly."""
+"""The errors that end a command with a message instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,12 +6,12 @@ class UserError(Exception):
 
 
 class Failure(Exception):
-    """Something that was right to ask for did not work out, or a check did not hold; exit code 1."""
+    """A valid request that failed, or a check that did not hold; exit code 1."""
 
 
 class DiskFull(Failure):
-    """There is no room for what was to be written; all else is intact."""
+    """The disk is full. What was complete before is intact."""
 
 
 class DataLost(Failure):
-    """The files of a corpus vanished or were cut while they were in use; all else is intact."""
+    """Files of a corpus were removed or cut while they were in use. Everything else is intact."""

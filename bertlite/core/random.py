@@ -1,7 +1,7 @@
 """Random numbers as a pure function of a key and a counter: the same on every machine, in any order.
 
-Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", over numpy arrays. It is
-written out because numpy promises no stable streams between its versions, and its own Philox has no vector of counters.
+Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", over numpy arrays. It is implemented
+here because numpy does not promise the same numbers in all its versions, and its Philox takes no arrays of counters.
 """
 
 from typing import Any
@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What a stream of numbers is for. Two purposes never share numbers.
-VALIDATION_SPLIT, PACKING, EPOCH_ORDER, SOURCE_ORDER, TRAINING_MASKS, EVALUATION_MASKS, DROPOUT, TOKENIZER_SAMPLE = (
-    range(8)
-)
+# What random numbers are for: the second word of the key. Two purposes never share numbers.
+VALIDATION_SPLIT = 0
+PACKING = 1
+EPOCH_ORDER = 2
+SOURCE_ORDER = 3
+TRAINING_MASKS = 4
+EVALUATION_MASKS = 5
+DROPOUT = 6
+TOKENIZER_SAMPLE = 7
 
-_AT_A_TIME = 1 << 16  # numbers at a time: philox takes some ten times the memory of its result
+_CHUNK_SIZE = 1 << 16  # numbers computed at once: philox takes about ten times the memory of its result
 
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
+_LOW_32_BITS = np.uint64(0xFFFFFFFF)
+_32_BITS = np.uint64(32)
 
 
 def philox(key: tuple[int, int], counter: tuple[NDArray[Any] | int, ...]) -> NDArray[np.uint64]:
-    """Four 32-bit numbers, as uint64, for every counter.
+    """Return four 32-bit numbers, as uint64, for every counter.
 
     `counter` is four integers or arrays below 2**32 that broadcast to one shape; the result has that shape plus (4,).
     """
@@ -31,61 +36,65 @@ def philox(key: tuple[int, int], counter: tuple[NDArray[Any] | int, ...]) -> NDA
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW_32_BITS, (k1 + np.uint64(0xBB67AE85)) & _LOW_32_BITS
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
 def split64(value: NDArray[Any] | int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The low and the high 32 bits of 64-bit counters."""
+    """Split 64-bit numbers into their low and high 32 bits."""
     value = np.asarray(value, dtype=np.uint64)
-    return value & _LOW, value >> _SHIFT
+    return value & _LOW_32_BITS, value >> _32_BITS
 
 
 def draw_uint32(count: int, key: tuple[int, int], epoch: int = 0, first: int = 0) -> NDArray[np.uint64]:
-    """A 32-bit random number for each of the things `first` to `first + count`."""
-    result = np.empty(count, np.uint64)
-    for at in range(0, count, _AT_A_TIME):
-        numbers = np.arange(first + at, first + min(at + _AT_A_TIME, count))
-        result[at : at + _AT_A_TIME] = philox(key, (*split64(numbers), epoch, 0))[:, 0]
-    return result
+    """Return the 32-bit random numbers, as uint64, of the indices `first` to `first + count`."""
+    numbers = np.empty(count, np.uint64)
+    for start in range(0, count, _CHUNK_SIZE):
+        end = min(start + _CHUNK_SIZE, count)
+        numbers[start:end] = philox(key, (*split64(np.arange(first + start, first + end)), epoch, 0))[:, 0]
+    return numbers
 
 
-def choose_validation(count: int, share: float) -> NDArray[np.bool_]:
-    """Which of `count` things are kept apart: each with the same chance, the same every time; of two or more not none
-    and not all."""
-    random = draw_uint32(count, (0, VALIDATION_SPLIT))
-    apart = random < np.uint64(share * 2**32)
-    apart[np.argmin(random)] = True
-    apart[np.argmax(random)] = False
-    return apart
-
-
-def map_to_range(random: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
+def map_to_range(numbers: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
     """Map 32-bit random numbers to integers in [0, limit), for limits far below 2**32."""
-    return ((random * np.uint64(limit)) >> _SHIFT).astype(np.int64)
+    return ((numbers * np.uint64(limit)) >> _32_BITS).astype(np.int64)
+
+
+def choose_validation(count: int, fraction: float) -> NDArray[np.bool_]:
+    """Choose which of `count` documents or examples are for validation: each with probability `fraction`.
+
+    The choice depends on `count` and `fraction` alone. Of two or more, at least one is chosen and at least one is not.
+    """
+    numbers = draw_uint32(count, (0, VALIDATION_SPLIT))
+    is_validation = numbers < np.uint64(fraction * 2**32)
+    is_validation[np.argmin(numbers)] = True
+    is_validation[np.argmax(numbers)] = False
+    return is_validation
 
 
 def permute(index: NDArray[np.int64], size: int, key: tuple[int, int], epoch: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where a shuffle of `size` things, another one each epoch, puts `index`; no table is kept.
+    """Return the new positions of `index` in a random permutation of `size` elements, a different one in each epoch.
 
-    A four-round Feistel network over Philox (Luby and Rackoff 1988) on the next power of four, walked until it
-    falls below `size` (Black and Rogaway 2002).
+    No table is stored: each position comes from a four-round Feistel network over Philox (Luby and Rackoff 1988).
+    The network permutes a power of four that is at least `size`; a result outside of `size` goes through it again
+    until it is inside (cycle walking, Black and Rogaway 2002).
     """
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
-    low_mask = np.uint64((1 << half) - 1)
+    half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
+    half_mask = np.uint64((1 << half_bits) - 1)
     value = np.asarray(index, dtype=np.uint64).copy()
     epoch = np.broadcast_to(np.asarray(epoch, dtype=np.uint64), value.shape)
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
-        left, right = value[outside] >> np.uint64(half), value[outside] & low_mask
-        for turn in range(4):
-            mixed = philox(key, (right, turn, *split64(epoch[outside])))[..., 0]
-            left, right = right, left ^ (mixed & low_mask)
-        value[outside] = (left << np.uint64(half)) | right
+        left, right = value[outside] >> np.uint64(half_bits), value[outside] & half_mask
+        for feistel_round in range(4):
+            mixed = philox(key, (right, feistel_round, *split64(epoch[outside])))[..., 0]
+            left, right = right, left ^ (mixed & half_mask)
+        value[outside] = (left << np.uint64(half_bits)) | right
         outside = value >= np.uint64(size)
     return value.astype(np.int64)
 
 
 def _multiply(factor: int, words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return the high and the low 32 bits of `factor * words`."""
     product = words * np.uint64(factor)
-    return product >> _SHIFT, product & _LOW
+    return product >> _32_BITS, product & _LOW_32_BITS

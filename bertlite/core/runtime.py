@@ -1,4 +1,4 @@
-"""The machine: device, precision, determinism and the ranks."""
+"""What a run computes on: device, precision, determinism, ranks, memory."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ from bertlite.core.logging import logger
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a run computes on. `dtype` is that of matrix products; weights and sums are fp32 throughout."""
+    """What a run computes on. `dtype` is that of matrix products; weights and sums are in fp32."""
 
     device: torch.device
     dtype: torch.dtype
@@ -30,10 +30,11 @@ class Runtime:
     world_size: int = 1
 
     def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def environment(self) -> dict[str, str | int | bool]:
-        """What has to be equal for two runs to be equal bit for bit."""
+        """Return what must be the same for two runs to be the same bit for bit."""
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else processor,
@@ -46,23 +47,29 @@ class Runtime:
 
 
 def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> Runtime:
-    """Choose device and precision, make torch deterministic, and join the other ranks under torchrun."""
+    """Choose device and precision, make torch deterministic, and join the other ranks under torchrun.
+
+    `precision` is fp32, bf16 or auto; `compile` is True, False or "auto". Raises UserError where compiling is required
+    and impossible.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch sets it so too
-    _keep_memory()
+    _keep_freed_memory()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        # One rank may spend hours on preparing a corpus while the others wait.
-        backend, place = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
+        on_gpu = device.type == "cuda"
+        # The timeout is long because rank 0 may prepare a corpus for hours while the other ranks wait.
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=timedelta(days=1), device_id=device if on_gpu else None
+        )
     return Runtime(
         device=device,
-        dtype=_matrix_dtype(precision, device),
+        dtype=_choose_dtype(precision, device),
         compile=bool(compile) and _can_compile(device, compile),
         rank=get_rank(),
         world_size=world_size,
@@ -70,18 +77,18 @@ def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> 
 
 
 def available_memory(runtime: Runtime) -> int:
-    """Bytes that a rank may still take."""
+    """Return how many bytes this rank may still allocate."""
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is what Python, a GPU or torch's own allocator for CPUs raises when memory gives out."""
+    """Return whether Python, a GPU or torch's allocator for CPUs raised `error` because it is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _matrix_dtype(precision: str, device: torch.device) -> torch.dtype:
+def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -92,29 +99,43 @@ def _matrix_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _can_compile(device: torch.device, setting: str | bool) -> bool:
-    """Whether torch.compile has what it needs here; if not and `setting` is "auto", says what is missing."""
-    if device.type == "cuda":
-        missing = "" if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang") else "a C compiler (gcc)"
-        if torch.cuda.get_device_capability() < (7, 0):
-            missing = "a GPU of compute capability 7.0 or newer"
-    else:
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        missing = "" if shutil.which(compiler) else f"a C++ compiler ({compiler})"
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            missing = "Python's headers (python3-dev)"
+    """Return whether torch.compile has what it needs here. If not, log what is missing, or raise UserError if the
+    setting requires it."""
+    missing = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
     if not missing:
         return True
     if setting != "auto":
-        raise UserError(f"train.compile is true, but that needs {missing}; install it, or set it to auto")
-    logger.info(f"the model runs uncompiled, more slowly: compiling needs {missing}")
+        raise UserError(f"train.compile is true, but that needs {missing}; install it, or set train.compile to auto")
+    logger.info(f"the model runs uncompiled, which is slower: torch.compile needs {missing}")
     return False
 
 
-def _keep_memory() -> None:
-    """Let the C library reuse the memory of large tensors, where it would return it to the system and fetch it anew,
-    zeroed page by page, several times a step. See mallopt(3); other C libraries than glibc have no such switch."""
+def _missing_for_gpu() -> str:
+    """Return what torch.compile needs and does not find, for a GPU; "" if nothing is missing."""
+    if torch.cuda.get_device_capability() < (7, 0):
+        return "a GPU of compute capability 7.0 or newer"
+    compiler_found = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
+    return "" if compiler_found else "a C compiler (gcc)"
+
+
+def _missing_for_cpu() -> str:
+    """Return what torch.compile needs and does not find, for a CPU; "" if nothing is missing."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers (python3-dev)"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return "" if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones.
+
+    glibc otherwise returns large blocks to the system and requests them again, cleared page by page, several times a
+    step. See mallopt(3); other C libraries have no such setting.
+    """
+    if sys.platform != "linux":
+        return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_MAX, 0)  # no blocks outside of the heap
-        library.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "mallopt"):
+        c_library.mallopt(M_MMAP_MAX, 0)  # allocate every block on the heap
+        c_library.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap

@@ -1,24 +1,25 @@
-"""What a stranger's model folder may hold."""
+"""What a model folder from a stranger may contain."""
 
 import os
 from pathlib import Path
 
 from bertlite.core.errors import UserError
 
-MAX_JSON_BYTES = 1 << 28  # bytes; the largest tokenizer.json there is takes a tenth of it
+MAX_JSON_BYTES = 1 << 28  # ten times the largest tokenizer.json in use
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise UserError for what a stranger's model folder might hold to reach beyond itself, or to be read for ever.
+    """Raise UserError where a model folder could make its reader leave the folder, hang, or run out of memory.
 
-    Links may lead elsewhere in the folder or, in the Hugging Face cache, from snapshots/REVISION to blobs.
+    Links may point inside the folder or, in the cache of huggingface_hub, from `snapshots/REVISION` to `blobs`.
     """
     real = Path(os.path.realpath(folder))
-    homes = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        if not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
-            raise UserError(f"{path}: a link that leaves its folder; copy the file there if it is right")
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(parent) for parent in allowed):
+            raise UserError(f"{path}: a link that leaves its folder; if you trust it, replace it by a copy of the file")
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: neither a file nor a folder; remove it")
         if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for such a file")
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file of a model")

@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertlite.config.settings import DataLocation, TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.data.sources import (
     DAMAGED,

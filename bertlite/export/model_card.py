@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
-from bertlite.config.settings import FinetuneConfig, PretrainConfig, Section
+from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError
 from bertlite.export.parity import Check
 from bertlite.model.huggingface import ARCHITECTURES, Model

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.settings import TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.random import EPOCH_ORDER, permute

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.settings import (
-    Architecture,
-    FinetuneConfig,
-    FinetuneTrainSettings,
-    OptimizationSettings,
-    TaskSettings,
-    TrainSettings,
-)
+from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
+from bertlite.config.settings import Architecture, OptimizationSettings, TrainSettings
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.files import fingerprint, write_json, write_text

@@ -6,11 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bertlite.config.finetune_settings import FinetuneConfig, TaskSettings
 from bertlite.config.loading import choose
-from bertlite.config.settings import (
-    FinetuneConfig,
-    TaskSettings,
-)
 from bertlite.core.distributed import barrier, get_rank, leave_process_group
 from bertlite.core.errors import UserError
 from bertlite.core.files import write_json

@@ -11,7 +11,8 @@ from scipy.special import expit, softmax
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.settings import DataLocation, TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
 from bertlite.data.sources import decode_line, read_file_texts

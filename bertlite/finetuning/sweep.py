@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas
 
+from bertlite.config.finetune_settings import FinetuneConfig, Range, SweepConfig
 from bertlite.config.loading import dump_config, with_changes
-from bertlite.config.settings import FinetuneConfig, Range, SweepConfig
 from bertlite.core.errors import DiskFull, Failure, UserError
 from bertlite.core.files import write_text
 from bertlite.core.logging import logger

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.settings import TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
 from bertlite.data.tables import Record
 from bertlite.finetuning.examples import (
     Examples,

@@ -1,12 +1,14 @@
 """The YAML: the contract's defaults, what people write, and that every mistake is named."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bertlite.config.finetune_settings import SweepConfig
 from bertlite.config.loading import choose, diff_configs, dump_config, load_config
 from bertlite.config.settings import (
     MAY_DIFFER_ON_RESUME,
@@ -14,6 +16,7 @@ from bertlite.config.settings import (
     MaskingSettings,
     ModelSettings,
     PretrainConfig,
+    Section,
     Source,
     TokenizerSettings,
     TrainSettings,
@@ -267,7 +270,7 @@ def test_dump_is_complete(load):
         ("data: {train: [a], document: lines}", ["data.document is 'lines'", "'blank-line'", "'line'"]),
         ("data: {train: [{path: a, weights: 2}]}", ["data.train.0.weights is not", "Did you mean data.train.weight?"]),
         ("data: {train: [{column: x}]}", ["data.train.path: name either a path or a dataset"]),
-        ("data: {train: [{path: a, split: dev}]}", ["data.train.split is 'dev', but goes with a dataset"]),
+        ("data: {train: [{path: a, split: dev}]}", ["data.train.split is 'dev', but belongs to a dataset"]),
         ("task: {train: a}\noutput_dir: x", ["its section task is none of this command", "bertlite finetune reads it"]),
         # sections
         ("data: {train: [a]}\ntrain: 5", ["train is 5", "section"]),
@@ -397,6 +400,24 @@ def test_settings_never_change(load):
     for section, name, value in [(config.train, "max_steps", 3), (config, "output_dir", "x")]:
         with pytest.raises(ValueError, match="frozen"):
             setattr(section, name, value)
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, SweepConfig])
+def test_every_setting_is_described(config):
+    """The list of settings for people is made of these descriptions."""
+
+    def undescribed(section):
+        for name, field in section.model_fields.items():
+            for part in (field.annotation, *get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, Section):
+                    assert part.__doc__ and part.__doc__ != Section.__doc__
+                    yield from undescribed(part)
+                    break
+            else:
+                if not field.description:
+                    yield f"{section.__name__}.{name}"
+
+    assert list(undescribed(config)) == []
 
 
 def test_differences_are_dotted_names(load):

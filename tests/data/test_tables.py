@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from paths import SHARED
 
-from bertlite.config.settings import DataLocation, TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.data.tables import get_column, read_records
 

@@ -9,8 +9,8 @@ import yaml
 from paths import SAMPLE
 from tiny_tasks import rows_of, with_head
 
+from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
-from bertlite.config.settings import FinetuneConfig
 from bertlite.data.tokenizer import train_word_piece, wrap_tokenizer
 
 

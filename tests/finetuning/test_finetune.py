@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from bertlite.api import LoadedModel
-from bertlite.config.settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
+from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.random import EPOCH_ORDER, choose_validation, permute
 from bertlite.core.runtime import initialize_runtime

@@ -8,7 +8,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
-from bertlite.config.settings import TaskSettings
+from bertlite.config.finetune_settings import TaskSettings
 from bertlite.data.tables import Record
 from bertlite.finetuning import metrics
 from bertlite.finetuning.examples import words_and_tags

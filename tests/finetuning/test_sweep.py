@@ -10,8 +10,8 @@ import pytest
 import yaml
 from tiny_tasks import rows_of, with_head
 
+from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import load_config
-from bertlite.config.settings import FinetuneConfig, SweepConfig
 from bertlite.core.errors import DiskFull, Failure, UserError
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.sweep import sweep, table

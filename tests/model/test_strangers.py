@@ -77,7 +77,7 @@ def test_settings_that_one_side_cannot_read_are_named(folder, changes, message):
 
 def test_a_file_that_is_larger_than_any_of_its_kind_is_not_read(folder, monkeypatch):
     monkeypatch.setattr("bertlite.core.trust.MAX_JSON_BYTES", 100)
-    with pytest.raises(UserError, match=r"json: [\d,]+ bytes are too many for such a file"):
+    with pytest.raises(UserError, match=r"json: [\d,]+ bytes are too many for a JSON file"):
         use(folder)
 
 

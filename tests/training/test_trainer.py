@@ -210,7 +210,10 @@ def test_without_a_compiler_the_model_runs_uncompiled_unless_it_must_not(monkeyp
     assert initialize_runtime("fp32", "auto").compile and initialize_runtime("fp32", True).compile  # here there is one
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not initialize_runtime("fp32", "auto").compile
-    assert "the model runs uncompiled, more slowly: compiling needs a C++ compiler (no-such-" in capsys.readouterr().err
+    assert (
+        "the model runs uncompiled, which is slower: torch.compile needs a C++ compiler (no-such-"
+        in capsys.readouterr().err
+    )
     with pytest.raises(UserError, match=r"train\.compile is true, but that needs a C\+\+ compiler"):
         initialize_runtime("fp32", True)
     monkeypatch.undo()

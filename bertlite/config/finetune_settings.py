@@ -1,0 +1,186 @@
+"""The settings of the YAML for fine-tuning and for sweeps."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from bertlite.config.settings import (
+    DataLocation,
+    Fraction,
+    NonNegative,
+    OptimizationSettings,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Seed,
+)
+
+
+class FinetuneModel(Section):
+    """The pretrained model, and the dropout of its fine-tuning."""
+
+    init_from: PathText | None = None
+    """Pretrained BERT: a Hugging Face folder, a hub name or a run folder; --model sets it."""
+    hidden_dropout_prob: Probability = 0.1
+    """Dropout of embeddings, attention outputs, feed-forward outputs and the input of the head."""
+    attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of attention probabilities."""
+
+
+TableLocation = Annotated[
+    DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+]
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag("<balanced>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
+    Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
+    BeforeValidator(  # YAML reads some labels as numbers
+        lambda value: {str(label): weight for label, weight in value.items()} if isinstance(value, dict) else value
+    ),
+]
+
+
+class TaskSettings(Section):
+    """The task: its tables and their columns, its metric, and how files are read."""
+
+    type: str = "classification"
+    """classification, multilabel, regression, token-classification or question-answering."""
+    train: TableLocation
+    """Training examples: a table (.tsv, .csv, .jsonl, .json, .parquet, CoNLL columns), a dataset, or sample."""
+    validation: TableLocation | None = None
+    """Validation examples, which choose the best checkpoint; null: some of the training examples."""
+    validation_split: Fraction = 0.1
+    """Fraction of the training examples that are the validation set where task.validation is null."""
+    test: TableLocation | None = None
+    """Test examples, which the results are measured on; null: the validation examples."""
+    text: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default=["text"], min_length=1, max_length=2
+    )
+    """Column of the text, or two columns for pairs and for [question, context]."""
+    label: str = "label"
+    """Column of the label: text, a number for regression, a list of tags for tokens."""
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    """What separates the labels of a multilabel example."""
+    metric: str | None = None
+    """Metric that chooses the best checkpoint; null: the first one of the task's type."""
+    class_weights: ClassWeights | None = None
+    """Weights of the labels in the loss: balanced, or a number for each label, such as {spam: 2}; null: equal."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of an example; longer ones are truncated, or split for question answering."""
+    doc_stride: Positive = 64
+    """Tokens by which the parts of a split context overlap."""
+    max_answer_length: Positive = 30
+    """Tokens of the longest answer."""
+    columns: list[str] | None = None
+    """Names of the columns of a file without a header."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What separates columns; null: a comma in .csv, else a tab."""
+    quoting: bool | None = None
+    """Whether text in double quotes may contain delimiters and line ends; null: in .csv only."""
+    encoding: str = "utf-8"
+    """Character encoding of the files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def set_columns_of_questions(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "question-answering":
+            return {"text": ["question", "context"], **values}
+        return values
+
+
+class FinetuneTrainSettings(OptimizationSettings):
+    """Fine-tuning: optimization, length in epochs, seeds, and regularization."""
+
+    num_train_epochs: PositiveFloat = 3.0
+    """Number of epochs."""
+    max_steps: Positive | None = None
+    """Number of optimizer steps, in place of num_train_epochs."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW; 2e-5 suits base and large models, up to 5e-4 small ones."""
+    adam_beta2: Probability = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Constant that AdamW adds to the denominator."""
+    compile: Literal["auto"] | bool = False
+    """Whether torch.compile is used; it takes about a minute before the first step."""
+    seeds: list[Seed] = Field(default=[0], min_length=1)
+    """Seeds; one model is trained with each."""
+    logging_steps: Positive = 10
+    """Steps between training lines of metrics.jsonl."""
+    eval_steps: Positive | None = None
+    """Steps between evaluations on the validation set; null: once an epoch."""
+    early_stopping_patience: Positive | None = None
+    """Stop after this number of evaluations without a better one."""
+    label_smoothing_factor: Probability = 0.0
+    """Label smoothing, for labels and tags."""
+    layerwise_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor between the learning rates of a layer and of the layer above it, such as 0.9."""
+    frozen_layers: NonNegative = 0
+    """Number of layers that are not trained, from the lowest; any also freezes the embeddings."""
+
+
+class FinetuneConfig(Section):
+    """All settings of `bertlite finetune`: one task, or several by name."""
+
+    model: FinetuneModel = FinetuneModel()
+    task: TaskSettings | None = None
+    """The task, if there is one."""
+    tasks: dict[str, TaskSettings] = Field(default={})
+    """Several tasks by name, in place of task."""
+    train: FinetuneTrainSettings = FinetuneTrainSettings()
+    output_dir: PathText = "runs/finetune"
+    """Run folder; --out sets it."""
+
+    @model_validator(mode="after")
+    def check_task_or_tasks(self) -> "FinetuneConfig":
+        if (self.task is None) == (not self.tasks):
+            raise ValueError("should have either task or tasks")
+        return self
+
+
+class Range(Section):
+    """Numbers from `low` to `high`; whole numbers if both are."""
+
+    low: int | float
+    """Smallest value."""
+    high: int | float
+    """Largest value."""
+    log: bool = False
+    """Search on a logarithmic scale."""
+
+    @model_validator(mode="after")
+    def check_low_is_below_high(self) -> "Range":
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low}, not below high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low}, not above 0, as log needs")
+        return self
+
+
+class SweepSettings(Section):
+    """A search: the number of trials, and what they choose from."""
+
+    trials: Positive = 20
+    """Number of trials."""
+    seed: Seed = 0
+    """Seed of the search."""
+    space: Annotated[
+        dict[
+            str,
+            Annotated[
+                Annotated[list[Any], Field(min_length=1), Tag("<values>")] | Annotated[Range, Tag("<range>")],
+                Discriminator(lambda value: "<values>" if isinstance(value, list) else "<range>"),
+            ],
+        ],
+        Field(min_length=1),
+    ]
+    """Settings by dotted name, each with a list of values or a range."""
+
+
+class SweepConfig(FinetuneConfig):
+    """All settings of `bertlite sweep`: a fine-tuning of one task, and a search."""
+
+    sweep: SweepSettings

@@ -1,0 +1,16 @@
+"""Packages that only some commands need; pip installs them with an extra of bertlite."""
+
+from importlib.util import find_spec
+
+from bertlite.core.errors import UserError
+
+_PIP_NAMES = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-transformers"}
+
+
+def require(user: str, extra: str, *packages: str) -> None:
+    """Raise UserError, naming the extra to install, if a package is missing that `user`, such as a command, needs."""
+    missing = [_PIP_NAMES.get(package, package) for package in packages if find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        names = ", ".join(missing)
+        raise UserError(f"{user} needs {names}, which {verb} not installed: pip install 'bertlite[{extra}]'")
