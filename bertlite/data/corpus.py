@@ -82,7 +82,7 @@ class Corpus:
             about = json.loads((folder / "corpus.json").read_text())
             self.summary, dtype = Summary(**about["summary"]), np.dtype(about["dtype"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be made again") from None
+            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be rebuilt") from None
         self.sizes = file_sizes(folder, self.summary, dtype, about.get("segmented", False))
         check_sizes(self.sizes)
         self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
@@ -111,7 +111,7 @@ def check_sizes(sizes: dict[Path, int]) -> None:
     """Raise DataLost when a file has vanished or changed its size: touching what was cut off ends a process."""
     for path, size in sizes.items():
         if not path.exists() or path.stat().st_size != size:
-            raise DataLost(f"{path}: vanished or was cut; remove {path.parent}, and it will be made again")
+            raise DataLost(f"{path}: vanished or was cut; remove {path.parent}, and it will be rebuilt")
 
 
 def cache_folder(setting: str | None) -> Path:

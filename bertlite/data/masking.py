@@ -1,10 +1,10 @@
-"""Masked language modelling: which tokens are hidden, by what, and what is to be predicted.
+"""Masked language modelling: choose tokens, replace them, and keep the originals as labels.
 
-Devlin et al. 2018, section 3.1: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
-Everything is a pure function of its arguments, so that a batch can be made again at any time.
+Devlin et al. 2018, section 3.1: of the chosen tokens 80 % become [MASK], 10 % a random token, and 10 % stay.
+Everything is a pure function of its arguments, so a batch can be recomputed at any time.
 """
 
-# Shapes: R rows, T positions of a row, P prediction slots of a row.
+# Shapes: B sequences, T positions, P predictions per sequence.
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from bertlite.config.settings import MaskingSettings
 from bertlite.core.random import map_to_range, philox, split64
 
-IGNORED = -100  # the label of a prediction slot that is not used, as in torch and transformers
+IGNORED = -100  # the label where nothing is predicted, as in torch and transformers
+LAST = np.uint64(1) << np.uint64(32)  # sorts after all 32-bit random numbers
 
 
 class Vocabulary(NamedTuple):
-    """What masking has to know of a tokenizer."""
+    """What masking needs to know about a tokenizer."""
 
     size: int
     mask_id: int
@@ -26,73 +27,88 @@ class Vocabulary(NamedTuple):
 
 
 def choose_tokens(
-    maskable: NDArray[np.bool_], count: NDArray[np.int64], random: NDArray[np.uint64], begins_word: NDArray[np.bool_]
+    maskable: NDArray[np.bool_], counts: NDArray[np.int64], random: NDArray[np.uint64], word_starts: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Every maskable token has the same chance (Devlin et al. 2018, section 3.1)."""
+    """Choose tokens, each maskable one with the same probability (Devlin et al. 2018, section 3.1)."""
     order = np.argsort(np.where(maskable, random, LAST), axis=1, kind="stable")
     chosen = np.zeros_like(maskable)
-    np.put_along_axis(chosen, order, np.arange(maskable.shape[1]) < count[:, None], axis=1)
+    np.put_along_axis(chosen, order, np.arange(maskable.shape[1]) < counts[:, None], axis=1)
     return chosen
 
 
 def choose_whole_words(
-    maskable: NDArray[np.bool_], count: NDArray[np.int64], random: NDArray[np.uint64], begins_word: NDArray[np.bool_]
+    maskable: NDArray[np.bool_], counts: NDArray[np.int64], random: NDArray[np.uint64], word_starts: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Whole words in random order while they fit the count; a row may get fewer, by less than one word.
+    """Choose whole words, in random order, until the next one would exceed the count.
 
-    Google's whole word masking (github.com/google-research/bert, May 2019); for Chinese, Cui et al. 2019.
+    A sequence may get fewer tokens than its count, by less than one word. Google's whole word masking
+    (github.com/google-research/bert, May 2019); for Chinese, Cui et al. 2019.
+
+    Example, with a count of 3. A word takes the random number of its first token:
+
+        tokens                             [CLS]   un   ##common   words   ,
+        word_ids                             1      2      2         3     4
+        word_random                          -      9      9         5     7
+        in order                           words    ,     un   ##common   [CLS]
+        tokens up to the end of the word     1      2      4       4        5
+
+    "words" and "," are chosen; "uncommon" would make 4 tokens.
     """
-    word = np.cumsum(begins_word | ~maskable, axis=1, dtype=np.int64)  # (R,T), the number of the word in its row
-    score = np.take_along_axis(random, np.maximum.accumulate(  # that of the word's first token
-        np.where(np.diff(word, axis=1, prepend=-1) > 0, np.arange(word.shape[1]), 0), axis=1), axis=1)  # fmt: skip
-    order = np.lexsort((word, np.where(maskable, score, LAST)), axis=1)  # words by score, their tokens together
-    ordered = np.take_along_axis(np.where(maskable, word, 0), order, axis=1)
-    ends = np.diff(ordered, axis=1, append=-1) != 0  # the last token of each word, in this order
-    at = np.arange(word.shape[1])
-    size_up_to_end = np.minimum.accumulate(np.where(ends, at + 1, len(at) + 1)[:, ::-1], axis=1)[:, ::-1]
+    T = maskable.shape[1]
+    positions = np.arange(T)
+    word_ids = np.cumsum(word_starts | ~maskable, axis=1, dtype=np.int64)
+    is_first_token = np.diff(word_ids, axis=1, prepend=-1) > 0
+    first_positions = np.maximum.accumulate(np.where(is_first_token, positions, 0), axis=1)
+    word_random = np.take_along_axis(random, first_positions, axis=1)
+    order = np.lexsort((word_ids, np.where(maskable, word_random, LAST)), axis=1)
+
+    ordered_word_ids = np.take_along_axis(np.where(maskable, word_ids, 0), order, axis=1)
+    is_last_token = np.diff(ordered_word_ids, axis=1, append=-1) != 0
+    word_ends = np.where(is_last_token, positions + 1, T + 1)
+    tokens_up_to_end = np.minimum.accumulate(word_ends[:, ::-1], axis=1)[:, ::-1]
     chosen = np.zeros_like(maskable)
-    np.put_along_axis(chosen, order, size_up_to_end <= count[:, None], axis=1)
+    np.put_along_axis(chosen, order, tokens_up_to_end <= counts[:, None], axis=1)
     return chosen & maskable
 
 
-LAST = np.uint64(1) << np.uint64(32)  # sorts behind all random numbers
-
-# A strategy takes maskable (R,T), the number of tokens to choose in each row (R,), one random number for every token
-# (R,T) and where words begin (R,T), and returns the chosen tokens (R,T); it may choose fewer, never more.
+# A strategy takes which tokens may be masked (B,T), how many to choose in each sequence (B,), a random number for each
+# token (B,T) and where words start (B,T). It returns the chosen tokens (B,T): as many as asked for or fewer.
 STRATEGIES = {"token": choose_tokens, "whole-word": choose_whole_words}
 
 
-def max_predictions(length: int, masking: MaskingSettings) -> int:
-    """The predictions that a row of `length` positions may need, at the highest rate, if it is one document."""
-    return max(1, round(max(masking.schedule().start, masking.schedule().end) * (length - 2)))
+def max_predictions(sequence_length: int, masking: MaskingSettings) -> int:
+    """The most predictions that a sequence may have: of one document, at the highest rate of the run."""
+    highest_rate = max(masking.schedule().start, masking.schedule().end)
+    return max(1, round(highest_rate * (sequence_length - 2)))
 
 
 def mask_tokens(
     ids: NDArray[np.int64],
-    begins_word: NDArray[np.bool_],
+    word_starts: NDArray[np.bool_],
     samples: NDArray[np.int64],
     vocabulary: Vocabulary,
     strategy: str,
     rates: NDArray[np.float64],
-    slots: int,
+    num_predictions: int,
     key: tuple[int, int],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Mask rows of token ids (R,T); row i is sample number `samples[i]` of the stream that `key` names.
+    """Mask token ids (B,T); sequence i is sample number `samples[i]` of the stream of random numbers of `key`.
 
-    Returns the input ids (R,T), and the positions (R,P) and labels (R,P) of what is to be predicted, P = `slots`. Of
-    each row `round(rate × maskable tokens)` are chosen; slots left over point at position 0 with label IGNORED.
+    In each sequence, `round(rate × maskable tokens)` tokens are chosen. Returns the input ids (B,T), and the positions
+    (B,P) and labels (B,P) of the predictions, P = `num_predictions`. Unused predictions have position 0 and the label
+    IGNORED.
     """
     low, high = split64(samples)
-    random = philox(key, (np.arange(ids.shape[1]), low[:, None], high[:, None], 0))  # (R,T,4)
+    random = philox(key, (np.arange(ids.shape[1]), low[:, None], high[:, None], 0))  # (B,T,4)
     maskable = ~np.isin(ids, vocabulary.special_ids)
-    count = np.minimum(np.rint(rates * maskable.sum(1)), slots).astype(np.int64)
-    chosen = STRATEGIES[strategy](maskable, count, random[..., 0], begins_word)
+    counts = np.minimum(np.rint(rates * maskable.sum(1)), num_predictions).astype(np.int64)
+    chosen = STRATEGIES[strategy](maskable, counts, random[..., 0], word_starts)
 
     tenth = map_to_range(random[..., 1], 10)
     random_ids = vocabulary.ordinary_ids[map_to_range(random[..., 2], len(vocabulary.ordinary_ids))]
     inputs = np.select([chosen & (tenth < 8), chosen & (tenth == 8)], [vocabulary.mask_id, random_ids], ids)
 
-    positions = np.argsort(~chosen, axis=1, kind="stable")[:, :slots]  # the chosen ones first, in their order
+    positions = np.argsort(~chosen, axis=1, kind="stable")[:, :num_predictions]  # chosen tokens first, in their order
     used = np.take_along_axis(chosen, positions, axis=1)
     labels = np.where(used, np.take_along_axis(ids, positions, axis=1), IGNORED)
     return inputs, np.where(used, positions, 0), labels

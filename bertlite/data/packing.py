@@ -1,10 +1,10 @@
-"""Pack documents into sequences of one length, once, and keep the plan beside the corpus."""
+"""Pack documents into sequences of one length, once, and store the result beside the corpus."""
 
-# Shapes: R rows, T positions of a row, P prediction slots of a row.
+# Shapes: B sequences of a batch, T positions of a sequence.
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -14,46 +14,54 @@ from numpy.typing import NDArray
 
 from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import atomic_folder, fingerprint, lock, write_json
-from bertlite.core.random import (
-    PACKING,
-    choose_validation,
-    draw_uint32,
-)
+from bertlite.core.random import PACKING, choose_validation, draw_uint32
 from bertlite.data.corpus import Corpus
 
-PLAN_VERSION = 3  # raise it when the same corpus would give other rows
-LEAST_PIECE = 8  # tokens of a long document that are worth a piece of their own
+PLAN_VERSION = 3  # raise it when the same corpus would give other sequences
+MIN_SPAN = 8  # a long document is not cut into spans of fewer tokens, except its last one
+
+Split = Literal["all", "train", "validation"]
+Ints = NDArray[np.int64]
 
 
 class Packing:
-    """A table of rows. Record r holds pieces `row_starts[r]` to `row_starts[r + 1]`, which lie in the corpus's tokens
-    at `piece_starts` and are `piece_lengths` long, [CLS] and [SEP] not counted. `groups` says how many rows, one
-    behind the other, have which weight."""
+    """Which parts of the corpus make up each sequence, as memory-mapped tables.
+
+    A span is a document, or a part of a long one: `span_lengths` tokens of the corpus from `span_starts` on, without
+    [CLS] and [SEP]. Sequence i consists of spans `sequence_starts[i]` to `sequence_starts[i + 1]`. `groups` lists
+    weight and number of consecutive sequences of that weight. The files are named as in version 0.1, whose caches
+    are still read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.span_starts: NDArray[np.int64] = np.load(folder / "piece_starts.npy", mmap_mode="r")
+            self.span_starts: Ints = np.load(folder / "piece_starts.npy", mmap_mode="r")
             self.span_lengths: NDArray[np.int32] = np.load(folder / "piece_lengths.npy", mmap_mode="r")
-            self.sequence_starts: NDArray[np.int64] = np.load(folder / "row_starts.npy", mmap_mode="r")
+            self.sequence_starts: Ints = np.load(folder / "row_starts.npy", mmap_mode="r")
             self.groups: list[tuple[float, int]] = json.loads((folder / "groups.json").read_text())
         except (OSError, EOFError, ValueError) as error:
-            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be made again") from None
+            raise DataLost(f"{folder}: damaged ({error}); remove it, and it will be rebuilt") from None
 
     def __len__(self) -> int:
         return len(self.sequence_starts) - 1
 
+    def spans(self, sequence: int) -> list[tuple[int, int]]:
+        """Start and length of each span of a sequence."""
+        inside = slice(*self.sequence_starts[sequence : sequence + 2])
+        return list(zip(self.span_starts[inside], self.span_lengths[inside], strict=True))
+
     def tokens(self) -> int:
-        """Tokens of all rows, [CLS] and [SEP] included."""
+        """Tokens of all sequences, with [CLS] and [SEP]."""
         return int(self.span_lengths.sum(dtype=np.int64)) + 2 * len(self.span_lengths)
 
 
 def choose_validation_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
-    """Which documents are held out for validation. Raises UserError when there is only one."""
+    """Choose the documents of the validation split. Raises UserError when the corpus has only one document."""
     if len(corpus) < 2:
         raise UserError(
-            "data.train holds only one document, so none can be held out; name a file in data.validation or, where "
-            "each line is a document, set data.document to line"
+            "data.train holds only one document, which cannot be split into training and validation text; name a file "
+            "in data.validation or, where each line is a document, set data.document to line"
         )
     return choose_validation(len(corpus), share)
 
@@ -62,132 +70,160 @@ def pack_corpus(
     corpus: Corpus,
     sequence_length: int,
     weights: Sequence[float] | None = None,
-    share: float | None = None,
-    part: Literal["all", "train", "held-out"] = "all",
+    validation_share: float | None = None,
+    split: Split = "all",
 ) -> Packing:
-    """The packed sequences of a corpus, or of one split of it; read from the disk where they have been made before.
+    """Pack a corpus, or one split of it, into sequences; load the result where this was done before.
 
-    `weights`, one for each source of the corpus, are how often its text is seen, 1 being once an epoch. Documents
-    share rows with documents of their weight.
+    `weights`, one for each source of the corpus, say how often a source is seen per epoch. Documents share sequences
+    with documents of the same weight only.
     """
     sources = corpus.summary.source_documents
     weights = list(weights or [1.0] * len(sources))[: len(sources)]
-    folder = corpus.folder / f"plan-{fingerprint([PLAN_VERSION, sequence_length, weights, share, part])}"
+    split_name = "held-out" if split == "validation" else split  # as in version 0.1, whose caches are still used
+    key = fingerprint([PLAN_VERSION, sequence_length, weights, validation_share, split_name])
+    folder = corpus.folder / f"plan-{key}"
     with lock(folder):
         if not folder.exists():
-            everything = np.ones(len(corpus), dtype=bool)
-            wanted = everything if share is None else choose_validation_documents(corpus, share) == (part == "held-out")
-            with atomic_folder(folder) as aside:
-                _write_plan(aside, corpus, sequence_length, wanted, np.repeat(weights, sources))
+            wanted = np.ones(len(corpus), dtype=bool)
+            if validation_share is not None:
+                wanted = choose_validation_documents(corpus, validation_share) == (split == "validation")
+            with atomic_folder(folder) as unfinished:
+                _write_packing(unfinished, corpus, sequence_length, wanted, np.repeat(weights, sources))
     return Packing(folder)
 
 
-def _write_plan(
-    folder: Path, corpus: Corpus, T: int, wanted: NDArray[np.bool_], weight_of: NDArray[np.float64]
+def _write_packing(
+    folder: Path, corpus: Corpus, T: int, wanted: NDArray[np.bool_], document_weights: NDArray[np.float64]
 ) -> None:
-    weights = np.unique(weight_of[wanted]).tolist()
-    documents = [np.flatnonzero(wanted & (weight_of == weight)) for weight in weights]
-    every = np.diff(corpus.starts)
-    starts, lengths, rows = zip(
-        *(pack_documents(corpus.starts[these], every[these], T) for these in documents), strict=True
+    """Pack the wanted documents, those of each weight for themselves."""
+    starts, lengths = corpus.starts[:-1], np.diff(corpus.starts)
+    weights = np.unique(document_weights[wanted]).tolist()
+    groups = [np.flatnonzero(wanted & (document_weights == weight)) for weight in weights]
+    packed = [pack_documents(starts[documents], lengths[documents], T) for documents in groups]
+    span_starts, span_lengths, sequence_starts = zip(*packed, strict=True)
+    spans_per_sequence = np.concatenate([np.diff(starts) for starts in sequence_starts])
+    np.save(folder / "piece_starts.npy", np.concatenate(span_starts))
+    np.save(folder / "piece_lengths.npy", np.concatenate(span_lengths).astype(np.int32))
+    np.save(folder / "row_starts.npy", _offsets(spans_per_sequence))
+    sizes = [len(starts) - 1 for starts in sequence_starts]
+    write_json(folder / "groups.json", list(zip(weights, sizes, strict=True)))
+
+
+def pack_documents(starts: Ints, lengths: Ints, T: int) -> tuple[Ints, Ints, Ints]:
+    """Pack documents, given by start and length in the corpus, into sequences of T positions.
+
+    Documents that fit a sequence stay whole. Longer ones are then split, one after the other: they fill the positions
+    that are left and then sequences of their own. Returns the starts and the lengths of the spans, in the order of the
+    sequences, and the index of the first span of each sequence, with the number of spans at the end.
+
+    Example: a sequence of 24 positions has room for 22 tokens beside [CLS] and [SEP]. Documents of 10 and 30 tokens
+    make the spans 10, 10 and 20. The first two share a sequence: 12 + 12 positions.
+    """
+    fits = lengths <= T - 2
+    order, sequence_starts = pack_lengths(lengths[fits] + 2, T)
+    whole_starts, whole_lengths = starts[fits][order], lengths[fits][order]
+    num_sequences = len(sequence_starts) - 1
+    whole_sequences = np.repeat(np.arange(num_sequences), np.diff(sequence_starts))
+    used_positions = np.bincount(whole_sequences, whole_lengths + 2, minlength=num_sequences).astype(np.int64)
+    split_starts, split_lengths, split_sequences = _split_documents(
+        starts[~fits], lengths[~fits], T, free_tokens=T - 2 - used_positions
     )
-    np.save(folder / "piece_starts.npy", np.concatenate(starts))
-    np.save(folder / "piece_lengths.npy", np.concatenate(lengths).astype(np.int32))
-    np.save(folder / "row_starts.npy", np.cumsum(np.concatenate([[0], *map(np.diff, rows)])))
-    write_json(folder / "groups.json", [(weight, len(one) - 1) for weight, one in zip(weights, rows, strict=True)])
-
-
-def pack_documents(starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int) -> tuple[NDArray[np.int64], ...]:
-    """Lay documents, given by where they start and how long they are, into rows of T positions.
-
-    Those that fit a row are packed whole. Longer ones are then poured, one after the other, into the room that is left
-    and into new rows, and cut where a row ends. Returns where each piece starts, its length, and where each row starts
-    among the pieces.
-    """
-    whole = lengths <= T - 2
-    order, row_starts = pack(lengths[whole] + 2, T)
-    piece_starts, piece_lengths = starts[whole][order], lengths[whole][order]
-    piece_rows = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
-    used = np.bincount(piece_rows, piece_lengths + 2, minlength=len(row_starts) - 1).astype(np.int64)
-    poured = _pour(starts[~whole], lengths[~whole], T, T - 2 - used)
-    piece_starts, piece_lengths, piece_rows = (
-        np.concatenate(both) for both in zip((piece_starts, piece_lengths, piece_rows), poured, strict=True)
+    sequences = np.concatenate([whole_sequences, split_sequences])
+    by_sequence = np.argsort(sequences, kind="stable")
+    return (
+        np.concatenate([whole_starts, split_starts])[by_sequence],
+        np.concatenate([whole_lengths, split_lengths])[by_sequence],
+        _offsets(np.bincount(sequences)),
     )
-    by_row = np.argsort(piece_rows, kind="stable")
-    row_starts = np.concatenate([[0], np.cumsum(np.bincount(piece_rows))])
-    return piece_starts[by_row], piece_lengths[by_row], row_starts
 
 
-def _pour(
-    starts: NDArray[np.int64], lengths: NDArray[np.int64], T: int, rooms: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], ...]:
-    """Cut long documents so that they fill the rooms of the first rows, and then rows of their own.
+def _split_documents(starts: Ints, lengths: Ints, T: int, free_tokens: Ints) -> tuple[Ints, ...]:
+    """Split long documents into spans that fill `free_tokens` of the existing sequences, and then new sequences.
 
-    Returns start, length and row of each piece. Rooms for fewer than LEAST_PIECE tokens stay empty.
+    Returns start, length and sequence of each span. Where fewer than MIN_SPAN tokens are free, nothing is added.
     """
-    piece_starts, piece_lengths, piece_rows = array("q"), array("q"), array("q")
-    open_rows = [(row, room) for row, room in enumerate(rooms.tolist()) if room >= LEAST_PIECE]
-    next_row = len(rooms)
-    for start, left in zip(starts.tolist(), lengths.tolist(), strict=True):
-        while left:
-            row, room = open_rows.pop() if open_rows else (next_row, T - 2)
-            next_row = max(next_row, row + 1)
-            taken = min(left, room)
-            piece_starts.append(start)
-            piece_lengths.append(taken)
-            piece_rows.append(row)
-            start, left, room = start + taken, left - taken, room - taken - 2
-            if room >= LEAST_PIECE:
-                open_rows.append((row, room))
-    return tuple(np.array(column, dtype=np.int64) for column in (piece_starts, piece_lengths, piece_rows))
+    span_starts, span_lengths, span_sequences = array("q"), array("q"), array("q")
+    open_sequences = [(sequence, free) for sequence, free in enumerate(free_tokens.tolist()) if free >= MIN_SPAN]
+    next_sequence = len(free_tokens)
+    for start, remaining in zip(starts.tolist(), lengths.tolist(), strict=True):
+        while remaining:
+            sequence, free = open_sequences.pop() if open_sequences else (next_sequence, T - 2)
+            next_sequence = max(next_sequence, sequence + 1)
+            length = min(remaining, free)
+            span_starts.append(start)
+            span_lengths.append(length)
+            span_sequences.append(sequence)
+            start, remaining, free = start + length, remaining - length, free - length - 2
+            if free >= MIN_SPAN:
+                open_sequences.append((sequence, free))
+    return tuple(np.array(column, dtype=np.int64) for column in (span_starts, span_lengths, span_sequences))
 
 
-def pack(
-    lengths: NDArray[np.int64], capacity: int, seed: int = 0, epoch: int = 0
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pack pieces into rows of `capacity`: best fit, longest first, mates drawn at random, as many rows each time.
+def pack_lengths(lengths: Ints, capacity: int, seed: int = 0, epoch: int = 0) -> tuple[Ints, Ints]:
+    """Pack items into sequences of `capacity` positions: best fit, longest first.
 
-    Works on the histogram of lengths (Krell et al. 2021, "Efficient sequence packing without cross-contamination"),
-    so that the search does not grow with the corpus. Returns the pieces in row order, and where each row starts.
+    Which items of one length share a sequence is random, by seed and epoch; the number of sequences is always the same.
+    Returns the items in the order of the sequences, and the index of the first item of each sequence, with the number
+    of items at the end.
+
+    Example: with lengths 7, 5, 3 and capacity 10, the order is [1, 0, 2] and the starts are [0, 1, 3]: item 1 is alone,
+    items 0 and 2 share a sequence.
     """
-    open_rows: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)  # free room → (lengths, how many rows)
-    open_rows[capacity] = [((), len(lengths))]
     histogram = np.bincount(lengths, minlength=capacity + 1)
-    for length in range(capacity, 0, -1):
-        left = int(histogram[length])
-        while left:
-            room = min(space for space, rows in open_rows.items() if space >= length and rows)
-            pattern, rows = open_rows[room].pop()
-            each = min(room // length, left)  # the same row stays the best fit until it is full
-            filled = min(rows, left // each)
-            if rows > filled:
-                open_rows[room].append((pattern, rows - filled))
-            open_rows[room - each * length].append((pattern + (length,) * each, filled))
-            left -= each * filled
-
-    order = np.lexsort((draw_uint32(len(lengths), (seed, PACKING), epoch), lengths))  # by length, shuffled within each
-    taken = np.cumsum(histogram) - histogram  # where in `order` the next piece of each length stands
-    pieces, sizes = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
-    for pattern, rows in chain.from_iterable(open_rows.values()):
-        if not pattern:
-            continue
+    by_length = np.lexsort((draw_uint32(len(lengths), (seed, PACKING), epoch), lengths))  # shuffled within each length
+    next_index = np.cumsum(histogram) - histogram  # in `by_length`, of the next item of each length
+    order, spans_per_sequence = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for pattern, count in _find_patterns(histogram, capacity):
         columns = []
         for length in pattern:
-            columns.append(order[taken[length] : taken[length] + rows])
-            taken[length] += rows
-        pieces.append(np.stack(columns, axis=1).ravel())
-        sizes.append(np.full(rows, len(pattern)))
-    return np.concatenate(pieces), np.cumsum(np.concatenate(sizes))
+            columns.append(by_length[next_index[length] : next_index[length] + count])
+            next_index[length] += count
+        order.append(np.stack(columns, axis=1).ravel())
+        spans_per_sequence.append(np.full(count, len(pattern)))
+    return np.concatenate(order), _offsets(np.concatenate(spans_per_sequence))
 
 
-def collate(rows: list[list[Any]], length: int, fill: int) -> tuple[NDArray[np.int64], ...]:
-    """Rows of pieces, one behind the other, and then `fill`; the place of each number in its piece, and the number of
-    the piece, from 1. All are (R,T), T = `length`."""
-    numbers = np.full((len(rows), length), fill, dtype=np.int64)
-    positions, documents = np.zeros_like(numbers), np.zeros_like(numbers)
-    for row, pieces in enumerate(rows):
+def _find_patterns(histogram: Ints, capacity: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Find the combinations of lengths that share a sequence, and how many sequences have each.
+
+    Best fit, longest first, on the histogram of lengths (Krell et al. 2021, "Efficient sequence packing without
+    cross-contamination"), so that the time does not grow with the corpus.
+    """
+    open_patterns: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)  # by free positions
+    open_patterns[capacity] = [((), int(histogram.sum()))]
+    for length in range(capacity, 0, -1):
+        remaining = int(histogram[length])
+        while remaining:
+            free = min(free for free, patterns in open_patterns.items() if free >= length and patterns)
+            pattern, count = open_patterns[free].pop()
+            repeats = min(free // length, remaining)  # the same sequence stays the best fit until it is full
+            filled = min(count, remaining // repeats)
+            if count > filled:
+                open_patterns[free].append((pattern, count - filled))
+            open_patterns[free - repeats * length].append((pattern + (length,) * repeats, filled))
+            remaining -= repeats * filled
+    return ((pattern, count) for pattern, count in chain.from_iterable(open_patterns.values()) if pattern)
+
+
+def collate(sequences: list[list[Any]], length: int, pad_value: int) -> tuple[Ints, Ints, Ints]:
+    """Join the spans of each sequence, and pad to `length`.
+
+    Returns the values, their positions within their span, and the number of their span, from 1; all (B,T), T =
+    `length`. Padding has position 0 and span number 0.
+    """
+    values = np.full((len(sequences), length), pad_value, dtype=np.int64)
+    positions, numbers = np.zeros_like(values), np.zeros_like(values)
+    for index, spans in enumerate(sequences):
         end = 0
-        for number, piece in enumerate(pieces, 1):
-            at, end = end, end + len(piece)
-            numbers[row, at:end], positions[row, at:end], documents[row, at:end] = piece, np.arange(len(piece)), number
-    return numbers, positions, documents
+        for number, span in enumerate(spans, 1):
+            start, end = end, end + len(span)
+            values[index, start:end] = span
+            positions[index, start:end] = np.arange(len(span))
+            numbers[index, start:end] = number
+    return values, positions, numbers
+
+
+def _offsets(counts: Ints) -> Ints:
+    """Where each group starts, and the total at the end: [2, 3] gives [0, 2, 5]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -18,7 +18,7 @@ from bertlite.core.logging import logger
 from bertlite.core.random import EPOCH_ORDER, permute
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
-from bertlite.data.packing import collate, pack
+from bertlite.data.packing import collate, pack_lengths
 from bertlite.data.tables import Record, get_column
 from bertlite.model.heads import QuestionAnswerer, TokenClassifier
 
@@ -62,7 +62,7 @@ class ExampleBatches:
         multiples = range(1, max(1, LONGEST_ROW // longest) + 1)
         found: dict[int, tuple[float, int]] = {}
         for one in [length] if length >= longest else [8 * math.ceil(n * longest / 8) for n in multiples]:
-            rows = len(pack(self.lengths, one)[1]) - 1
+            rows = len(pack_lengths(self.lengths, one)[1]) - 1
             found[one] = 1 - self.lengths.sum() / (rows * one), rows
             if found[one][0] <= MOST_PADDING or rows == 1:
                 break
@@ -82,7 +82,7 @@ class ExampleBatches:
         """The examples of a row in an epoch's packing; past the last row, none."""
         if epoch not in self.packings:
             self.packings = {number: kept for number, kept in self.packings.items() if number >= epoch - 1}
-            self.packings[epoch] = pack(self.lengths, self.length, self.seed, epoch)
+            self.packings[epoch] = pack_lengths(self.lengths, self.length, self.seed, epoch)
         order, starts = self.packings[epoch]
         return order[starts[row] : starts[row + 1]] if row < self.rows else order[:0]
 

@@ -74,7 +74,7 @@ def prepare(config: PretrainConfig) -> Prepared:
     else:
         validation, share = corpus, data.validation_split
         plan = pack_corpus(corpus, T, weights, share, "train")
-        validation_plan = pack_corpus(corpus, T, None, share, "held-out")
+        validation_plan = pack_corpus(corpus, T, None, share, "validation")
     for name, rows, masking in (
         ("training", plan, config.masking),
         ("held-out", validation_plan, EVALUATION_MASKING),
@@ -253,7 +253,7 @@ def new_training(
         loss=loss,
         make_batch=batches.training,
         evaluate=lambda: evaluate(
-            model, scores, validation.evaluation, len(validation.plan), training.micro_batch, runtime
+            model, scores, validation.evaluation, len(validation.packing), training.micro_batch, runtime
         ),
         settings=settings,
         runtime=runtime,

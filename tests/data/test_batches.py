@@ -18,7 +18,7 @@ from bertlite.core.errors import DataLost, UserError
 from bertlite.data.batches import Batch, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.masking import IGNORED, max_predictions
-from bertlite.data.packing import Packing, choose_validation_documents, pack, pack_corpus, pack_documents
+from bertlite.data.packing import Packing, choose_validation_documents, pack_corpus, pack_documents, pack_lengths
 from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, load_tokenizer, wrap_tokenizer
 from bertlite.data.words import segment_with_jieba
 
@@ -120,12 +120,12 @@ def test_packing_is_complete_and_as_good_as_plain_best_fit(data, capacity, seed)
     kinds = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=20))
     count = data.draw(st.integers(1, 400))
     lengths = np.random.default_rng(seed).choice(kinds, count)
-    pieces, starts = pack(lengths, capacity)
+    pieces, starts = pack_lengths(lengths, capacity)
     assert np.array_equal(np.sort(pieces), np.arange(count)), "every piece exactly once"
     assert starts[0] == 0 and starts[-1] == count and (np.diff(starts) > 0).all()
     assert np.add.reduceat(lengths[pieces], starts[:-1]).max() <= capacity
     assert len(starts) - 1 <= best_fit_decreasing(lengths.tolist(), capacity)
-    again = pack(lengths, capacity)
+    again = pack_lengths(lengths, capacity)
     assert np.array_equal(again[0], pieces) and np.array_equal(again[1], starts)
 
 
@@ -134,13 +134,13 @@ def test_packing_is_complete_and_as_good_as_plain_best_fit(data, capacity, seed)
     [([7, 5, 3], 10, 2), ([10] * 4, 10, 4), ([3] * 10, 9, 4), ([3], 512, 1), ([8, 8, 4, 4, 4, 4], 16, 2)],
 )
 def test_packing_of_a_few_pieces(lengths, capacity, rows):
-    _, starts = pack(np.array(lengths), capacity)
+    _, starts = pack_lengths(np.array(lengths), capacity)
     assert len(starts) - 1 == rows
 
 
 def test_pieces_of_one_length_meet_mates_from_anywhere():
     """Neighbours in the text do not share rows more often than others do."""
-    pieces, starts = pack(np.full(10_000, 50), 100)
+    pieces, starts = pack_lengths(np.full(10_000, 50), 100)
     assert np.array_equal(starts, np.arange(0, 10_001, 2))
     distance = np.abs(pieces[0::2] - pieces[1::2])
     assert (distance == 1).sum() < 10
@@ -153,9 +153,9 @@ def test_wikipedia_fills_the_rows(length, share, tmp_path):
     tokenizer = load_tokenizer(str(SHARED / "vocab" / "bert-base-uncased" / "vocab.txt"))
     data = DataSettings(train=[str(SHARED / "pretrain" / "enwiki_valid.txt")], cache_dir=str(tmp_path))
     corpus = prepare_corpus(data.train, tokenizer, data, "data.train")
-    plan = pack_corpus(corpus, length)
-    assert plan.span_lengths.sum() == len(corpus.tokens)
-    assert plan.tokens() / (len(plan) * length) >= share
+    packing = pack_corpus(corpus, length)
+    assert packing.span_lengths.sum() == len(corpus.tokens)
+    assert packing.tokens() / (len(packing) * length) >= share
 
 
 # Cutting
@@ -199,16 +199,16 @@ def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
 )
 def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_corpus, tokenizer):
     corpus = make_corpus(lengths)
-    plan = pack_corpus(corpus, length)
+    packing = pack_corpus(corpus, length)
     starts, sizes, _ = pack_documents(corpus.starts[:-1], np.diff(corpus.starts), length)
     expected = sorted(corpus.tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True))
-    batches = Batches(corpus, plan, tokenizer, length, MaskingSettings(), TrainSettings(seed=seed))
+    batches = Batches(corpus, packing, tokenizer, length, MaskingSettings(), TrainSettings(seed=seed))
     for epoch in (0, 3):
-        batch = batches.training(epoch * len(plan), len(plan))
-        assert batch.input_ids.shape == (len(plan), length)
+        batch = batches.training(epoch * len(packing), len(packing))
+        assert batch.input_ids.shape == (len(packing), length)
         assert sorted(pieces_of(batch)) == expected
-        assert batch.tokens() == plan.tokens() == len(corpus.tokens) + 2 * len(expected)
-    assert sorted(pieces_of(batches.evaluation(0, len(plan)))) == expected
+        assert batch.tokens() == packing.tokens() == len(corpus.tokens) + 2 * len(expected)
+    assert sorted(pieces_of(batches.evaluation(0, len(packing)))) == expected
 
 
 def test_a_plan_is_made_once(corpus):
@@ -225,7 +225,7 @@ def test_a_plan_is_made_once(corpus):
 def test_a_plan_that_was_cut_is_named(name, make_corpus):
     folder = pack_corpus(make_corpus([5, 9, 30]), 16).folder
     os.truncate(folder / name, 1)
-    with pytest.raises(DataLost, match=f"{folder}: damaged .*; remove it, and it will be made again"):
+    with pytest.raises(DataLost, match=f"{folder}: damaged .*; remove it, and it will be rebuilt"):
         Packing(folder)
 
 
@@ -242,14 +242,16 @@ def test_a_plan_that_was_cut_is_named(name, make_corpus):
 def test_held_out_documents_are_whole_and_no_others_are_left_out(lengths, share, make_corpus, tokenizer):
     corpus = make_corpus(lengths)
     tokens = {}
-    for part in ("train", "held-out"):
-        plan = pack_corpus(corpus, 16, None, share, part)
-        batch = Batches(corpus, plan, tokenizer, 16).evaluation(0, len(plan))
+    for part in ("train", "validation"):
+        packing = pack_corpus(corpus, 16, None, share, part)
+        batch = Batches(corpus, packing, tokenizer, 16).evaluation(0, len(packing))
         tokens[part] = [token for piece in pieces_of(batch) for token in piece]
-    assert tokens["train"] and tokens["held-out"]
-    assert sorted(tokens["train"] + tokens["held-out"]) == sorted(corpus.tokens.tolist())
+    assert tokens["train"] and tokens["validation"]
+    assert sorted(tokens["train"] + tokens["validation"]) == sorted(corpus.tokens.tolist())
     held_out = choose_validation_documents(corpus, share)
-    assert sorted(tokens["held-out"]) == sorted(np.concatenate([corpus.document(n) for n in np.flatnonzero(held_out)]))
+    assert sorted(tokens["validation"]) == sorted(
+        np.concatenate([corpus.document(n) for n in np.flatnonzero(held_out)])
+    )
     assert np.array_equal(held_out, choose_validation_documents(corpus, share))
 
 
@@ -264,7 +266,7 @@ def test_the_held_out_share_is_as_asked_and_spread_over_the_text(make_corpus):
 
 def test_one_document_cannot_be_held_out(make_corpus):
     corpus = make_corpus([50])
-    for part in ("train", "held-out"):
+    for part in ("train", "validation"):
         with pytest.raises(UserError, match=r"data\.train.*one document.*data\.validation"):
             pack_corpus(corpus, 16, None, 0.1, part)
     assert len(pack_corpus(corpus, 16)) == 4
@@ -291,8 +293,8 @@ def test_a_batch_does_not_depend_on_how_it_is_asked_for(batches, first, count, d
 
 
 def test_equal_arguments_make_equal_batches(batches, tokenizer):
-    plan = pack_corpus(batches.corpus, 32)
-    twin = Batches(batches.corpus, plan, tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
+    packing = pack_corpus(batches.corpus, 32)
+    twin = Batches(batches.corpus, packing, tokenizer, 32, MaskingSettings(rate=0.3), TrainSettings(seed=7))
     twin.training(100, 8)
     assert equal(twin.training(5, 8), batches.training(5, 8))
 
@@ -300,9 +302,9 @@ def test_equal_arguments_make_equal_batches(batches, tokenizer):
 def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     """Else a run that is resumed by a newer version would see other text, or other masks."""
     corpus = make_corpus([9, 1, 14, 3, 22, 5, 2, 8])
-    plan, masking = pack_corpus(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
-    stream = Batches(corpus, plan, tokenizer, 16, masking, TrainSettings(seed=7))
-    assert stream.rows(np.arange(10)).tolist() == [4, 1, 5, 3, 0, 2, 5, 3, 1, 0]
+    packing, masking = pack_corpus(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
+    stream = Batches(corpus, packing, tokenizer, 16, masking, TrainSettings(seed=7))
+    assert stream.select_sequences(np.arange(10)).tolist() == [4, 1, 5, 3, 0, 2, 5, 3, 1, 0]
     batch, held_out = stream.training(3, 4), stream.evaluation(3, 1)
     assert batch.input_ids.tolist() == [
         [2, 61, 62, 63, 64, 4, 66, 67, 4, 3, 2, 59, 4, 3, 0, 0],
@@ -315,12 +317,12 @@ def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     row = "[CLS] w10 w11 w12 {w13 → w13} w14 w15 w16 {[MASK] → w17} {[MASK] → w18} {[MASK] → w19} w20 w21 w22 w23 [SEP]"
     other = ["[CLS] w49 w50 {[MASK] → w51} {w52 → w52} w53 [SEP]", "[CLS] w9 [SEP]"]
     assert stream.describe(batch.slice(1, 3)) == [[row], other]
-    plan.groups = [(0.5, 2), (3.0, 4)]
-    assert stream.rows(np.arange(14)).tolist() == [3, 2, 5, 4, 4, 0, 5, 3, 3, 5, 2, 4, 2, 2]
+    packing.groups = [(0.5, 2), (3.0, 4)]
+    assert stream.select_sequences(np.arange(14)).tolist() == [3, 2, 5, 4, 4, 0, 5, 3, 3, 5, 2, 4, 2, 2]
 
 
 def test_every_epoch_is_all_rows_in_a_new_order(batches):
-    rows = len(batches.plan)
+    rows = len(batches.packing)
     epochs = [original_ids(batches.training(epoch * rows, rows)).tolist() for epoch in (0, 1, 2, 1000)]
     for epoch in epochs:
         assert len(set(map(tuple, epoch))) == rows
@@ -331,7 +333,7 @@ def test_every_epoch_is_all_rows_in_a_new_order(batches):
 
 
 def test_a_row_has_other_masks_in_every_epoch(batches):
-    rows = len(batches.plan)
+    rows = len(batches.packing)
     masks = []
     for epoch in range(4):
         batch = batches.training(epoch * rows, rows)
@@ -342,10 +344,10 @@ def test_a_row_has_other_masks_in_every_epoch(batches):
 
 
 def test_seeds_give_other_orders(batches, tokenizer):
-    rows = len(batches.plan)
+    rows = len(batches.packing)
     one = batches.training(0, rows)
     settings = MaskingSettings(rate=0.3), TrainSettings(seed=8)
-    other = Batches(batches.corpus, batches.plan, tokenizer, 32, *settings).training(0, rows)
+    other = Batches(batches.corpus, batches.packing, tokenizer, 32, *settings).training(0, rows)
     assert (original_ids(one) == original_ids(other)).all(1).float().mean() < 0.2
     masked = [dict(zip(map(str, original_ids(b).tolist()), b.input_ids.tolist(), strict=True)) for b in (one, other)]
     assert sum(masked[0][row] != masked[1][row] for row in masked[0]) > 0.8 * rows
@@ -355,7 +357,7 @@ def test_seeds_give_other_orders(batches, tokenizer):
 def test_training_masks_at_the_configured_rate(batches, tokenizer, rate):
     masking = MaskingSettings(rate=rate)
     settings = masking, TrainSettings(seed=1)
-    batch = Batches(batches.corpus, batches.plan, tokenizer, 32, *settings).training(0, len(batches.plan))
+    batch = Batches(batches.corpus, batches.packing, tokenizer, 32, *settings).training(0, len(batches.packing))
     ordinary = (original_ids(batch) > MASK).sum(1).tolist()
     assert (batch.labels != IGNORED).sum(1).tolist() == [round(rate * count) for count in ordinary]
     assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), max_predictions(32, masking))
@@ -363,13 +365,13 @@ def test_training_masks_at_the_configured_rate(batches, tokenizer, rate):
 
 def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
     """Held-out losses compare between runs: no seed, no masking setting, no grouping reaches the masks."""
-    rows = len(batches.plan)
+    rows = len(batches.packing)
     whole = batches.evaluation(0, rows)
     assert equal(whole, batches.evaluation(0, rows))
     for seed, rate, strategy in [(0, 0.15, "token"), (8, 0.3, "whole-word"), (7, {"start": 0.9, "end": 0.2}, "token")]:
         masking = MaskingSettings(strategy=strategy, rate=rate)
         train = TrainSettings(seed=seed, max_steps=2, global_batch_size=1)
-        other = Batches(batches.corpus, batches.plan, tokenizer, 32, masking, train)
+        other = Batches(batches.corpus, batches.packing, tokenizer, 32, masking, train)
         other.training(3, 4)
         assert equal(other.evaluation(0, rows), whole)
     assert equal(joined([batches.evaluation(row, 1) for row in range(rows)]), whole)
@@ -379,17 +381,17 @@ def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
 
 
 def test_evaluation_masks_share_nothing_with_training_masks(corpus, tokenizer):
-    plan = pack_corpus(corpus, 32)
-    batches = Batches(corpus, plan, tokenizer, 32, MaskingSettings(), TrainSettings(seed=0))
+    packing = pack_corpus(corpus, 32)
+    batches = Batches(corpus, packing, tokenizer, 32, MaskingSettings(), TrainSettings(seed=0))
     masks = []
-    for batch in (batches.training(0, len(plan)), batches.evaluation(0, len(plan))):
+    for batch in (batches.training(0, len(packing)), batches.evaluation(0, len(packing))):
         masks.append(batch.prediction_positions[(batch.labels != IGNORED).all(1)].tolist())
     same = sum(first == second for first, second in zip(*masks, strict=False))
     assert same < 0.3 * min(map(len, masks))
 
 
 def test_past_the_last_row_evaluation_is_empty(batches):
-    rows = len(batches.plan)
+    rows = len(batches.packing)
     batch = batches.evaluation(rows - 2, 5)
     assert equal(batch.slice(0, 2), batches.evaluation(rows - 2, 2))
     empty = batch.slice(2, 5)
@@ -549,10 +551,10 @@ def test_words_are_masked_whole(language, segmenter, strategy, whole, tmp_path, 
         assert corpus.summary.words == sum(map(len, documents))
     words_of = {tuple(corpus.document(number).tolist()): [*map(len, words)] for number, words in enumerate(documents)}
 
-    plan = pack_corpus(corpus, 128)
-    assert len(plan.span_lengths) == 300, "no document is cut"
+    packing = pack_corpus(corpus, 128)
+    assert len(packing.span_lengths) == 300, "no document is cut"
     masking = MaskingSettings(strategy=strategy, rate=0.3)
-    batch = Batches(corpus, plan, character_tokenizer, 128, masking, TrainSettings()).training(0, 3 * len(plan))
+    batch = Batches(corpus, packing, character_tokenizer, 128, masking, TrainSettings()).training(0, 3 * len(packing))
     masked, partly = masked_words(batch, words_of)
     assert masked > 200
     assert partly == 0 if whole else partly > masked / 10
@@ -598,23 +600,25 @@ def test_sources_of_one_weight_share_a_plan_as_if_there_were_no_weights(tmp_path
     plain, equal_weights = pack_corpus(corpus, 66), pack_corpus(corpus, 66, [3.0, 3.0])
     assert plain.groups == [[1.0, 25]] and equal_weights.groups == [[3.0, 25]]
     assert np.array_equal(plain.span_starts, equal_weights.span_starts)
-    one, three = (Batches(corpus, plan, tokenizer, 66) for plan in (plain, equal_weights))
-    assert (np.bincount(one.rows(np.arange(75))) == 3).all() and (np.bincount(three.rows(np.arange(75))) == 3).all()
+    one, three = (Batches(corpus, packing, tokenizer, 66) for packing in (plain, equal_weights))
+    assert (np.bincount(one.select_sequences(np.arange(75))) == 3).all() and (
+        np.bincount(three.select_sequences(np.arange(75))) == 3
+    ).all()
 
 
 def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
     held_out = choose_validation_documents(corpus, 0.3)
-    plan = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
-    assert plan.span_lengths.sum() == 30 * (~held_out).sum()
-    owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, plan.span_starts, "right") - 1]
-    rows = np.repeat(np.arange(len(plan)), np.diff(plan.sequence_starts))
+    packing = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
+    assert packing.span_lengths.sum() == 30 * (~held_out).sum()
+    owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, packing.span_starts, "right") - 1]
+    rows = np.repeat(np.arange(len(packing)), np.diff(packing.sequence_starts))
     first_row = 0
-    for weight, count in plan.groups:
+    for weight, count in packing.groups:
         inside = (rows >= first_row) & (rows < first_row + count)
         assert (owner[inside] == weight).all(), "rows hold documents of their own weight"
         first_row += count
-    assert first_row == len(plan)
+    assert first_row == len(packing)
 
 
 @settings(deadline=None, max_examples=50)
@@ -628,14 +632,14 @@ def test_rows_are_seen_as_often_as_their_weight_says(groups, epochs, seed, data,
     """A group has its turns in every epoch, and sees all of its rows before one comes again."""
     twin = Batches(
         batches.corpus,
-        SimpleNamespace(groups=groups, folder=batches.plan.folder),
+        SimpleNamespace(groups=groups, folder=batches.packing.folder),
         tokenizer,
         32,
         train=TrainSettings(seed=seed),
     )
     turns = [max(1, round(weight * rows)) for weight, rows in groups]
     samples = np.arange(epochs * sum(turns))
-    seen = twin.rows(samples)
+    seen = twin.select_sequences(samples)
     first_row = 0
     for count, (_, rows) in zip(turns, groups, strict=True):
         mine = (seen >= first_row) & (seen < first_row + rows)
@@ -644,4 +648,4 @@ def test_rows_are_seen_as_often_as_their_weight_says(groups, epochs, seed, data,
         assert times.max() - times.min() <= 1
         first_row += rows
     chosen = np.array(data.draw(st.lists(st.sampled_from(range(len(samples))), min_size=1, max_size=20)))
-    assert np.array_equal(twin.rows(samples[chosen]), seen[chosen])
+    assert np.array_equal(twin.select_sequences(samples[chosen]), seen[chosen])

@@ -409,7 +409,7 @@ def test_a_corpus_that_was_cut_is_named(name, size, tmp_path, prepare):
     with pytest.raises(DataLost, match=f"{name}: vanished or was cut; remove {corpus.folder}, and it will be made"):
         prepare(tmp_path / "text.txt", **settings)
     os.truncate(corpus.folder / "corpus.json", 10)
-    with pytest.raises(DataLost, match=f"{corpus.folder}: damaged .*; remove it, and it will be made again"):
+    with pytest.raises(DataLost, match=f"{corpus.folder}: damaged .*; remove it, and it will be rebuilt"):
         prepare(tmp_path / "text.txt", **settings)
 
 

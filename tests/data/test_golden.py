@@ -44,13 +44,13 @@ def digest(*arrays) -> str:
 
 def test_the_sample_is_packed_as_before(sample):
     corpus, _ = sample
-    plan = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
+    packing = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
     assert digest(corpus.tokens, corpus.starts) == "5d58237983b694e2"
-    assert plan.folder.name == "plan-ee53af631ebeff77"
-    arrays = [np.load(plan.folder / f"{name}.npy") for name in ("piece_starts", "piece_lengths", "row_starts")]
+    assert packing.folder.name == "plan-ee53af631ebeff77"
+    arrays = [np.load(packing.folder / f"{name}.npy") for name in ("piece_starts", "piece_lengths", "row_starts")]
     assert digest(*arrays) == "b0dca5c8dcc1ca45"
     assert [array.dtype for array in arrays] == ["int64", "int32", "int64"]
-    assert json.loads((plan.folder / "groups.json").read_text()) == [[0.5, 78], [1.0, 137], [2.5, 149]]
+    assert json.loads((packing.folder / "groups.json").read_text()) == [[0.5, 78], [1.0, 137], [2.5, 149]]
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_the_sample_is_packed_as_before(sample):
 def test_batches_hold_the_same_text_and_masks_as_before(sample, strategy, rate, expected):
     """At the beginning, and where an epoch ends."""
     corpus, tokenizer = sample
-    plan = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
+    packing = pack_corpus(corpus, 64, WEIGHTS, 0.1, "train")
     masking, train = MaskingSettings(strategy=strategy, rate=rate), TrainSettings(seed=3, max_steps=50)
-    batches = Batches(corpus, plan, tokenizer, 64, masking, train)
-    actual = [digest(*vars(batches.training(first, 40)).values()) for first in (0, len(plan) - 20)]
+    batches = Batches(corpus, packing, tokenizer, 64, masking, train)
+    actual = [digest(*vars(batches.training(first, 40)).values()) for first in (0, len(packing) - 20)]
     assert actual == expected
 
 
 def test_evaluation_masks_are_the_same_as_before(sample):
     corpus, tokenizer = sample
-    plan = pack_corpus(corpus, 64, None, 0.1, "held-out")
-    batch = Batches(corpus, plan, tokenizer, 64).evaluation(0, len(plan) + 2)
+    packing = pack_corpus(corpus, 64, None, 0.1, "validation")
+    batch = Batches(corpus, packing, tokenizer, 64).evaluation(0, len(packing) + 2)
     assert digest(*vars(batch).values()) == "b534f630ff9e9c6e"

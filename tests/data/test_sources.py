@@ -333,13 +333,13 @@ def test_weights_change_how_often_a_source_is_seen(tmp_path, tokenizer):
     weights = [2.0, 1.0, 0.5]
     train = [{"path": str(tmp_path / f"{letter}.txt"), "weight": w} for letter, w in zip("abc", weights, strict=True)]
     corpus = prepare(tmp_path, tokenizer, train)
-    plan = pack_corpus(corpus, 128, weights)
-    assert plan.groups == [[0.5, 100], [1.0, 80], [2.0, 60]]
-    batches = Batches(corpus, plan, tokenizer, 128, MaskingSettings(), TrainSettings())
+    packing = pack_corpus(corpus, 128, weights)
+    assert packing.groups == [[0.5, 100], [1.0, 80], [2.0, 60]]
+    batches = Batches(corpus, packing, tokenizer, 128, MaskingSettings(), TrainSettings())
     epoch = 50 + 80 + 120
-    seen = np.bincount(batches.rows(np.arange(2 * epoch)), minlength=240)
+    seen = np.bincount(batches.select_sequences(np.arange(2 * epoch)), minlength=240)
     assert (seen[:100] == 1).all() and (seen[100:180] == 2).all() and (seen[180:] == 4).all()
-    turns = batches.rows(np.arange(epoch)) >= 180
+    turns = batches.select_sequences(np.arange(epoch)) >= 180
     assert 0.3 < turns[: epoch // 2].mean() < 0.65  # mixed, not one source after the other
-    one_by_one = [int(batches.rows(np.array([sample]))[0]) for sample in range(epoch)]
-    assert one_by_one == batches.rows(np.arange(epoch)).tolist()
+    one_by_one = [int(batches.select_sequences(np.array([sample]))[0]) for sample in range(epoch)]
+    assert one_by_one == batches.select_sequences(np.arange(epoch)).tolist()
