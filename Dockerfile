@@ -12,7 +12,7 @@ WORKDIR /opt/bertlite
 COPY pyproject.toml README.md LICENSE ./
 COPY bertlite bertlite
 COPY scripts/constraints.txt scripts/constraints.txt
-RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint scripts/constraints.txt .
+RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint scripts/constraints.txt ".[finetune]"
 
 WORKDIR /work
 ENTRYPOINT ["bertlite"]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bertlite.core.errors import UserError
+from bertlite.core.packages import require
 
 
 def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
@@ -28,10 +28,9 @@ def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
 
 def segment_with_jieba(text: str) -> list[str]:
     """Chinese words by jieba (github.com/fxsjy/jieba), as in Chinese BERT with whole word masking (Cui et al. 2019)."""
-    try:
-        import jieba
-    except ImportError:
-        raise UserError("data.segmenter is jieba, which is not installed: pip install jieba") from None
+    require("data.segmenter: jieba", "chinese", "jieba")
+    import jieba
+
     jieba.setLogLevel("ERROR")
     return list(jieba.cut(text))
 

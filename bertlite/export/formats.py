@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.loading import choose
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.files import atomic_folder
+from bertlite.core.packages import require
 from bertlite.export.model_card import model_card
 from bertlite.export.onnx import sample_texts, write_onnx
 from bertlite.export.parity import TOLERANCES, check_parity, quieten_transformers
@@ -111,9 +111,7 @@ def export(source: Path, out: Path, format: str, options: Options = Options()) -
         value = getattr(options, setting)
         if value is not None and value not in known:
             raise UserError(f"--{setting} is {value!r}; --format {format} has {', '.join(known) or f'no {setting}'}")
-    missing = [name for name in target.packages if find_spec(name) is None]
-    if missing:
-        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install 'bertlite[{format}]'")
+    require(f"--format {format}", format, *target.packages)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)

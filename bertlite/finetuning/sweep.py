@@ -12,6 +12,7 @@ from bertlite.config.loading import dump_config, with_changes
 from bertlite.core.errors import DiskFull, Failure, UserError
 from bertlite.core.files import write_text
 from bertlite.core.logging import logger
+from bertlite.core.packages import require
 from bertlite.finetuning.finetune import check_settings, run
 from bertlite.training.run_folder import open_run, write_config
 
@@ -109,9 +110,8 @@ def _draw(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("bertlite sweep needs Optuna, which is not installed: pip install 'bertlite[sweep]'") from None
+    require("bertlite sweep", "sweep", "optuna")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

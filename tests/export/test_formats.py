@@ -226,7 +226,7 @@ def test_what_a_format_cannot_express_is_named(every_head, tmp_path, head, forma
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].packages])
 def test_a_package_that_is_missing_is_named(every_head, tmp_path, monkeypatch, format):
-    monkeypatch.setattr("bertlite.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("bertlite.core.packages.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"{format} needs .*: pip install 'bertlite\[{format}\]'"):
         export(every_head["BertModel"], tmp_path / "out", format)
 
