@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import SHARED
 from transformers import AutoTokenizer, BertForMaskedLM
 
 import bertlite.inference.batching
@@ -19,7 +18,6 @@ from bertlite.model.huggingface import load_model, load_tokenizer_of
 from bertlite.pretraining.scoring import minimal_pairs, pseudo_log_likelihoods, pseudo_perplexity, read_pairs
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, compile=False)
-BLIMP = SHARED / "probe" / "blimp.tar.xz"
 SENTENCES = ["The state of the union.", "a", "Of the people, by the people and for the people."]
 PAIRS = [
     ("The people are here.", "The people is here.", "agreement", "a1"),
@@ -84,17 +82,47 @@ def test_choices_are_those_of_transformers(every_head, model, pairs_file):
     assert 0 < sum(right) < 4
 
 
-@pytest.mark.skipif(not BLIMP.exists(), reason="BLiMP is not here")
-def test_choices_on_blimp_are_those_of_transformers(every_head, model, tmp_path):
-    import tarfile
+# Pairs with all the keys of a file of BLiMP, one paradigm a file.
+PARADIGMS = {
+    "determiner_noun_agreement": [
+        ("These people are there.", "This people are there."),
+        ("That state is large.", "Those state is large."),
+        ("Those states were here.", "That states were here."),
+    ],
+    "anaphor_gender_agreement": [
+        ("The woman knew herself.", "The woman knew himself."),
+        ("The man saw himself.", "The man saw herself."),
+        ("The people saw themselves.", "The people saw itself."),
+    ],
+    "npi_present": [
+        ("No state has ever changed.", "A state has ever changed."),
+        ("Nobody said anything at all.", "Somebody said anything at all."),
+        ("The people often voted.", "The people ever voted."),
+    ],
+    "wh_island": [
+        ("Who did the people elect?", "Who did the people wonder who elects?"),
+        ("What did they see?", "What did they ask who saw?"),
+        ("What had the state built?", "What had the state asked who built?"),
+    ],
+    "passive": [
+        ("The law was passed by the states.", "The law was arrived by the states."),
+        ("The star is seen at night.", "The star is slept at night."),
+        ("The book was read.", "The book was smiled."),
+    ],
+}
 
-    with tarfile.open(BLIMP) as archive:
-        names = sorted(name for name in archive.getnames() if name.endswith(".jsonl"))[::13]
-        for name in names:
-            lines = archive.extractfile(name).read().decode().splitlines()[:3]
-            (tmp_path / Path(name).name).write_text("\n".join(lines))
+
+def test_choices_on_files_of_blimp_are_those_of_transformers(every_head, model, tmp_path):
+    for number, (paradigm, sentences) in enumerate(PARADIGMS.items()):
+        shared = {"field": "syntax", "linguistics_term": f"term {number % 2}", "UID": paradigm}
+        shared |= {"simple_LM_method": True, "one_prefix_method": False, "lexically_identical": False}
+        lines = [
+            json.dumps({"sentence_good": good, "sentence_bad": bad, **shared, "pairID": str(place)})
+            for place, (good, bad) in enumerate(sentences)
+        ]
+        (tmp_path / f"{paradigm}.jsonl").write_text("\n".join(lines) + "\n")
     pairs = list(read_pairs([str(tmp_path)]))
-    assert len(pairs) == 3 * len(names) >= 15
+    assert len(pairs) == 15
     folder = every_head["BertForMaskedLM"]
     right = [reference(folder, pair.good) > reference(folder, pair.bad) for pair in pairs]
     for pair, choice in zip(pairs, right, strict=True):
