@@ -13,7 +13,7 @@ from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
-from bertlite.inference.batching import for_use
+from bertlite.inference.batching import prepare_for_inference
 from bertlite.inference.embed import Embedder
 from bertlite.inference.fill import fill
 from bertlite.model.attention import best_kernel
@@ -25,9 +25,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LoadedModel:
-    """A model that is ready for use: `model`, `tokenizer`, and what the commands of the same names do.
+    """A model prepared for inference; its methods do what the commands of the same names do.
 
-    Raises UserError, naming the file, for what is no model that bertlite reads, and for what the model cannot do.
+    Attributes are `model`, `tokenizer`, `folder` and `runtime`. Raises UserError, naming the file, for a folder that
+    bertlite cannot read, and for what the model cannot do.
     """
 
     def __init__(self, name: str | Path, runtime: Runtime) -> None:
@@ -35,7 +36,7 @@ class LoadedModel:
         if self.folder != Path(name) and self.folder.parent.name == "checkpoints":
             logger.info(f"{name}: the run has not finished; this is its {self.folder.name}")
         model = load_model(self.folder, best_kernel(runtime.device))
-        self.model = for_use(model, runtime)
+        self.model = prepare_for_inference(model, runtime)
         self.runtime = runtime
 
     @cached_property
@@ -49,28 +50,28 @@ class LoadedModel:
         return self.model
 
     def embedder(self, **options: Any) -> Embedder:
-        """What turns texts into vectors; the options are those of `embed.Embedder`."""
+        """Make what turns texts into vectors; the options are those of `inference.embed.Embedder`."""
         return Embedder(self.model.encoder, self.tokenizer, **options)
 
     def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
-        """The vectors of texts, (N,D) in fp32, or of one text, (D,); options as for `embedder`."""
+        """Return the vectors of texts, (N,D) in fp32, or of one text, (D,); options as for `embedder`."""
         with self.runtime.autocast():
             vectors = self.embedder(**options)([texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors
 
     def fill(self, text: str, top_k: int = 5) -> list[Any]:
-        """What the model expects in place of [MASK], as Hugging Face's fill-mask gives it."""
+        """Predict the tokens in place of [MASK], in the form of Hugging Face's fill-mask."""
         with self.runtime.autocast():
             return fill(self.masked_lm, self.tokenizer, text, top_k)
 
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
-        """What a fine-tuned model says of texts, a list, or of one text; in the form of `predict.predict`."""
+        """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`."""
         results = list(self.predictions([texts] if isinstance(texts, str) else texts, pairs, top_k))
         return results[0] if isinstance(texts, str) else results
 
     def predictions(self, texts: Iterable[str], pairs: bool = False, top_k: int = 1) -> Iterator[Any]:
-        """The same for any number of texts, one after the other."""
-        from bertlite.finetuning.predict import predict  # the measures of fine-tuning take a second to import
+        """Predict labels for any number of texts, one after the other."""
+        from bertlite.finetuning.predict import predict  # imports what only fine-tuning needs
 
         if not isinstance(self.model, Classifier):
             raise UserError(
@@ -80,6 +81,6 @@ class LoadedModel:
 
 
 def load(name: str | Path, precision: str = "fp32") -> LoadedModel:
-    """A model by its folder, run folder or hub name, on the GPU if there is one; `precision` is fp32 or bf16."""
+    """Load a model by its folder, run folder or hub name, on the GPU if there is one; `precision` is fp32 or bf16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedModel(name, Runtime(device, choose(PRECISIONS, precision, "precision"), compile=False))

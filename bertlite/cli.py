@@ -254,7 +254,7 @@ def embed(
     files = find_source_files(Source(path=file), "FILE")
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
-        rows, size = embedder.file((text for path in files for text in read_file_texts(path, column)), out)
+        rows, size = embedder.write((text for path in files for text in read_file_texts(path, column)), out)
     print(f"{out}: {rows:,} vectors of {size}")
 
 
@@ -270,11 +270,11 @@ def export(
     licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
 ) -> None:
     """Write a model for other programs, checked, with a card."""
-    from bertlite.export.formats import Options
+    from bertlite.export.formats import ExportOptions
     from bertlite.export.formats import export as write_export
     from bertlite.training.run_folder import model_folder
 
-    write_export(model_folder(model), out, format, Options(dtype, pooling, licence))
+    write_export(model_folder(model), out, format, ExportOptions(dtype, pooling, licence))
     print(out)
 
 

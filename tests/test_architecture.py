@@ -13,7 +13,7 @@ ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "settings finetune_settings loading",
     "data": "masking words sources tokenizer corpus tables packing batches",
-    "model": "layers attention bert heads initialization huggingface",
+    "model": "layers attention encoder bert architectures heads initialization huggingface",
     "training": "optim memory plateau checkpoint run_folder trainer",
     "inference": "batching embed fill",
     "pretraining": "pretrain scoring evaluate bench estimate",

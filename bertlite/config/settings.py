@@ -5,7 +5,7 @@ The text below a setting is its description. Names are Hugging Face's where it h
 
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -98,6 +98,7 @@ class ModelSettings(EncoderSettings):
 class Architecture(EncoderSettings):
     """The complete description of an encoder: its settings, and what the tokenizer determines."""
 
+    model_type: ClassVar[str] = "bert"  # Hugging Face's name, which `model.architectures` knows
     vocab_size: Width
     pad_token_id: NonNegative = 0
 

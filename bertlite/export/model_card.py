@@ -11,20 +11,13 @@ from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError
 from bertlite.export.parity import Check
-from bertlite.model.huggingface import ARCHITECTURES, Model
+from bertlite.model.heads import HEADS, Model
+from bertlite.model.huggingface import hf_class
 from bertlite.model.initialization import parameter_count
 from bertlite.training.run_folder import Metrics
 
 CURVE_LINES = 10
 
-# Hugging Face's name of what a model is for, and a call of its pipeline.
-PIPELINES = {
-    "BertModel": ("feature-extraction", '"A sentence."'),
-    "BertForMaskedLM": ("fill-mask", '"A [MASK] of words."'),
-    "BertForSequenceClassification": ("text-classification", '"A sentence."'),
-    "BertForTokenClassification": ("token-classification", '"A sentence."'),
-    "BertForQuestionAnswering": ("question-answering", ""),
-}
 USE = {
     "hf": """from transformers import pipeline
 
@@ -55,8 +48,7 @@ def model_card(
     What is known of data, recipe and evaluation comes from the run folder that `source` lies in, if it does. Of paths
     on the machine of the run, only the last part is told.
     """
-    kind = ARCHITECTURES[type(model)][0]
-    task, call = PIPELINES[kind]
+    kind, task, call = hf_class(model), HEADS[model.head_name].pipeline, HEADS[model.head_name].example
     about = {
         "license": licence,
         "library_name": "sentence-transformers" if format == "sentence-transformers" else "transformers",

@@ -1,6 +1,6 @@
 """`bertlite export --format onnx`: a graph for onnxruntime, in fp32 and in int8, checked against PyTorch."""
 
-# Shapes: B rows, T positions, D hidden size, V vocabulary, L labels.
+# Shapes: B batch, T tokens, D hidden size.
 import copy
 import logging
 import warnings
@@ -18,84 +18,87 @@ from bertlite.config.settings import Source
 from bertlite.core.errors import Failure
 from bertlite.core.logging import logger
 from bertlite.data.sources import read_documents
-from bertlite.export.parity import problem_type
-from bertlite.model.bert import Encoder
-from bertlite.model.heads import MaskedLanguageModel, SequenceClassifier
-from bertlite.model.huggingface import Model, hf_outputs, save_config
+from bertlite.export.parity import at_real_tokens
+from bertlite.model.heads import HEADS, Model
+from bertlite.model.huggingface import save_config
 
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
-SHAPES = [(1, 2), (1, 9), (3, 16), (2, 128)]  # rows and tokens of what is compared
-TOLERANCE = 1e-5  # of the largest reference value, at least 1
-AGREEMENT = 0.95
-TEXTS = 100  # on which int8 is compared
+SHAPES = [(1, 2), (1, 9), (3, 16), (2, 128)]  # (B,T) of the batches on which graph and model are compared
+TOLERANCE = 1e-5  # relative to the largest reference value, at least 1
+AGREEMENT = 0.95  # the least that int8 must share with fp32
+TEXTS = 100  # on which int8 and fp32 are compared
 
 
 class Graph(nn.Module):
-    """A model as programs call it that know Hugging Face's: three inputs (B,T), and outputs at every token."""
+    """A model as programs call it that know Hugging Face's: three inputs (B,T), and Hugging Face's outputs."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
-        self.outputs = list(hf_outputs(model, torch.zeros(1, 1, model.config.hidden_size)))
+        self.outputs = list(model.hf_outputs(torch.zeros(1, 1, model.config.hidden_size)))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         hidden = self.model.encoder(input_ids, position_ids, attention_mask, token_type_ids)
-        return tuple(hf_outputs(self.model, hidden).values())
+        return tuple(self.model.hf_outputs(hidden).values())
 
 
 def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None) -> list[str]:
-    """Write model.onnx (`dtype` "fp32"), model_int8.onnx ("int8"), or both (None), and say what the checks found.
+    """Write model.onnx (`dtype` "fp32"), model_int8.onnx ("int8"), or both (None); return the results of the checks.
 
-    In int8, weights are kept and multiplied in 8 bits, each row by its own scale, and activations are rounded to 8
-    bits as they come. Where too few of the top predictions are those of fp32, int8 is refused when it was asked for
-    by name, and otherwise left out. Raises Failure when a check does not hold.
+    In int8, weights are stored and multiplied in 8 bits, with a scale for each output, and activations are rounded to
+    8 bits as they are computed. If it agrees too little with fp32, int8 is refused where it was asked for by name, and
+    left out otherwise. Raises Failure when a check fails.
     """
     from onnxruntime import InferenceSession
 
-    graph, path, small = Graph(model.eval()), folder / "model.onnx", folder / "model_int8.onnx"
-    _write_graphs(graph, path, small)
+    graph, fp32_path, int8_path = Graph(model.eval()), folder / "model.onnx", folder / "model_int8.onnx"
+    _write_graphs(graph, fp32_path, int8_path)
     save_config(model, folder)
     tokenizer.save_pretrained(folder)
-    exact = InferenceSession(str(path))
-    difference = _difference(graph, exact)
+    fp32 = InferenceSession(str(fp32_path))
+    difference = _difference(graph, fp32)
     if not difference <= TOLERANCE:
         raise Failure(f"the graph in onnxruntime differs from PyTorch by {difference:.1g}, more than {TOLERANCE:.0e}")
-    found = [f"`model.onnx` in onnxruntime against PyTorch, worst of {len(SHAPES)} shapes: {difference:.1e}"]
+    results = [
+        f"`model.onnx` in onnxruntime against PyTorch, largest difference over {len(SHAPES)} shapes: {difference:.1e}"
+    ]
     if dtype == "fp32":
-        small.unlink()
-        return found
-    agreement = _agreement(graph, exact, InferenceSession(str(small)), tokenizer)
-    measure = "similar to" if _numeric(model) else "of the top predictions those of"
+        int8_path.unlink()
+        return results
+    agreement = _agreement(graph, fp32, InferenceSession(str(int8_path)), tokenizer)
+    decides = HEADS[model.head_name].decide is not None
+    result = f"{agreement:.1%} " + ("of its decisions are those of fp32" if decides else "cosine similarity with fp32")
     if agreement < AGREEMENT:
-        reason = f"int8 is only {agreement:.1%} {measure} fp32, less than {AGREEMENT:.0%}"
+        reason = f"int8: only {result}, less than {AGREEMENT:.0%}"
         if dtype == "int8":
             raise Failure(f"{reason}; export fp32")
-        logger.info(f"{reason}: left out")
-        small.unlink()
-        return [*found, f"{reason}: it was left out"]
-    logger.info(f"int8: {agreement:.1%} {measure} fp32")
+        logger.warning(f"{reason}; model_int8.onnx is left out")
+        int8_path.unlink()
+        return [*results, f"{reason}; `model_int8.onnx` is left out"]
+    logger.info(f"int8: {result}")
     if dtype == "int8":
-        path.unlink()
-    return [*found, f"`model_int8.onnx`: {agreement:.1%} {measure} fp32"]
+        fp32_path.unlink()
+    return [*results, f"`model_int8.onnx`: {result}"]
 
 
-def _write_graphs(graph: Graph, path: Path, small: Path) -> None:
-    """The graph in fp32, and its weights in int8."""
+def _write_graphs(graph: Graph, fp32_path: Path, int8_path: Path) -> None:
+    """Write the graph in fp32, and with its weights in int8."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)  # one for all would be taken for one input
+    # A tensor for each input, as the exporter would merge inputs that are the same tensor.
+    example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)
     positions = graph.model.config.max_position_embeddings
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=positions)}
-    logging.disable(logging.WARNING)  # of torch and onnxruntime about themselves
+    logging.disable(logging.WARNING)  # torch and onnxruntime warn about themselves
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 graph,
                 example,
-                str(path),
+                str(fp32_path),
                 input_names=INPUTS,
                 output_names=graph.outputs,
                 dynamic_shapes=dict.fromkeys(INPUTS, axes),
@@ -103,71 +106,61 @@ def _write_graphs(graph: Graph, path: Path, small: Path) -> None:
                 external_data=False,
                 verbose=False,
             )
-        proto = onnx.load(path)
-        del proto.graph.value_info[:]  # shapes of weights that the quantiser turns round and then trips over
-        quantize_dynamic(proto, str(small), per_channel=True, weight_type=QuantType.QInt8)
+        proto = onnx.load(fp32_path)
+        del proto.graph.value_info[:]  # the quantizer transposes weights, and fails on their recorded shapes
+        quantize_dynamic(proto, str(int8_path), per_channel=True, weight_type=QuantType.QInt8)
     finally:
         logging.disable(logging.NOTSET)
 
 
 def sample_texts(count: int) -> list[str]:
-    """The first texts of what ships with bertlite."""
+    """Return the first texts of the sample that ships with bertlite."""
     return list(islice(read_documents(Source(path="sample"), "line", "sample"), count))
 
 
 def _difference(graph: Graph, session: Any) -> float:
-    """The largest relative difference between onnxruntime and PyTorch, which computes in fp64, at real tokens."""
+    """Return the largest relative difference, at real tokens, between onnxruntime and PyTorch in fp64."""
     generator, reference = torch.Generator().manual_seed(0), copy.deepcopy(graph).double()
     config = graph.model.config
-    worst = 0.0
-    for B, T in SHAPES:
-        T = min(T, config.max_position_embeddings)
+    largest = 0.0
+    for B, longest in SHAPES:
+        T = min(longest, config.max_position_embeddings)
         input_ids = torch.randint(config.vocab_size, (B, T), generator=generator)
-        mask = torch.arange(T)[None] < torch.linspace(T, 1, B).long()[:, None]  # the first row is full
+        real = torch.arange(T)[None] < torch.linspace(T, 1, B).long()[:, None]  # the first sequence has no padding
         segments = torch.randint(config.type_vocab_size, (B, T), generator=generator)
         with torch.inference_mode():
-            expected = reference(input_ids, mask.long(), segments)
-        found = _run(session, input_ids, mask.long(), segments)
-        for name, output, array in zip(graph.outputs, expected, found, strict=True):
-            apart = (output - torch.from_numpy(array)).abs() / max(1.0, output.abs().max().item())
-            of_rows = name == "pooler_output" or isinstance(graph.model, SequenceClassifier)
-            worst = max(worst, (apart if of_rows else apart[mask]).max().item())
-    return worst
+            expected = reference(input_ids, real.long(), segments)
+        arrays = _run(session, input_ids, real.long(), segments)
+        for name, output, array in zip(graph.outputs, expected, arrays, strict=True):
+            relative = (output - torch.from_numpy(array)).abs() / max(1.0, output.abs().max().item())
+            largest = max(largest, at_real_tokens(graph.model, name, relative, real).max().item())
+    return largest
 
 
-def _agreement(graph: Graph, exact: Any, small: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-    """How alike int8 and fp32 answer on the text that ships with bertlite: the share of top predictions that are the
-    same or, where there is none, the cosine of all numbers. For a masked language model, each 7th token is masked."""
+def _agreement(graph: Graph, fp32: Any, int8: Any, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Compare int8 with fp32 on the sample that ships with bertlite, with every 7th token masked for a masked LM.
+
+    Returns the share of equal decisions or, for outputs that decide nothing, their cosine similarity.
+    """
+    head = HEADS[graph.model.head_name]
     length = min(64, graph.model.config.max_position_embeddings)
-    answers: list[list[NDArray[Any]]] = [[], []]
+    answers: dict[str, list[NDArray[Any]]] = {"fp32": [], "int8": []}
     for ids in tokenizer(sample_texts(TEXTS), truncation=True, max_length=length)["input_ids"]:
         input_ids = torch.tensor([ids])
-        if isinstance(graph.model, MaskedLanguageModel):
+        if head.pipeline == "fill-mask":
             input_ids[:, 3:-1:7] = tokenizer.mask_token_id
         inputs = (input_ids, torch.ones_like(input_ids), torch.zeros_like(input_ids))
-        for side, session in zip(answers, (exact, small), strict=True):
-            side.append(_answers(graph.model, _run(session, *inputs)).ravel())
-    one, other = (np.concatenate(side) for side in answers)
-    if _numeric(graph.model):
-        return float(one @ other / np.sqrt((one @ one) * (other @ other)))
-    return float((one == other).mean())
-
-
-def _answers(model: Model, outputs: list[NDArray[Any]]) -> NDArray[Any]:
-    if _numeric(model):
-        return outputs[0].astype(np.float64)
-    if isinstance(model, SequenceClassifier) and problem_type(model) == "multi_label_classification":
-        return outputs[0] > 0
-    return np.stack([output.argmax(-1) for output in outputs])
-
-
-def _numeric(model: Model) -> bool:
-    """Whether a model gives numbers and chooses nothing."""
-    return isinstance(model, Encoder) or (isinstance(model, SequenceClassifier) and problem_type(model) == "regression")
+        for name, session in {"fp32": fp32, "int8": int8}.items():
+            outputs = _run(session, *inputs)
+            answer = outputs[0].astype(np.float64) if head.decide is None else head.decide(outputs)
+            answers[name].append(answer.ravel())
+    x, y = (np.concatenate(arrays) for arrays in answers.values())
+    if head.decide is None:
+        return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    return float((x == y).mean())
 
 
 def _run(session: Any, *inputs: Tensor) -> list[NDArray[Any]]:
-    arrays: list[NDArray[Any]] = session.run(
-        None, {name: one.numpy() for name, one in zip(INPUTS, inputs, strict=True)}
-    )
+    feed = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
+    arrays: list[NDArray[Any]] = session.run(None, feed)
     return arrays

@@ -28,7 +28,7 @@ from bertlite.finetuning.metrics import CLASSIFICATION
 from bertlite.finetuning.tasks import TASKS, Task
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier
-from bertlite.model.huggingface import load_model, load_tokenizer_of, read_architecture, weights_for
+from bertlite.model.huggingface import load_model, load_tokenizer_of, load_weights_for, read_architecture
 from bertlite.model.initialization import initialize, parameter_count
 from bertlite.training.checkpoint import checkpoint_folder, newest_checkpoint, problem, save_final_model
 from bertlite.training.memory import rows_at_a_time
@@ -162,7 +162,7 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
             "it learns the later positions from this task alone; a lower task.max_length cuts them off"
         )
     weights = _class_weights(settings, labels, parts["train"].examples)
-    begin = weights_for(task.head, labels, source)
+    begin = load_weights_for(task.head, labels, source)
     torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
     compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
     return FineTuning(config, settings, task, architecture, begin, tokenizer, labels, weights, parts, runtime, compute)

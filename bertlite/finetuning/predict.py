@@ -20,7 +20,7 @@ from bertlite.finetuning.examples import ExampleBatches, encode_questions, encod
 from bertlite.finetuning.experiment import compute_outputs
 from bertlite.finetuning.losses import compute_scores, no_loss
 from bertlite.finetuning.tasks import best_answers
-from bertlite.inference.batching import parts
+from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier, QuestionAnswerer, TokenClassifier
 
 TEXTS_AT_A_TIME = 64
@@ -48,7 +48,7 @@ def predict(
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     settings = TaskSettings(train=DataLocation(path="-"), max_length=length, doc_stride=min(64, length // 4))
     encode = encode_questions if isinstance(model, QuestionAnswerer) else encode_texts
-    for chunk in parts(enumerate(texts, 1), TEXTS_AT_A_TIME):
+    for chunk in chunks(enumerate(texts, 1), TEXTS_AT_A_TIME):
         inputs = [tuple(text.split("\t")) if two else (text,) for _, text in chunk]
         for (place, text), one in zip(chunk, inputs, strict=True):
             if two and len(one) != 2:

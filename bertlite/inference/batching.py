@@ -1,6 +1,6 @@
-"""What all uses of a model share: the fastest faithful arithmetic of the machine, and batches of like lengths."""
+"""Models prepared for inference, and batches of sequences of similar lengths."""
 
-# Shapes: B rows, T positions.
+# Shapes: B batch, T tokens.
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -13,48 +13,49 @@ from bertlite.data.packing import collate
 from bertlite.model.heads import MaskedLMHead
 from bertlite.model.layers import Linear
 
-# Positions that are computed together: few enough for a processor's cache, many enough to fill a GPU.
-TOKENS_AT_A_TIME = {"cpu": 1024, "cuda": 65_536}
+# Tokens of a batch, padding included: few enough for a processor's cache, enough to fill a GPU.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65_536}
 
 Module = TypeVar("Module", bound=nn.Module)
 Item = TypeVar("Item")
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear by oneDNN. In fp32 torch would call MKL, which is less than half as fast on processors not Intel's."""
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute F.linear by oneDNN. In fp32 torch calls MKL, which is less than half as fast on AMD and ARM."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
-def for_use(model: Module, runtime: Runtime) -> Module:
-    """Make a model ready to be used and no longer trained, in place: on the device, without dropout."""
+def prepare_for_inference(model: Module, runtime: Runtime) -> Module:
+    """Move a model to the device, in eval mode and with the fastest linear layers, in place; it can train no more."""
     model.to(runtime.device).eval()
-    one_dnn = torch.backends.mkldnn.is_available()
-    if one_dnn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
+    has_onednn = torch.backends.mkldnn.is_available()
+    if has_onednn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
         for module in model.modules():
             if isinstance(module, Linear | MaskedLMHead):
-                module.product = _linear
+                module.linear = onednn_linear
     return model
 
 
-def parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, one after the other; the last may be shorter."""
-    stream = iter(items)
-    while part := list(islice(stream, size)):
-        yield part
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` consecutive items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
-def like_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
-    """Numbers of rows that are computed together, the longest rows first, so that little is padded."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+def batches_by_length(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
+    """Yield the indices of sequences for one batch at a time, the longest first, so that there is little padding."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
-        count = max(1, TOKENS_AT_A_TIME[device.type] // lengths[order[0]])
-        yield order[:count]
-        del order[:count]
+        size = max(1, TOKENS_PER_BATCH[device.type] // lengths[order[0]])
+        yield order[:size]
+        del order[:size]
 
 
-def padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of token ids as the encoder takes them: input_ids, position_ids and document_ids, (B,T) each."""
-    arrays = collate([[row] for row in rows], max(map(len, rows)), pad_token_id)
+def pad(sequences: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad lists of token ids to the encoder's input_ids, position_ids and document_ids, (B,T) each."""
+    longest = max(map(len, sequences))
+    arrays = collate([[sequence] for sequence in sequences], longest, pad_token_id)
     input_ids, position_ids, document_ids = (torch.from_numpy(array).to(device) for array in arrays)
     return input_ids, position_ids, document_ids

@@ -1,6 +1,6 @@
-"""`bertlite embed`: sentences to vectors."""
+"""`bertlite embed`: texts to vectors."""
 
-# Shapes: N texts, B rows, T positions, D hidden size.
+# Shapes: N texts, B batch, T tokens, D hidden size.
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
-from bertlite.inference.batching import like_lengths, padded, parts
-from bertlite.model.bert import Encoder
+from bertlite.inference.batching import batches_by_length, chunks, pad
+from bertlite.model.encoder import Encoder
 
-TEXTS_AT_A_TIME = 8192  # read, sorted by length and computed; what memory holds does not depend on the file
+TEXTS_PER_CHUNK = 8192  # sorted by length together; memory does not grow with the file
 
 
 def mean(hidden: Tensor, real: Tensor) -> Tensor:
-    """The mean over the tokens of a text, [CLS] and [SEP] too, as sentence-transformers has it."""
+    """Average over the tokens of a text, [CLS] and [SEP] included, as sentence-transformers does."""
     return (hidden * real).sum(1) / real.sum(1)
 
 
 def cls(hidden: Tensor, real: Tensor) -> Tensor:
-    """The vector of the first token."""
+    """Take the vector of the first token."""
     return hidden[:, 0]
 
 
 def maximum(hidden: Tensor, real: Tensor) -> Tensor:
-    """The largest value of each coordinate over the tokens of a text."""
+    """Take the maximum of each dimension over the tokens of a text."""
     return hidden.masked_fill(real == 0, -torch.inf).amax(1)
 
 
@@ -44,10 +44,11 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean, "cls": 
 
 @dataclass(frozen=True)
 class Embedder:
-    """Turns texts into vectors, by an encoder that is ready for use (`inference.for_use`).
+    """Embeds texts by an encoder that is prepared for inference.
 
-    `layer` counts from 0, the embeddings, as in Hugging Face's hidden_states; -1 is the last. Texts are cut at
-    `sequence_length` tokens, by default the tokenizer's model_max_length. Raises UserError for what the model lacks.
+    `layer` counts from 0, the embeddings, as in Hugging Face's hidden_states; -1 is the last. Texts are truncated to
+    `sequence_length` tokens, by default the tokenizer's model_max_length. Raises UserError for a pooling, layer or
+    length that the model does not have.
     """
 
     encoder: Encoder
@@ -58,54 +59,55 @@ class Embedder:
     sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        layers, limit = len(self.encoder.layers), self.encoder.config.max_position_embeddings
+        layers, positions = len(self.encoder.layers), self.encoder.config.max_position_embeddings
         choose(POOLINGS, self.pooling, "--pooling")
         if not -layers - 1 <= self.layer <= layers:
-            raise UserError(f"--layer is {self.layer}; the model's go from 0, the embeddings, to {layers}")
-        if self.sequence_length and not 2 < self.sequence_length <= limit:
-            raise UserError(f"--sequence-length is {self.sequence_length}; the model takes from 3 to {limit}")
+            raise UserError(f"--layer is {self.layer}; the model has 0, the embeddings, to {layers}")
+        if self.sequence_length and not 2 < self.sequence_length <= positions:
+            raise UserError(f"--sequence-length is {self.sequence_length}; the model takes 3 to {positions} tokens")
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """The vectors of texts: (N,D) in fp32, in their order."""
-        return self._vectors(self._token_ids(texts))
+        """Return the vectors of texts in their order, (N,D) in fp32."""
+        return self._embed(self._tokenize(texts))
 
-    def file(self, texts: Iterable[str], out: Path) -> tuple[int, int]:
-        """Write the vectors of texts to a .npy file, which appears whole or not at all; returns its shape.
+    def write(self, texts: Iterable[str], out: Path) -> tuple[int, int]:
+        """Write the vectors of texts to a .npy file, whole or not at all, and return its shape (N,D).
 
-        While some are computed, the next are read and tokenised.
+        The next texts are read and tokenized while the vectors of the current ones are computed.
         """
-        rows, size = 0, self.encoder.config.hidden_size
+        count, size = 0, self.encoder.config.hidden_size
         header = {"descr": npy.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": (0, size)}
         with (
             atomic_file(out) as file,
-            ThreadPoolExecutor(1, "tokens") as executor,
-            tqdm(disable=None, unit=" texts") as bar,
+            ThreadPoolExecutor(1, "tokenize") as executor,
+            tqdm(disable=None, unit=" texts") as progress_bar,
         ):
             npy.write_array_header_1_0(file, header)
-            chunks = map(self._token_ids, parts(texts, TEXTS_AT_A_TIME))
-            coming = executor.submit(next, chunks, None)
-            while ids := coming.result():
-                coming = executor.submit(next, chunks, None)
-                file.write(self._vectors(ids).tobytes())
-                rows += len(ids)
-                bar.update(len(ids))
-            file.seek(0)  # the header leaves room for any number of rows
-            npy.write_array_header_1_0(file, header | {"shape": (rows, size)})
-        return rows, size
+            tokenized = map(self._tokenize, chunks(texts, TEXTS_PER_CHUNK))
+            future = executor.submit(next, tokenized, None)
+            while sequences := future.result():
+                future = executor.submit(next, tokenized, None)
+                file.write(self._embed(sequences).tobytes())
+                count += len(sequences)
+                progress_bar.update(len(sequences))
+            file.seek(0)  # the header has room for any number of texts
+            npy.write_array_header_1_0(file, header | {"shape": (count, size)})
+        return count, size
 
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         limit = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
         length = self.sequence_length or limit
         return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
 
-    def _vectors(self, ids: list[list[int]]) -> np.ndarray:
+    def _embed(self, sequences: list[list[int]]) -> np.ndarray:
         device = self.encoder.embeddings.word.weight.device
         depth = self.layer % (len(self.encoder.layers) + 1)
-        vectors = np.empty((len(ids), self.encoder.config.hidden_size), np.float32)
+        vectors = np.empty((len(sequences), self.encoder.config.hidden_size), np.float32)
         with torch.inference_mode():
-            for numbers in like_lengths([len(row) for row in ids], device):
-                inputs = padded([ids[number] for number in numbers], self.tokenizer.pad_token_id, device)
-                hidden = self.encoder(*inputs, depth=depth).float()
-                pooled = POOLINGS[self.pooling](hidden, inputs[2][..., None])
-                vectors[numbers] = (F.normalize(pooled, dim=1) if self.normalize else pooled).cpu().numpy()
+            for indices in batches_by_length([len(sequence) for sequence in sequences], device):
+                batch = [sequences[index] for index in indices]
+                input_ids, position_ids, document_ids = pad(batch, self.tokenizer.pad_token_id, device)
+                hidden = self.encoder(input_ids, position_ids, document_ids, depth=depth).float()
+                pooled = POOLINGS[self.pooling](hidden, document_ids[..., None])
+                vectors[indices] = (F.normalize(pooled, dim=1) if self.normalize else pooled).cpu().numpy()
         return vectors

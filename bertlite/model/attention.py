@@ -1,11 +1,9 @@
-"""Attention kernels: softmax(q kᵀ / √K) v for many heads at once (Vaswani et al. 2017, section 3.2.1)."""
+"""Multi-head attention: its kernels, its masks, and the layer (Vaswani et al. 2017, section 3.2)."""
 
-# Shapes: B batch, H heads, Q query tokens, T key tokens, K head size.
+# Shapes: B batch, Q query tokens, T key tokens, D hidden size, H heads, K = D // H head size.
 import math
 from collections.abc import Callable
 
-# Shapes: B batch, T tokens, Q queries, P positions of a row, D hidden size, E outputs, H heads, K = D // H,
-# V vocabulary, L labels.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +14,10 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """How much each query attends to each key: (B,H,Q,T), rows sum to 1.
+    """Compute softmax(q kᵀ / √K), how much each query attends to each key: (B,H,Q,T), which sums to 1 over the keys.
 
-    √K divides q, not the scores, as q is smaller; the softmax is in fp32 at least. A query that may attend nowhere
-    attends everywhere alike: padding gets numbers that nobody reads, never NaN.
+    √K divides q rather than the scores, which are larger; the softmax is in fp32 at least. A query whose mask allows
+    no key attends to all keys equally, so that padding yields finite numbers, never NaN.
     """
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
     if mask is not None:
@@ -28,31 +26,36 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Plain matrix products: the fastest on CPUs, where the backward pass of torch's SDPA is slow."""
+    """Attend by plain matrix products: the fastest kernel on CPUs, where the backward pass of torch's SDPA is slow."""
     return F.dropout(attention_weights(q, k, mask), dropout) @ v
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """torch's scaled dot product attention, which keeps no (Q,T) scores for the backward pass on GPUs."""
+    """Attend by torch's scaled dot product attention, which on GPUs keeps no (Q,T) scores for the backward pass."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-# Each kernel takes q (B,H,Q,K), k and v (B,H,T,K), a bool mask that broadcasts to (B,H,Q,T), True = may attend, and
-# the probability with which a weight is dropped; it returns (B,H,Q,K).
+# A kernel takes q (B,H,Q,K), k and v (B,H,T,K), a bool mask that broadcasts to (B,H,Q,T), True = may attend, and the
+# dropout probability of a weight; it returns softmax(q kᵀ / √K) v, (B,H,Q,K).
 KERNELS: dict[str, Kernel] = {"matmul": matmul, "sdpa": sdpa}
 
 
 def best_kernel(device: torch.device) -> str:
-    """The kernel that measured fastest on this kind of device."""
+    """Name the kernel that measured fastest on this type of device."""
     return "sdpa" if device.type == "cuda" else "matmul"
 
 
-class MultiHeadAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), as a layer by itself and in the encoder.
+def document_mask(query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """Make the mask (B,1,Q,T) that lets tokens attend to their own document, from document ids (B,Q) and (B,T)."""
+    return (query_ids[:, :, None] == key_ids[:, None, :])[:, None]
 
-    `attention(query, key, value, mask)` takes query (B,Q,D), key and value (B,T,D), and a bool mask that broadcasts
-    to (B,H,Q,T), True = may attend (padding, causal, documents, or any other); without a mask all attend to all.
-    It returns (B,Q,D). `attention.weights(query, key, mask)` returns what each head attends to, (B,H,Q,T).
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), usable by itself; the encoder stacks it.
+
+    `attention(query, key, value, mask)` maps query (B,Q,D), key and value (B,T,D) to (B,Q,D). The bool mask broadcasts
+    to (B,H,Q,T), True = may attend: padding, causal, documents, or any other; without a mask every token attends to
+    every token. `attention.weights(query, key, mask)` returns what each head attends to, (B,H,Q,T).
     Self-attention is `attention(x, x, x, mask)`, which computes q, k and v by one matrix product.
     """
 
@@ -72,18 +75,19 @@ class MultiHeadAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What each head attends to, before dropout: (B,H,Q,T), rows sum to 1."""
+        """Return the weights before dropout, (B,H,Q,T), which sum to 1 over the keys."""
         q, k, _ = self._project(query, key, key)
         return attention_weights(q, k, mask)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, (B,H,·,K) each: by one matrix product where all are of one tensor, by two where k and v are."""
+        """Compute q (B,H,Q,K), k and v (B,H,T,K) by as few matrix products as the inputs allow."""
         D = query.shape[-1]
         if query is key is value:
             projected = self.qkv(query).chunk(3, dim=-1)
         elif key is value:
-            projected = self.qkv.part(query, slice(D)), *self.qkv.part(key, slice(D, None)).chunk(2, dim=-1)
+            q, kv = self.qkv.forward_slice(query, slice(D)), self.qkv.forward_slice(key, slice(D, None))
+            projected = q, *kv.chunk(2, dim=-1)
         else:
-            thirds = [slice(number * D, (number + 1) * D) for number in range(3)]
-            projected = tuple(map(self.qkv.part, (query, key, value), thirds))
+            thirds = slice(D), slice(D, 2 * D), slice(2 * D, None)
+            projected = tuple(map(self.qkv.forward_slice, (query, key, value), thirds))
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)

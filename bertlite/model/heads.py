@@ -1,21 +1,28 @@
-"""What stands on top of the encoder: the masked language modelling head and those of fine-tuning."""
+"""Heads on top of the encoder: masked language modelling and those of fine-tuning, and one record about each."""
 
-# Shapes: B batch, T tokens, Q queries, P positions of a row, D hidden size, E outputs, H heads, K = D // H,
-# V vocabulary, L labels.
+# Shapes: B batch, T tokens, P prediction positions, D hidden size, V vocabulary, L labels.
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bertlite.config.loading import choose
 from bertlite.config.settings import Architecture
-from bertlite.model.bert import Encoder
+from bertlite.data.masking import IGNORED
+from bertlite.model.architectures import build_encoder
+from bertlite.model.encoder import Encoder
 from bertlite.model.layers import ACTIVATIONS, Linear, linear
 
 
 class MaskedLMHead(nn.Module):
     """Scores over the vocabulary; the decoder's matrix is the word embedding (Devlin et al. 2018, section 3.1)."""
 
-    product = staticmethod(linear)
+    linear = staticmethod(linear)
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -25,18 +32,24 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        return self.product(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)  # (…,V)
+        """Map hidden states (…,D) to scores (…,V)."""
+        return self.linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)
 
 
 class MaskedLanguageModel(nn.Module):
-    """The encoder under a masked language modelling head; last layer and head run only where a prediction is wanted."""
+    """An encoder with the masked language modelling head.
+
+    The last layer and the head compute only the positions where a prediction is wanted.
+    """
 
     head_name = "fill-mask"
+    class_suffix = "ForMaskedLM"
+    per_token = True
 
     def __init__(self, config: Architecture, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, kernel)
+        self.encoder = build_encoder(config, kernel)
         self.head = MaskedLMHead(config)
 
     def forward(
@@ -47,20 +60,26 @@ class MaskedLanguageModel(nn.Module):
         prediction_positions: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Scores (B,P,V) for the tokens at `prediction_positions` (B,P) of each row; all else is (B,T)."""
+        """Return the scores (B,P,V) at `prediction_positions` (B,P); all other inputs are (B,T)."""
         hidden = self.encoder(input_ids, position_ids, document_ids, token_type_ids, prediction_positions)
         return self.head(hidden, self.encoder.embeddings.word.weight)
 
+    def hf_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return what Hugging Face's model returns, by its names, for hidden states (B,T,D)."""
+        return {"logits": self.head(hidden, self.encoder.embeddings.word.weight)}
+
 
 class Classifier(nn.Module):
-    """What fine-tuned models share: the encoder under one linear layer, whose outputs `labels` name.
+    """An encoder with one linear layer whose outputs `labels` name: what all fine-tuned models share.
 
-    `problem_type` is Hugging Face's name of what the outputs of a whole sequence mean, where there is a choice.
+    `problem_type` is Hugging Face's name of what the scores of a sequence mean: one of the labels, several of them, or
+    numbers.
     """
 
-    pooler = False
+    head_name: str  # a key of HEADS
+    class_suffix: str  # of transformers' class: BertForTokenClassification
     per_token = True  # whether there are scores for each token, or for each sequence
-    head_name: str
+    pooler = False  # whether the encoder needs one
 
     def __init__(
         self, config: Architecture, labels: list[str], kernel: str = "sdpa", problem_type: str | None = None
@@ -69,31 +88,36 @@ class Classifier(nn.Module):
         self.config = config
         self.labels = labels
         self.problem_type = problem_type
-        self.encoder = Encoder(config, kernel, self.pooler)
+        self.encoder = build_encoder(config, kernel, self.pooler)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = Linear(config.hidden_size, len(labels))
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Scores of the labels, L of them, for what the class says; all inputs are (B,T)."""
+        """Return the scores, (B,L) or (B,T,L); all inputs are (B,T)."""
         return self.classify(self.encoder(input_ids, position_ids, document_ids, token_type_ids))
 
     def classify(self, hidden: Tensor) -> Tensor:
-        """Scores from the encoder's output (B,T,D)."""
+        """Map the encoder's hidden states (B,T,D) to scores."""
         pooler = self.encoder.pooler
         return self.classifier(self.dropout(hidden if pooler is None else pooler(hidden)))
 
+    def hf_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return what Hugging Face's model returns, by its names, for hidden states (B,T,D)."""
+        return {"logits": self.classify(hidden)}
+
 
 class SequenceClassifier(Classifier):
-    """Scores (B,L) of each row, from its first token through the pooler (Devlin et al. 2018, section 4.1)."""
+    """Scores (B,L) of each sequence, from its first token through the pooler (Devlin et al. 2018, section 4.1)."""
 
-    pooler = True
+    class_suffix = "ForSequenceClassification"
     per_token = False
+    pooler = True
 
     @property
     def head_name(self) -> str:  # type: ignore[override]
-        """The problem type, which transformers guesses where config.json does not say it."""
+        """The problem type; what transformers assumes where config.json does not say it."""
         return self.problem_type or ("regression" if len(self.labels) == 1 else "single_label_classification")
 
 
@@ -101,12 +125,121 @@ class TokenClassifier(Classifier):
     """Scores (B,T,L) of each token (Devlin et al. 2018, section 5.3)."""
 
     head_name = "token-classification"
+    class_suffix = "ForTokenClassification"
 
 
 class QuestionAnswerer(Classifier):
     """Scores (B,T,2) of each token as the answer's start and end (Devlin et al. 2018, section 4.2); no dropout."""
 
     head_name = "question-answering"
+    class_suffix = "ForQuestionAnswering"
 
     def classify(self, hidden: Tensor) -> Tensor:
         return self.classifier(hidden)
+
+    def hf_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        scores = self.classify(hidden)
+        return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
+
+
+Model = Encoder | MaskedLanguageModel | Classifier
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How transformers trains a model with this head, and reads its outputs.
+
+    `make_targets` makes up targets for a batch from its token ids (B,T) and other token ids (B,T), IGNORED at most
+    places. `loss` is transformers' own, of its outputs by name, such targets, and which tokens are real (B,T).
+    """
+
+    pipeline: str  # Hugging Face's name of the task
+    example: str  # what its pipeline may be called with, as Python
+    make_targets: Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+    loss: Callable[[Tensors, Tensors, Tensor], Tensor]
+    decide: Callable[[list[NDArray[Any]]], NDArray[Any]] | None  # from outputs to decisions, if there are any
+    unseen_biases: tuple[str, ...] = ()  # that the loss does not depend on, as softmax ignores what all scores share
+
+
+def encoder_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
+    """Sum up all outputs in a number that depends on each in its own way, as an encoder by itself has no loss."""
+    hidden = outputs["last_hidden_state"]
+    weights = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
+    loss = (hidden[real] @ weights).square().mean()
+    return loss + (outputs["pooler_output"] @ weights).square().mean() if "pooler_output" in outputs else loss
+
+
+def label_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
+    """Cross entropy in nats, averaged over the labels that are not IGNORED."""
+    return F.cross_entropy(outputs["logits"].flatten(0, -2), targets["labels"].flatten(), ignore_index=IGNORED)
+
+
+def multi_label_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
+    """Binary cross entropy in nats, averaged over all labels."""
+    return F.binary_cross_entropy_with_logits(outputs["logits"], targets["labels"])
+
+
+def regression_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
+    """The mean squared error."""
+    return F.mse_loss(outputs["logits"], targets["labels"])
+
+
+def answer_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
+    """Cross entropy in nats among the tokens of a sequence, the mean of the answer's start and end."""
+    start = F.cross_entropy(outputs["start_logits"], targets["start_positions"])
+    return (start + F.cross_entropy(outputs["end_logits"], targets["end_positions"])) / 2
+
+
+def sequence_targets(model: Classifier, input_ids: Tensor, modulus: int) -> Tensor:
+    """Make up numbers (B,L) below `modulus`, in the model's dtype."""
+    numbers = input_ids[:, :1] + torch.arange(len(model.labels))
+    return (numbers % modulus).to(model.classifier.weight.dtype)
+
+
+def token_targets(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
+    """Make up a label for each token that is not IGNORED."""
+    return {"labels": torch.where(token_labels == IGNORED, IGNORED, token_labels % len(model.labels))}
+
+
+def answer_targets(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
+    """Make up where each answer starts and ends."""
+    positions = input_ids % input_ids.shape[1]
+    return {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
+
+
+def choose_highest(outputs: list[NDArray[Any]]) -> NDArray[Any]:
+    """Return the number of the highest score in the last dimension of each output."""
+    return np.stack([output.argmax(-1) for output in outputs])
+
+
+# Keys are a model's `head_name`: the pipeline of transformers or, of a sequence classifier, the problem type.
+HEADS = {
+    "feature-extraction": Head(
+        "feature-extraction", '"A sentence."', lambda *_: {}, encoder_loss, decide=None
+    ),
+    "fill-mask": Head(
+        "fill-mask", '"A [MASK] of words."',
+        lambda model, input_ids, token_labels: {"labels": token_labels}, label_loss, choose_highest,
+    ),
+    "single_label_classification": Head(
+        "text-classification", '"A sentence."',
+        lambda model, input_ids, _: {"labels": input_ids[:, 0] % len(model.labels)}, label_loss, choose_highest,
+    ),
+    "multi_label_classification": Head(
+        "text-classification", '"A sentence."',
+        lambda model, input_ids, _: {"labels": sequence_targets(model, input_ids, 2)}, multi_label_loss,
+        decide=lambda outputs: outputs[0] > 0,
+    ),
+    "regression": Head(
+        "text-classification", '"A sentence."',
+        lambda model, input_ids, _: {"labels": sequence_targets(model, input_ids, 5)}, regression_loss, decide=None,
+    ),
+    "token-classification": Head(
+        "token-classification", '"A sentence."', token_targets, label_loss, choose_highest
+    ),
+    "question-answering": Head(
+        "question-answering", "", answer_targets, answer_loss, choose_highest,
+        unseen_biases=("classifier.bias", "encoder.layers.{last}.norm.bias"),
+    ),
+}  # fmt: skip

@@ -1,7 +1,5 @@
 """The weights that training starts from."""
 
-# Shapes: B batch, T tokens, Q queries, P positions of a row, D hidden size, E outputs, H heads, K = D // H,
-# V vocabulary, L labels.
 import math
 
 import torch
@@ -12,9 +10,9 @@ from bertlite.model.heads import MaskedLanguageModel
 
 
 def initialize(model: nn.Module, std: float, seed: int, position_init: str = "normal") -> None:
-    """BERT's own start: weights normal with `std`, cut at two deviations; biases 0; layer norms 1 and 0.
+    """Initialize a model as BERT was: weights normal, truncated at two standard deviations; biases 0; layer norms 1, 0.
 
-    With `position_init` "sinusoidal", the position embeddings, which are trained like all else, start as sinusoids.
+    With `position_init` "sinusoidal", the position embeddings start as sinusoids; they are trained in both cases.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -30,24 +28,24 @@ def initialize(model: nn.Module, std: float, seed: int, position_init: str = "no
 
 
 def sinusoids(positions: int, size: int) -> Tensor:
-    """A table (positions, size) of sines and cosines of many wave lengths (Vaswani et al. 2017, section 3.5)."""
+    """Return sines and cosines of many wavelengths, (positions, size) (Vaswani et al. 2017, section 3.5)."""
     frequencies = 10000 ** -(torch.arange(0, size, 2) / size)
     angles = torch.arange(positions)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :size]
 
 
 def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]], pad_token_id: int) -> None:
-    """Exchange a model's vocabulary: entry i becomes the mean of the old entries `old_ids[i]`, or of all of them
-    where `old_ids[i]` is empty.
+    """Exchange a model's vocabulary in place.
 
-    An entry is a row of the word embedding and a number of the decoder's bias.
+    Token i gets the mean of the old tokens `old_ids[i]`, or of all old tokens if `old_ids[i]` is empty: of their word
+    embeddings and of their entries in the decoder's bias.
     """
     for parameter in (model.encoder.embeddings.word.weight, model.head.bias):
         old = parameter.detach()
         new = old.mean(0, keepdim=True).repeat(len(old_ids), *[1] * (old.ndim - 1))
-        for number, ids in enumerate(old_ids):
+        for token_id, ids in enumerate(old_ids):
             if ids:
-                new[number] = old[ids].mean(0)
+                new[token_id] = old[ids].mean(0)
         parameter.data = new
     word = model.encoder.embeddings.word
     word.num_embeddings, word.padding_idx = len(old_ids), pad_token_id
@@ -56,5 +54,5 @@ def exchange_vocabulary(model: MaskedLanguageModel, old_ids: list[list[int]], pa
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers a model learns."""
+    """Count the parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
 from bertlite.data.sources import find_source_files, read_documents, read_json_lines, read_lines
-from bertlite.inference.batching import like_lengths, padded, parts
+from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.heads import MaskedLanguageModel
 
 SENTENCES_AT_A_TIME = 512
@@ -37,11 +37,11 @@ def pseudo_log_likelihoods(
     Each token but the first and last, [CLS] and [SEP], is masked in turn, and what the model gives it is summed.
     """
     device = model.head.bias.device
-    tokens, positions, documents = padded(rows, tokenizer.pad_token_id, device)
+    tokens, positions, documents = pad(rows, tokenizer.pad_token_id, device)
     masked = [(row, place) for row, ids in enumerate(rows) for place in range(1, len(ids) - 1)]
     sums = torch.zeros(len(rows), dtype=torch.float64)
     with torch.inference_mode():
-        for numbers in like_lengths([len(rows[row]) for row, _ in masked], device):
+        for numbers in batches_by_length([len(rows[row]) for row, _ in masked], device):
             row, place = torch.tensor([masked[number] for number in numbers]).unbind(1)
             width = len(rows[row[0]])  # of the longest
             inputs = tokens[row, :width]  # (B,T), a copy
@@ -64,7 +64,7 @@ def pseudo_perplexity(
     texts = (text for source in sources for text in read_documents(source, document, "--data"))
     room = sequence_length - 2
     total, count = 0.0, 0
-    for part in parts(tqdm(texts, disable=None, unit=" documents"), SENTENCES_AT_A_TIME):
+    for part in chunks(tqdm(texts, disable=None, unit=" documents"), SENTENCES_AT_A_TIME):
         found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         rows = [_framed(ids[start : start + room], tokenizer) for ids in found for start in range(0, len(ids), room)]
         if rows:
@@ -83,7 +83,7 @@ def minimal_pairs(
     """
     right: dict[str, dict[str, list[bool]]] = {}
     limit = model.config.max_position_embeddings
-    for part in parts(tqdm(pairs, disable=None, unit=" pairs"), SENTENCES_AT_A_TIME):
+    for part in chunks(tqdm(pairs, disable=None, unit=" pairs"), SENTENCES_AT_A_TIME):
         sentences = [sentence for pair in part for sentence in (pair.good, pair.bad)]
         ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
         for sentence, row in zip(sentences, ids, strict=True):

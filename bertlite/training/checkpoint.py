@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.core.files import atomic_folder, sha256, write_json
 from bertlite.core.logging import logger
-from bertlite.model.huggingface import Model, save_model
+from bertlite.model.heads import Model
+from bertlite.model.huggingface import save_model
 
 NAME = re.compile(r"step-\d{8,}")
 

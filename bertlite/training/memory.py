@@ -6,7 +6,7 @@ from bertlite.config.settings import Architecture, TrainSettings
 from bertlite.core.distributed import all_reduce_max
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime, available_memory
-from bertlite.model.huggingface import Model
+from bertlite.model.heads import Model
 
 
 def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, runtime: Runtime) -> int:

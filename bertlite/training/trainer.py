@@ -23,7 +23,7 @@ from bertlite.core.random import DROPOUT, philox, split64
 from bertlite.core.runtime import Runtime, is_out_of_memory
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
-from bertlite.model.huggingface import Model
+from bertlite.model.heads import Model
 from bertlite.training.checkpoint import load_training_state, save_checkpoint
 from bertlite.training.optim import Optimizer, clip_gradients, learning_rate_factor
 from bertlite.training.run_folder import Metrics

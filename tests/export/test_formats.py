@@ -18,9 +18,9 @@ from bertlite import load
 from bertlite.core.errors import Failure, UserError
 from bertlite.export import onnx as export_onnx
 from bertlite.export import parity
-from bertlite.export.formats import DTYPES, FORMATS, Options, export
+from bertlite.export.formats import DTYPES, FORMATS, ExportOptions, export
 from bertlite.export.model_card import _of_the_run
-from bertlite.inference.batching import _linear
+from bertlite.inference.batching import onednn_linear
 from bertlite.inference.embed import POOLINGS
 from bertlite.model.bert import Pooler
 from bertlite.model.huggingface import load_model
@@ -58,7 +58,7 @@ def test_a_hugging_face_folder_is_the_same_model(every_head, tmp_path, head):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_can_be_stored_in_half_the_bytes(every_head, tmp_path, dtype):
     source = every_head["BertForMaskedLM"]
-    export(source, tmp_path / "out", "hf", Options(dtype=dtype))
+    export(source, tmp_path / "out", "hf", ExportOptions(dtype=dtype))
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, weight in after.items():
@@ -71,7 +71,7 @@ def test_a_weight_that_fp16_cannot_express_is_named(every_head, tmp_path):
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "large")
     change_weights(tmp_path / "large", lambda weights: weights | {"cls.predictions.bias": torch.full((600,), 1e5)})
     with pytest.raises(UserError, match=r"cls\.predictions\.bias holds 1e\+05, more than .*use bf16"):
-        export(tmp_path / "large", tmp_path / "out", "hf", Options(dtype="fp16"))
+        export(tmp_path / "large", tmp_path / "out", "hf", ExportOptions(dtype="fp16"))
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
@@ -79,7 +79,7 @@ def test_a_weight_that_fp16_cannot_express_is_named(every_head, tmp_path):
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "BertModel"])
 def test_sentence_transformers_gives_the_vectors_of_embed(every_head, tmp_path, head, pooling):
     library = pytest.importorskip("sentence_transformers")
-    export(every_head[head], tmp_path / "out", "sentence-transformers", Options(pooling=pooling))
+    export(every_head[head], tmp_path / "out", "sentence-transformers", ExportOptions(pooling=pooling))
     theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     ours = load(every_head[head]).encode(TEXTS, pooling=pooling)
     assert np.abs(theirs - ours).max() <= 1e-5 * max(1, np.abs(theirs).max())
@@ -103,7 +103,7 @@ OFTEN = ("BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAns
 def test_onnxruntime_computes_what_transformers_computes(every_head, tmp_path, head):
     """With dynamic axes: other rows, other lengths, padding and pairs."""
     pytest.importorskip("onnxruntime")
-    export(every_head[head], tmp_path / "out", "onnx", Options(dtype="fp32"))
+    export(every_head[head], tmp_path / "out", "onnx", ExportOptions(dtype="fp32"))
     theirs = theirs_of(every_head[head], head)
     for text in (TEXTS, TEXTS[:1], [("The state", "of the union"), ("a", "b")], ["people " * 40]):
         found, inputs = run(tmp_path / "out", "model.onnx", text)
@@ -146,8 +146,8 @@ def test_int8_is_a_quarter_and_agrees(decided, tmp_path):
 def test_int8_that_answers_otherwise_is_refused_or_left_out(decided, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export_onnx, "AGREEMENT", 1.01)
-    with pytest.raises(Failure, match=r"int8 is only \d+\.\d% of the top predictions those of fp32"):
-        export(decided, tmp_path / "small", "onnx", Options(dtype="int8"))
+    with pytest.raises(Failure, match=r"int8: only \d+\.\d% of its decisions are those of fp32"):
+        export(decided, tmp_path / "small", "onnx", ExportOptions(dtype="int8"))
     assert list(tmp_path.iterdir()) == []
     export(decided, tmp_path / "both", "onnx")
     assert [path.name for path in (tmp_path / "both").glob("*.onnx")] == ["model.onnx"]
@@ -220,7 +220,7 @@ def test_nothing_is_written_when_a_check_fails(every_head, tmp_path, monkeypatch
 )
 def test_what_a_format_cannot_express_is_named(every_head, tmp_path, head, format, options, message):
     with pytest.raises(UserError, match=message):
-        export(every_head[head], tmp_path / "out", format, Options(**options))
+        export(every_head[head], tmp_path / "out", format, ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +246,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
               "elapsed_seconds": 1.0} for step in range(1, 41)]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    export(run / "model", tmp_path / "out", "hf", Options(licence="mit"))
+    export(run / "model", tmp_path / "out", "hf", ExportOptions(licence="mit"))
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
@@ -305,7 +305,7 @@ def test_the_example_of_the_model_card_runs(every_head, tmp_path, monkeypatch, f
 
 def test_a_model_in_python(every_head):
     model = load(str(every_head["BertForMaskedLM"]))
-    assert any(getattr(module, "product", None) is _linear for module in model.model.modules())
+    assert any(getattr(module, "linear", None) is onednn_linear for module in model.model.modules())
     text = "The [MASK] of the state."
     reference = pipeline("fill-mask", model=str(every_head["BertForMaskedLM"]), device="cpu")(text, top_k=3)
     found = model.fill(text, top_k=3)

@@ -16,7 +16,7 @@ import bertlite.inference.embed
 from bertlite import load
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.runtime import Runtime
-from bertlite.inference.batching import _linear, for_use, like_lengths, padded
+from bertlite.inference.batching import batches_by_length, onednn_linear, pad, prepare_for_inference
 from bertlite.inference.embed import POOLINGS, Embedder
 from bertlite.model.attention import KERNELS
 from bertlite.model.huggingface import load_model, load_tokenizer_of
@@ -53,16 +53,15 @@ def assert_close(mine: np.ndarray, other: np.ndarray) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_vectors_are_those_of_transformers(every_head, pooling, kernel):
     encoder, tokenizer = load_encoder(every_head["BertModel"], kernel)
-    assert_close(
-        Embedder(for_use(encoder, FP32), tokenizer, pooling)(TEXTS), reference(every_head["BertModel"], pooling)
-    )
+    vectors = Embedder(prepare_for_inference(encoder, FP32), tokenizer, pooling)(TEXTS)
+    assert_close(vectors, reference(every_head["BertModel"], pooling))
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, -1, -2, -3])
 def test_every_layer_can_be_chosen(every_head, layer):
     encoder, tokenizer = load_encoder(every_head["BertForMaskedLM"])
     expected = reference(every_head["BertForMaskedLM"], layer=layer)
-    assert_close(Embedder(for_use(encoder, FP32), tokenizer, layer=layer)(TEXTS), expected)
+    assert_close(Embedder(prepare_for_inference(encoder, FP32), tokenizer, layer=layer)(TEXTS), expected)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +86,14 @@ def test_what_a_batch_holds_changes_nothing(every_head, monkeypatch):
     together = model.encode(TEXTS)
     for text, vector in zip(TEXTS, together, strict=True):
         assert_close(model.encode(text), vector)
-    monkeypatch.setitem(bertlite.inference.batching.TOKENS_AT_A_TIME, "cpu", 20)
+    monkeypatch.setitem(bertlite.inference.batching.TOKENS_PER_BATCH, "cpu", 20)
     assert_close(model.encode(TEXTS), together)
     assert model.encode([]).shape == (0, 24)
 
 
 def test_batches_hold_every_row_once_and_little_padding():
     lengths = torch.randint(1, 500, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = list(like_lengths(lengths, CPU))
+    batches = list(batches_by_length(lengths, CPU))
     assert sorted(number for batch in batches for number in batch) == list(range(1000))
     sizes = [len(batch) * max(lengths[number] for number in batch) for batch in batches]
     assert all(size <= max(1024, lengths[batch[0]]) for size, batch in zip(sizes, batches, strict=True))
@@ -103,10 +102,10 @@ def test_batches_hold_every_row_once_and_little_padding():
 
 def test_linear_layers_compute_the_same_by_one_dnn(every_head):
     encoder, _ = load_encoder(every_head["BertModel"])
-    fast = for_use(copy.deepcopy(encoder), FP32)
-    assert sum(getattr(module, "product", None) is _linear for module in fast.modules()) == 9
+    fast = prepare_for_inference(copy.deepcopy(encoder), FP32)
+    assert sum(getattr(module, "linear", None) is onednn_linear for module in fast.modules()) == 9
     assert fast.state_dict().keys() == encoder.state_dict().keys()
-    inputs = padded([[5] * 20, [7] * 3], 0, CPU)
+    inputs = pad([[5] * 20, [7] * 3], 0, CPU)
     with torch.inference_mode():
         torch.testing.assert_close(fast(*inputs), encoder.eval()(*inputs), rtol=0, atol=1e-5)
 
@@ -114,8 +113,8 @@ def test_linear_layers_compute_the_same_by_one_dnn(every_head):
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_no_linear_layer_is_computed_by_another_library(name, every_head):
     """Also where the last layer computes a part of its outputs."""
-    model = for_use(load_model(every_head[name]), FP32)
-    inputs = padded([[5] * 20, [7] * 3], 0, CPU)
+    model = prepare_for_inference(load_model(every_head[name]), FP32)
+    inputs = pad([[5] * 20, [7] * 3], 0, CPU)
     with torch.inference_mode(), torch.profiler.profile() as profile:
         model.encoder(*inputs, output_positions=torch.zeros(2, 1).long())
         model(*inputs, *[torch.zeros(2, 1).long()] * (name == "BertForMaskedLM"))
@@ -131,11 +130,11 @@ def test_bf16_is_close_and_not_the_same(every_head):
 
 
 def test_a_file_of_many_chunks_is_what_its_texts_are(every_head, tmp_path, monkeypatch):
-    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_AT_A_TIME", 2)
+    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_PER_CHUNK", 2)
     encoder, tokenizer = load_encoder(every_head["BertModel"])
-    embedder = Embedder(for_use(encoder, FP32), tokenizer)
+    embedder = Embedder(prepare_for_inference(encoder, FP32), tokenizer)
     for texts in (TEXTS, TEXTS * 200, TEXTS[:1]):
-        assert embedder.file(iter(texts), tmp_path / "v.npy") == (len(texts), 24)
+        assert embedder.write(iter(texts), tmp_path / "v.npy") == (len(texts), 24)
         mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
         assert_close(mapped[: len(TEXTS)], embedder(texts)[: len(TEXTS)])
         assert_close(mapped[-1:], embedder(texts[-1:]))
@@ -143,23 +142,23 @@ def test_a_file_of_many_chunks_is_what_its_texts_are(every_head, tmp_path, monke
 
 
 def test_memory_does_not_grow_with_the_file(every_head, tmp_path, monkeypatch):
-    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_AT_A_TIME", 50)
+    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_PER_CHUNK", 50)
     encoder, tokenizer = load_encoder(every_head["BertModel"])
-    embedder = Embedder(for_use(encoder, FP32), tokenizer)
+    embedder = Embedder(prepare_for_inference(encoder, FP32), tokenizer)
     peaks = []
     for count in (200, 200, 4000):  # the first time, things are loaded
         tracemalloc.start()
-        embedder.file((f"text {number}" for number in range(count)), tmp_path / "v.npy")
+        embedder.write((f"text {number}" for number in range(count)), tmp_path / "v.npy")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.5 * peaks[1]
 
 
 def test_after_an_error_the_old_file_is_whole(every_head, tmp_path, monkeypatch):
-    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_AT_A_TIME", 2)
+    monkeypatch.setattr(bertlite.inference.embed, "TEXTS_PER_CHUNK", 2)
     encoder, tokenizer = load_encoder(every_head["BertModel"])
-    embedder = Embedder(for_use(encoder, FP32), tokenizer)
-    embedder.file(TEXTS, tmp_path / "v.npy")
+    embedder = Embedder(prepare_for_inference(encoder, FP32), tokenizer)
+    embedder.write(TEXTS, tmp_path / "v.npy")
     before = (tmp_path / "v.npy").read_bytes()
 
     def texts():
@@ -167,7 +166,7 @@ def test_after_an_error_the_old_file_is_whole(every_head, tmp_path, monkeypatch)
         raise Failure("broken")
 
     with pytest.raises(Failure):
-        embedder.file(texts(), tmp_path / "v.npy")
+        embedder.write(texts(), tmp_path / "v.npy")
     assert os.listdir(tmp_path) == ["v.npy"] and (tmp_path / "v.npy").read_bytes() == before
 
 
@@ -175,13 +174,13 @@ def test_after_an_error_the_old_file_is_whole(every_head, tmp_path, monkeypatch)
     "options, message",
     [
         ({"pooling": "sum"}, "--pooling is 'sum', which is not one of mean, cls, max"),
-        ({"layer": 3}, "--layer is 3; the model's go from 0, the embeddings, to 2"),
+        ({"layer": 3}, "--layer is 3; the model has 0, the embeddings, to 2"),
         ({"layer": -4}, "--layer is -4"),
-        ({"sequence_length": 51}, "--sequence-length is 51; the model takes from 3 to 50"),
+        ({"sequence_length": 51}, "--sequence-length is 51; the model takes 3 to 50 tokens"),
         ({"sequence_length": 2}, "--sequence-length is 2"),
     ],
 )
-def test_what_the_model_lacks_is_named(every_head, options, message):
+def test_options_that_the_model_does_not_have_are_refused(every_head, options, message):
     with pytest.raises(UserError, match=message):
         load(every_head["BertModel"]).encode(TEXTS, **options)
 

@@ -15,16 +15,18 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
+from bertlite.model.architectures import build_encoder
 from bertlite.model.attention import KERNELS
-from bertlite.model.bert import Embeddings, Encoder
+from bertlite.model.bert import Embeddings
+from bertlite.model.encoder import gather_positions
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.huggingface import weight_names
 from bertlite.model.initialization import initialize, parameter_count
-from bertlite.model.layers import ACTIVATIONS, at_positions
+from bertlite.model.layers import ACTIVATIONS
 
 KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "masked language model": (MaskedLanguageModel, BertForMaskedLM),
-    "encoder": (partial(Encoder, pooler=True), BertModel),
+    "encoder": (partial(build_encoder, pooler=True), BertModel),
 }
 
 
@@ -74,7 +76,7 @@ def test_outputs_of_all_layers_are_those_of_transformers(kernel, activation, tra
     few = torch.tensor([[3, 0], [8, 1], [0, 0]])
     for depth in (1, 2):
         assert torch.equal(ours(*tokens, segments, depth=depth), states[depth])
-        assert_close_to_scale(ours(*tokens, segments, few, depth), at_positions(states[depth], few))
+        assert_close_to_scale(ours(*tokens, segments, few, depth), gather_positions(states[depth], few))
     assert_close_to_scale(ours.pooler(states[-1]), expected.pooler_output)
 
 
@@ -173,7 +175,7 @@ def test_some_positions_of_packed_rows_get_what_they_get_among_all(kernel, train
     for few in (True, False):
         ours.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = ours(*tokens, output_positions=wanted) if few else at_positions(ours(*tokens), wanted)
+            output = ours(*tokens, output_positions=wanted) if few else gather_positions(ours(*tokens), wanted)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         output.tanh().sum().backward()
         gradients = [parameter.grad for name, parameter in ours.named_parameters() if "pooler" not in name]
@@ -265,7 +267,7 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass_in_training_alo
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(UserError, match=r"model\.hidden_act is 'gleu'.*Did you mean gelu"):
-        Encoder(architecture(hidden_act="gleu"))
+        build_encoder(architecture(hidden_act="gleu"))
 
 
 @pytest.mark.parametrize("std", [0.02, 0.1])

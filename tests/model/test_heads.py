@@ -25,7 +25,7 @@ from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
 from bertlite.model.attention import KERNELS
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
-from bertlite.model.huggingface import load_model, save_model, weights_for
+from bertlite.model.huggingface import load_model, load_weights_for, save_model
 from bertlite.model.initialization import initialize
 
 HEADS: dict[type[Classifier], tuple[Any, Any]] = {
@@ -103,7 +103,7 @@ def test_a_folder_goes_to_transformers_and_back_without_a_changed_bit(kind, prob
         assert name == other and torch.equal(weight, expected), name
 
 
-BEGINNINGS = {
+PRETRAINED = {
     "masked language model": (BertForMaskedLM, "pooler head"),
     "encoder": (BertModel, "head"),
     "pretraining": (BertForPreTraining, "head"),
@@ -114,12 +114,12 @@ BEGINNINGS = {
 
 def weights_of(model, folder):
     """What a folder has for a model like this one."""
-    return weights_for(type(model), model.labels, folder)
+    return load_weights_for(type(model), model.labels, folder)
 
 
-@pytest.mark.parametrize("name", BEGINNINGS)
-def test_fine_tuning_begins_from_any_bert(name, tmp_path, capsys):
-    kind, missing = BEGINNINGS[name]
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_fine_tuning_starts_from_any_bert(name, tmp_path, capsys):
+    kind, missing = PRETRAINED[name]
     theirs = randomize(kind(BertConfig(**SHAPE)), 0.3)
     theirs.save_pretrained(tmp_path)
     ours = make_ours(SequenceClassifier, ["a", "b"])
@@ -136,7 +136,7 @@ def test_fine_tuning_begins_from_any_bert(name, tmp_path, capsys):
         assert_close_to_scale(ours.encoder.pooler(ours.encoder(*tokens)), expected.pooler_output)
     assert torch.equal(ours.classifier.weight, before[0])
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"has no {missing.replace(' ', ' and no ')} for this; new weights take their place" in line
+    assert f"has no {missing.replace(' ', ' and no ')} for this task; new weights are initialized" in line
 
 
 def test_a_head_for_the_same_labels_is_kept_and_no_other(tmp_path, capsys):

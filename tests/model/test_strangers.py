@@ -21,7 +21,7 @@ from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from bertlite.export.parity import check_parity
 from bertlite.inference.fill import fill
 from bertlite.model.heads import SequenceClassifier
-from bertlite.model.huggingface import load_model, load_tokenizer_of, weights_for
+from bertlite.model.huggingface import load_model, load_tokenizer_of, load_weights_for
 from bertlite.training.checkpoint import problem
 
 
@@ -140,12 +140,12 @@ def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
     message = (
         rf"config\.json: {next(iter(changes))} is \d+: Input should be less than"
         if max(changes.values()) > 1 << 24
-        else r"but config\.json means \(16777216, |config\.json means the layers 0 to 9999, the weights"
+        else r"config\.json means \(16777216, |config\.json describes layers 0 to 9999, the weights"
     )
     with pytest.raises(UserError, match=message):
         load_model(folder)
     with pytest.raises(UserError, match=message):
-        weights_for(SequenceClassifier, ["a"], folder)
+        load_weights_for(SequenceClassifier, ["a"], folder)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 8), (10**9, 0)])
@@ -167,7 +167,7 @@ def test_layers_with_a_gap_are_refused(folder):
     weights = load_file(folder / "model.safetensors")
     weights = {name.replace("encoder.layer.1.", "encoder.layer.2."): tensor for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"means the layers 0 to 1, the weights are of \[0, 2\]"):
+    with pytest.raises(UserError, match=r"describes layers 0 to 1, the weights are those of layers \[0, 2\]"):
         load_model(folder)
 
 
@@ -237,7 +237,7 @@ def test_ids_beyond_the_embedding_are_refused(folder):
     about = json.loads((folder / "tokenizer.json").read_text())
     about["model"]["vocab"]["one more"] = 30
     (folder / "tokenizer.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"has 31 pieces, but the model embeds 30"):
+    with pytest.raises(UserError, match=r"has 31 tokens, but the model's vocabulary has 30"):
         use(folder)
 
 

@@ -13,7 +13,7 @@ import bertlite.inference.batching
 from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
-from bertlite.inference.batching import for_use
+from bertlite.inference.batching import prepare_for_inference
 from bertlite.model.huggingface import load_model, load_tokenizer_of
 from bertlite.pretraining.scoring import minimal_pairs, pseudo_log_likelihoods, pseudo_perplexity, read_pairs
 
@@ -50,7 +50,7 @@ def reference(folder: Path, sentence: str) -> float:
 def model(every_head):
     model = load_model(every_head["BertForMaskedLM"])
     tokenizer = load_tokenizer_of(every_head["BertForMaskedLM"], model.config)
-    return for_use(model, RUNTIME), tokenizer
+    return prepare_for_inference(model, RUNTIME), tokenizer
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def pairs_file(tmp_path) -> Path:
 
 @pytest.mark.parametrize("positions", [1, 30, 1024])
 def test_scores_are_those_of_transformers(every_head, model, monkeypatch, positions):
-    monkeypatch.setitem(bertlite.inference.batching.TOKENS_AT_A_TIME, "cpu", positions)
+    monkeypatch.setitem(bertlite.inference.batching.TOKENS_PER_BATCH, "cpu", positions)
     scores = pseudo_log_likelihoods(*model, model[1](SENTENCES)["input_ids"])
     expected = [reference(every_head["BertForMaskedLM"], sentence) for sentence in SENTENCES]
     assert scores.tolist() == pytest.approx(expected, rel=1e-5)
