@@ -1,8 +1,8 @@
-"""Configuration files: YAML and `--set` to settings and back, and each mistake in them as a line with its fix."""
+"""Read YAML files and `--set` into settings, write settings as YAML, and explain each mistake in one line."""
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,7 +15,7 @@ from bertlite.core.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number, and a key given twice is an error."""
+    """A YAML loader that reads `1e-4` as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -27,77 +27,67 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads: a text that looks like `1e-4` gets quotes."""
+    """A YAML dumper for _Loader: it quotes strings that look like `1e-4`."""
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
         list("-+.0123456789"),
     )
 
-# What PyYAML raises for text that is no YAML, or whose tags do not fit their values.
-_BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+# What PyYAML raises for text that is not YAML, or with tags that do not fit their values.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Config = TypeVar("Config", bound=Section)
-# What reads which configuration.
-_COMMANDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
+_CONFIG_OF_COMMAND: dict[str, type[Section]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "sweep": SweepConfig,
+}
 
 
-def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file at `path`, apply `section.key=value` overrides, and check everything.
+def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply overrides such as `train.max_steps=100`, and validate all settings.
 
     Raises UserError, naming the file or the override, the key, its value and the fix.
     """
     values = _read_yaml(path)
-    for command, other in _COMMANDS.items():
-        strange = values.keys() - kind.model_fields.keys()
-        if strange and values.keys() <= other.model_fields.keys():
-            raise UserError(f"{path}: its section {min(strange)} is none of this command; bertlite {command} reads it")
-    changed: dict[str, str] = {}
+    _check_command(config_type, values, path)
+    override_of: dict[str, str] = {}
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not all(name.strip().split(".")):
-            raise UserError(f"--set {override}: write it as section.key=value, such as train.max_steps=100")
-        try:
-            _assign(values, name.strip().split("."), yaml.load(text, _Loader))
-        except _BAD_YAML:
-            raise UserError(f"--set {override}: the value is not valid YAML") from None
-        changed[name.strip()] = f"--set {override}"
-    return _validated(kind, values, path, changed)
+        name, value = _parse_override(override)
+        _assign(values, name, value)
+        override_of[name] = f"--set {override}"
+    return _validate(config_type, values, path, override_of)
 
 
 def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config:
-    """The same configuration with other values at some dotted names. Raises UserError, naming `source`, as loading."""
+    """Return a copy of `config` with other values at some dotted names.
+
+    Raises UserError as `load_config` does, naming `source` in place of the file.
+    """
     values = config.model_dump()
     for name, value in changes.items():
-        _assign(values, name.split("."), value)
-    return _validated(type(config), values, source, {})
-
-
-def _validated(kind: type[Config], values: dict[str, Any], source: Path | str, changed: dict[str, str]) -> Config:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(kind, item, source, changed) for item in error.errors()[:5]]
-        raise UserError("\n".join(lines)) from None
+        _assign(values, name, value)
+    return _validate(type(config), values, source, {})
 
 
 def dump_config(config: Section) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
+    """Return all settings as YAML, from which `load_config` makes an equal object."""
     return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configurations of one kind differ: dotted name → (old value, new value)."""
+    """Return the settings in which two configurations of one type differ: dotted name → (old value, new value)."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
     names = dict.fromkeys([*after, *before])
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def choose(table: dict[str, Any], name: str, setting: str) -> Any:
-    """`table[name]`, or a UserError that names the setting and the choices."""
+    """Return `table[name]`. Raises UserError, naming the setting and the choices, for an unknown name."""
     if name not in table:
         raise UserError(f"{setting} is {name!r}, which is not one of {', '.join(table)}{_did_you_mean(name, table)}")
     return table[name]
@@ -118,9 +108,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}:{where} is not valid YAML: {error.problem}") from None
-    except _BAD_YAML as error:
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}") from None
+    except _YAML_ERRORS as error:
         raise UserError(f"{path}: not valid YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if values is None:
         values = {}
@@ -129,13 +119,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _assign(values: dict[str, Any], names: list[str], value: Any) -> None:
-    for name in names[:-1]:
-        inner = values.get(name)
-        if not isinstance(inner, dict):
-            inner = values[name] = {}
-        values = inner
-    values[names[-1]] = value
+def _check_command(config_type: type[Section], values: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a file that was written for another command."""
+    unknown = values.keys() - config_type.model_fields.keys()
+    for command, other_type in _CONFIG_OF_COMMAND.items():
+        if unknown and values.keys() <= other_type.model_fields.keys():
+            raise UserError(
+                f"{path}: this command does not read the section {min(unknown)}; bertlite {command} reads this file"
+            )
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Split `section.key=value` into the dotted name and the value, which is YAML."""
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals or not all(name.split(".")):
+        raise UserError(f"--set {override}: write it as section.key=value, such as train.max_steps=100")
+    try:
+        return name, yaml.load(text, _Loader)
+    except _YAML_ERRORS:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value at a dotted name; sections that do not exist are created."""
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[key] = value
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,61 +159,77 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _setting_names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in kind.model_fields.items():
-        yield f"{prefix}{name}"
-        inner = [field.annotation, *get_args(field.annotation)]
-        for part in inner:
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _setting_names(part, f"{prefix}{name}.")
+def _validate(
+    config_type: type[Config], values: dict[str, Any], source: Path | str, override_of: dict[str, str]
+) -> Config:
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(config_type, item, source, override_of) for item in error.errors()[:5]]
+        raise UserError("\n".join(lines)) from None
 
 
-def _did_you_mean(name: str, choices: Any) -> str:
-    """A hint at the choice that `name` was probably meant for, or nothing."""
-    by_last = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
-    close = difflib.get_close_matches(name, list(choices), 1, 0.75)
-    if not close:
-        close = [by_last[part] for part in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), 1)]
-    return f". Did you mean {close[0]}?" if close else ""
+def _explain(config_type: type[Section], error: Any, source: Path | str, override_of: dict[str, str]) -> str:
+    """Describe one error of pydantic in a line: where the value was written, the key, the value and the fix."""
+    name = _name_of(error["loc"])
+    written_in = next((override for key, override in override_of.items() if _overlap(key, name)), None)
+    value = _shorten(error["input"])
+    if error["type"] == "extra_forbidden":
+        text = f"{name} is not a setting{_did_you_mean(name, _setting_names(config_type))}"
+    elif error["type"] == "missing":
+        text = f"{name} is missing"
+    elif error["type"] == "value_error":  # raised by a validator of the settings; its message begins with a key
+        text = ".".join(filter(None, [name, str(error["ctx"]["error"])]))
+        mentioned = (override for key, override in override_of.items() if key.rsplit(".", 1)[-1] in text)
+        written_in = written_in or next(mentioned, None)
+    elif error["type"] == "model_type":
+        text = f"{name} is {value}, but should be a section with keys of its own"
+    else:
+        reason = error["msg"][0].lower() + error["msg"][1:]
+        text = f"{name} is {value}: {reason.replace('input should', 'it should')}"
+    return f"{written_in or source}: {text}"
 
 
-# Names that pydantic gives to the branches of a choice between types, no keys of the YAML; ours begin with a <.
-_BRANCHES = ("bool", "literal['auto']", "int", "float")
+def _name_of(location: tuple[str | int, ...]) -> str:
+    """Return the dotted name of a setting from pydantic's location of an error.
+
+    The location also names the alternatives of a choice between types, ours in angle brackets, and indices of lists:
+    ("masking", "rate", "<schedule>", "start") is masking.rate.start, and ("train", "seeds", 0) is train.seeds.
+    """
+    alternatives = ("bool", "literal['auto']", "int", "float")
+    keys = [str(key) for key in location if not (key in alternatives or str(key).startswith("<"))]
+    while len(keys) > 1 and keys[-1].isdigit():
+        keys.pop()
+    return ".".join(keys)
 
 
-def _shown(value: Any) -> str:
+def _overlap(first: str, second: str) -> bool:
+    """Return whether two dotted names are equal or one is within the other, as train.seed is within train."""
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
+
+
+def _shorten(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python prints no integers of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _explain(kind: type[BaseModel], item: Any, path: Path | str, changed: dict[str, str]) -> str:
-    """One pydantic error as a line: where it was written, the key, the value and the fix."""
-    keys = [str(part) for part in item["loc"] if not (part in _BRANCHES or str(part).startswith("<"))]
-    while len(keys) > 1 and keys[-1].isdigit():
-        keys.pop()
-    name = ".".join(keys)
-    source = next(
-        (
-            given
-            for key, given in changed.items()
-            if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
-        ),
-        None,
-    )
-    value = _shown(item["input"])
-    if item["type"] == "extra_forbidden":
-        text = f"{name} is not a setting{_did_you_mean(name, list(_setting_names(kind)))}"
-    elif item["type"] == "missing":
-        text = f"{name} is missing"
-    elif item["type"] == "value_error":  # one of the settings' own validators, which name their keys
-        text = ".".join([*keys, str(item["ctx"]["error"])])
-        source = source or next((given for key, given in changed.items() if key.rsplit(".", 1)[-1] in text), None)
-    elif item["type"] == "model_type":
-        text = f"{name} is {value}, but should be a section with keys of its own"
-    else:
-        reason = item["msg"][0].lower() + item["msg"][1:]
-        text = f"{name} is {value}: {reason.replace('input should', 'it should')}"
-    return f"{source or path}: {text}"
+def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for annotation in (field.annotation, *get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from _setting_names(annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return a hint at the choice that is similar to `name`, or whose last part is; "" if there is none."""
+    choices = list(choices)
+    by_last_part = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
+    similar = difflib.get_close_matches(name, choices, 1, 0.75)
+    if not similar:
+        last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last_part), 1)
+        similar = [by_last_part[part] for part in last_parts]
+    return f". Did you mean {similar[0]}?" if similar else ""

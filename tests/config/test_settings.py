@@ -271,7 +271,7 @@ def test_dump_is_complete(load):
         ("data: {train: [{path: a, weights: 2}]}", ["data.train.0.weights is not", "Did you mean data.train.weight?"]),
         ("data: {train: [{column: x}]}", ["data.train.path: name either a path or a dataset"]),
         ("data: {train: [{path: a, split: dev}]}", ["data.train.split is 'dev', but belongs to a dataset"]),
-        ("task: {train: a}\noutput_dir: x", ["its section task is none of this command", "bertlite finetune reads it"]),
+        ("task: {train: a}\noutput_dir: x", ["does not read the section task", "bertlite finetune reads this file"]),
         # sections
         ("data: {train: [a]}\ntrain: 5", ["train is 5", "section"]),
         ("data: {train: [a]}\ntrain:", ["train is None", "section"]),
