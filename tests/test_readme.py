@@ -121,9 +121,9 @@ def test_the_list_of_settings_of_fine_tuning_is_complete():
 
 # What makes a command short enough for a test; added to the settings and options that a page gives.
 SMALL_SETTINGS = {
-    "train": {"max_steps": 20, "save_steps": 10, "compile": False, "precision": "fp32", "num_train_epochs": 1},
+    "train": {"max_steps": 6, "save_steps": 3, "compile": False, "precision": "fp32", "num_train_epochs": 1},
     "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "tokenizer": {"vocab_size": 2000},
+    "tokenizer": {"vocab_size": 1000},
     "sweep": {"trials": 2},
 }
 SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": "1", "--steps": "300", "--count": "1"}
@@ -174,9 +174,9 @@ def check_output(command: str, shown: str, printed: str) -> None:
 
 
 @pytest.fixture
-def empty_folder(tmp_path, monkeypatch) -> Path:
+def empty_folder(tmp_path, cache, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BERTLITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BERTLITE_CACHE", cache)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     return tmp_path
