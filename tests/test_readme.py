@@ -17,12 +17,13 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from paths import ROOT, SAMPLE
+from paths import PACKAGE, ROOT, SAMPLE
 
 from bertlite import load
 from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig
+from bertlite.data import masking
 from bertlite.finetuning import finetune
 from bertlite.pretraining.pretrain import check_settings
 
@@ -178,6 +179,7 @@ def empty_folder(tmp_path, cache, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BERTLITE_CACHE", cache)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(masking, "STRATEGIES", dict(masking.STRATEGIES))  # an example adds one
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     return tmp_path
 
@@ -238,7 +240,7 @@ def test_the_pages_of_the_repository_run_from_top_to_bottom(page, bertlite, clon
 @pytest.mark.slow
 def test_the_measurements_run(bertlite, clone):
     names = {split(command)[0].removeprefix("scripts/") for command in script_commands()}
-    run_page("scripts/README.md", bertlite, scripts=names - {"mutate"})  # mutate is a test of the tests
+    run_page("scripts/README.md", bertlite, scripts=names - {"mutate", "compare_commits"})
     assert "validation" in Path("curve.svg").read_text()
 
 
@@ -265,6 +267,12 @@ def test_shell_scripts_are_well_formed(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
+def test_tests_that_the_pages_run_exist():
+    commands = [split(command) for page in PAGES for command, kind in page_commands(page) if kind != "python"]
+    named = {word for words in commands for word in words if words[0] == "scripts/test" and word.startswith("tests/")}
+    assert named and all((ROOT / path).exists() for path in named)
+
+
 @each_page
 def test_links_and_file_names_on_the_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)\)", PAGES[page])
@@ -272,6 +280,18 @@ def test_links_and_file_names_on_the_pages_lead_somewhere(page):
         assert ((ROOT / page).parent / link).exists(), link
     for name in re.findall(r"`([\w/]+\.py)`", PAGES[page]):
         assert any((ROOT / base / name).exists() for base in ("", "bertlite", "tests")), name
+
+
+def test_dicts_that_are_to_be_extended_are_where_the_page_says():
+    entries = re.findall(r"`([A-Z]+)`, `([\w/]+\.py)` \|$", PAGES["bertlite/README.md"], re.MULTILINE)
+    assert len(entries) > 5
+    for name, file in entries:
+        assert re.search(rf"^{name}\b.* = ", (PACKAGE / file).read_text(), re.MULTILINE), f"{name} in {file}"
+
+
+def test_the_page_of_the_package_describes_every_room():
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert f"| `{path.parent.name}/` |" in PAGES["bertlite/README.md"], path
 
 
 @pytest.mark.parametrize("folder, pattern", [("configs", "*.yaml"), ("scripts", "[!R]*")])
