@@ -120,6 +120,11 @@ def test_the_list_of_settings_of_fine_tuning_is_complete():
         assert listed[section].keys() == getattr(config, section).model_dump().keys(), section
 
 
+def test_the_tables_of_settings_are_those_of_the_code():
+    script = runpy.run_path(str(ROOT / "scripts" / "settings_page"))
+    assert script["settings_tables"]() in PAGES["configs/README.md"], "run scripts/settings_page"
+
+
 # What makes a command short enough for a test; added to the settings and options that a page gives.
 SMALL_SETTINGS = {
     "train": {"max_steps": 6, "save_steps": 3, "compile": False, "precision": "fp32", "num_train_epochs": 1},
