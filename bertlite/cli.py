@@ -58,9 +58,9 @@ def bertlite(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the tokenizer and the corpus of a configuration."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining import pretrain as pretraining
+    from bertlite.pretraining import prepare as preparing
 
-    pretraining.prepare(_settings(PretrainConfig, config, overrides))
+    preparing.prepare(_settings(PretrainConfig, config, overrides))
 
 
 @app.command()
@@ -92,7 +92,7 @@ def plan(
     from bertlite.pretraining import estimate as planning
 
     result = planning.plan(_settings(PretrainConfig, config, overrides, out), measure)
-    print(json.dumps(result) if as_json else planning.described(result))
+    print(json.dumps(result) if as_json else planning.describe(result))
 
 
 @app.command()
@@ -104,7 +104,7 @@ def batch(
 ) -> None:
     """Print the batch of one step, and what is hidden in it."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining.pretrain import batch_of_step
+    from bertlite.pretraining.prepare import batch_of_step
 
     rows = batch_of_step(_settings(PretrainConfig, config, overrides), step)
     if as_json:
@@ -313,7 +313,7 @@ def bench(
     from bertlite.pretraining import bench as benching
 
     result = benching.bench(_settings(PretrainConfig, config, overrides), steps)
-    print(json.dumps(result) if as_json else benching.described(result))
+    print(json.dumps(result) if as_json else benching.describe(result))
 
 
 def main() -> None:

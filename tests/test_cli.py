@@ -315,7 +315,7 @@ def test_a_held_out_text_too_short_to_measure_by_is_an_error(bertlite, write_con
     (tmp_path / "short.txt").write_text("x y")
     config = write_config(data__validation=[str(tmp_path / "short.txt")], masking__rate=0.5)
     code, _, err = bertlite("pretrain", config)
-    assert code == 2 and re.search(r"the held-out text is \d tokens, too few to hide one of them", err)
+    assert code == 2 and re.search(r"the validation text has \d tokens, too few to mask one of them", err)
 
 
 def test_a_text_too_short_to_measure_by_is_an_error(bertlite, trained, tmp_path):

@@ -25,7 +25,7 @@ from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig
 from bertlite.data import masking
 from bertlite.finetuning import finetune
-from bertlite.pretraining.pretrain import check_settings
+from bertlite.pretraining.prepare import check_settings
 
 PATHS = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}

@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
@@ -20,15 +22,27 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """SIGINT or SIGTERM: ends the process at once or, while `deferred`, is kept in `number` for the work to act on."""
+    """SIGINT or SIGTERM: raises Stopped at once or, inside `deferred()`, is kept in `number` for the loop to act on."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.deferred = False
+        self.is_deferred = False
+
+    @contextmanager
+    def deferred(self, is_deferred: bool = True) -> Iterator[None]:
+        """Defer signals inside the block; with False, let them end an outer block at once where nothing would be lost.
+
+        A signal that came before the block is not raised again: test `number`.
+        """
+        outer, self.is_deferred = self.is_deferred, is_deferred
+        try:
+            yield
+        finally:
+            self.is_deferred = outer
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if not self.deferred:
+        if not self.is_deferred:
             raise Stopped(number)
 
 
@@ -53,7 +67,7 @@ def _watch() -> None:
         while True:
             number = os.read(reader, 1)[0]
             time.sleep(PATIENCE)
-            if number in (signal.SIGINT, signal.SIGTERM) and not (stop_request.number or stop_request.deferred):
+            if number in (signal.SIGINT, signal.SIGTERM) and not (stop_request.number or stop_request.is_deferred):
                 print(f"bertlite: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
 

@@ -14,7 +14,7 @@ from bertlite.export.parity import Check
 from bertlite.model.heads import HEADS, Model
 from bertlite.model.huggingface import hf_class
 from bertlite.model.initialization import parameter_count
-from bertlite.training.run_folder import Metrics
+from bertlite.training.run_folder import read_metrics
 
 CURVE_LINES = 10
 
@@ -82,7 +82,7 @@ def _of_the_run(source: Path) -> list[str]:
     config = _without_folders(read.model_dump(mode="json"))
     state = source / "training" / "state.json"  # of a checkpoint: what came later is not in it
     progress = json.loads(state.read_text())["progress"] if state.exists() else None
-    lines = [line for line in Metrics(run).lines() if progress is None or line["step"] <= progress["step"]]
+    lines = [line for line in read_metrics(run) if progress is None or line["step"] <= progress["step"]]
     evaluations = [line for line in lines if "eval_loss" in line]
     text = []
     if "data" in config:

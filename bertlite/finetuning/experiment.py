@@ -30,10 +30,19 @@ from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier
 from bertlite.model.huggingface import load_model, load_tokenizer_of, load_weights_for, read_architecture
 from bertlite.model.initialization import initialize, parameter_count
-from bertlite.training.checkpoint import checkpoint_folder, newest_checkpoint, problem, save_final_model
-from bertlite.training.memory import rows_at_a_time
+from bertlite.training.callbacks import Checkpoints, Evaluation, TrainingLog, loggers
+from bertlite.training.checkpoint import (
+    TrainingState,
+    checkpoint_folder,
+    load_training_state,
+    newest_checkpoint,
+    problem,
+    restore_optimizer,
+    save_final_model,
+)
+from bertlite.training.memory import choose_micro_batch_size
 from bertlite.training.optim import Optimizer
-from bertlite.training.trainer import Training, evaluate
+from bertlite.training.trainer import Trainer, evaluate
 
 POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
 FEW = 10  # labels that are named in a line
@@ -210,10 +219,10 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
-    training = _new_training(work, folder, seed, resume)
-    training.run()
+    trainer = _new_trainer(work, folder, seed, resume)
+    trainer.train()
     barrier()
-    progress = training.progress
+    progress = trainer.progress
     place = checkpoint_folder(folder, progress.best_step)
     if damage := problem(place):
         raise Failure(f"{place}: the best checkpoint cannot be read: {damage}; start another run with --out")
@@ -221,7 +230,7 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     barrier()
     best.to(runtime.device)
     scores, predictions, losses = _measure(work, best, work.measured_on)
-    results = {**scores, **{f"validation_{name}": value for name, value in progress.best.items()}}
+    results = {**scores, **{f"validation_{name}": value for name, value in progress.best_scores.items()}}
     results["best_step"] = progress.best_step
     if runtime.rank == 0:
         _write_findings(work, folder, predictions, losses)
@@ -233,8 +242,8 @@ def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
     return results
 
 
-def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Training:
-    """A training with one seed, ready to begin or to go on from the newest valid checkpoint."""
+def _new_trainer(work: FineTuning, folder: Path, seed: int, resume: bool) -> Trainer:
+    """Build the trainer of one seed, which starts at step 0 or resumes from the newest valid checkpoint."""
     runtime, train, kernel = work.runtime, work.config.train, best_kernel(work.runtime.device)
     examples = work.parts["train"].batches
     batches = ExampleBatches(examples.examples, work.task.head, examples.pad_id, seed, examples.length)
@@ -257,24 +266,29 @@ def _new_training(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tr
         weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
         loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
     scale = learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers))
-    training = Training(
-        folder=folder,
+    optimizer = Optimizer(model, settings, scale)
+    state = load_training_state(checkpoint) if checkpoint else TrainingState()
+    micro_batch_size = choose_micro_batch_size(settings, model, batches.length, 0, runtime, state.micro_batch_size)
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, state, optimizer, facts | {"micro_batch_size": micro_batch_size})
+    return Trainer(
         model=model,
-        tokenizer=work.tokenizer,
+        optimizer=optimizer,
         loss=lambda model, batch: summed(*loss(work.compute(model, batch), batch)),
         make_batch=batches.training,
-        evaluate=lambda: _measure(work, model, "validation")[0],
         settings=settings,
         runtime=runtime,
-        facts=facts,
-        micro_batch=rows_at_a_time(settings, model, batches.length, 0, runtime),
-        optimizer=Optimizer(model, settings, scale),
-        metric=work.metric,
-        patience=train.early_stopping_patience,
+        micro_batch_size=micro_batch_size,
+        progress=state.progress,
+        callbacks=[
+            *loggers(folder, runtime),
+            TrainingLog(),
+            Evaluation(
+                lambda trainer: _measure(work, model, "validation")[0], work.metric, train.early_stopping_patience
+            ),
+            Checkpoints(folder, work.tokenizer, facts),
+        ],
     )
-    if checkpoint is not None:
-        training.resume(checkpoint)
-    return training
 
 
 def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:

@@ -1,58 +1,85 @@
-"""`bertlite bench`: what a training step costs on this machine, and where its time goes."""
+"""`bertlite bench`: what a training step costs on this machine, and what its time is spent on."""
 
-import resource
 import sys
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bertlite.config.settings import Architecture, PretrainConfig
 from bertlite.core.runtime import Runtime, initialize_runtime
 from bertlite.data.masking import max_predictions
-from bertlite.pretraining.pretrain import Prepared, architecture, new_training, prepare
-from bertlite.training.trainer import PARTS
+from bertlite.model.heads import MaskedLanguageModel
+from bertlite.pretraining.prepare import Prepared, prepare
+from bertlite.pretraining.pretrain import new_trainer
+from bertlite.pretraining.starting_model import resolve_architecture
+from bertlite.training.callbacks import ProgressBar
+from bertlite.training.trainer import PHASES, Callback, Step, Trainer
 
 WARM_UP = 5  # steps that compile and fill caches, and are not measured
-# Shapes (rows, inner, columns) of matrix products: the fastest of them is the machine's peak.
+# Shapes (M, K, N) of products (M,K) × (K,N): the fastest of them is the machine's peak.
 PEAK_SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 4096)]
 
 
 class Lap(NamedTuple):
-    """The end of a step: when it was, and the tokens and the seconds of each part up to then."""
+    """The end of a step: the time, and the tokens and the seconds of each phase since the start."""
 
     at: float
     tokens: int
     seconds: dict[str, float]
 
 
-def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
-    """Train `steps` steps as configured, on its own text, and measure them; nothing is kept.
+class StepTimer(Callback):
+    """Records a lap after each step. Give it last, so that the time of other callbacks does not count."""
 
-    Returns medians over the steps: tokens and seconds by part; the share of the peak that the model's matrix products
-    reach (padding and unused prediction slots count as work); and peak memory in bytes.
+    def __init__(self) -> None:
+        self.laps: list[Lap] = []
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.phase_start = 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.phase_start = perf_counter()
+
+    def on_phase_end(self, trainer: Trainer, phase: str) -> None:
+        if trainer.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = perf_counter()
+        self.seconds[phase] += now - self.phase_start
+        self.phase_start = now
+
+    def on_step(self, trainer: Trainer, step: Step) -> None:
+        self.phase_start = perf_counter()
+        self.laps.append(Lap(self.phase_start, trainer.progress.tokens, dict(self.seconds)))
+
+
+def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
+    """Train `steps` steps as configured, on the configured text, and measure them; nothing is kept.
+
+    Returns medians over the steps: tokens and seconds by phase; the share of the machine's peak that the model's matrix
+    products reach (padding and unused predictions count as work); and peak memory in bytes.
     """
     runtime = initialize_runtime(config.train.precision, config.train.compile)
     prepared = prepare(config)
     laps = rehearse(config, prepared, runtime, WARM_UP + steps)
     memory = peak_memory(runtime.device)
     pairs = list(pairwise(laps[WARM_UP - 1 :]))
-    step = median(now.at - before.at for before, now in pairs)
-    T = config.data.sequence_length
-    shape, rows = architecture(config, prepared.tokenizer), config.train.global_batch_size // runtime.world_size
-    flops = matmul_flops(shape, rows, T, max_predictions(T, config.masking))
+    step_seconds = median(after.at - before.at for before, after in pairs)
+    flops = flops_of_step(config, prepared, config.train.global_batch_size // runtime.world_size)
     peak = matmul_peak(runtime.device, runtime.dtype)
     return {
-        "tokens_per_second": median((b.tokens - a.tokens) / (b.at - a.at) for a, b in pairs),
-        "step_seconds": step,
-        **{f"{part}_seconds": median(b.seconds[part] - a.seconds[part] for a, b in pairs) for part in PARTS},
-        "flops_per_second": flops / step,
+        "tokens_per_second": median((after.tokens - before.tokens) / (after.at - before.at) for before, after in pairs),
+        "step_seconds": step_seconds,
+        **{
+            f"{phase}_seconds": median(after.seconds[phase] - before.seconds[phase] for before, after in pairs)
+            for phase in PHASES
+        },
+        "flops_per_second": flops / step_seconds,
         "peak_flops_per_second": peak,
-        "share_of_peak": flops / step / peak,
+        "share_of_peak": flops / step_seconds / peak,
         "peak_memory_bytes": memory,
         "device": str(runtime.environment()["device"]),
         "precision": str(runtime.environment()["precision"]),
@@ -60,69 +87,78 @@ def bench(config: PretrainConfig, steps: int = 20) -> dict[str, Any]:
 
 
 def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps: int) -> list[Lap]:
-    """Train as configured for some steps, without evaluation or saving, and see when each of them ends."""
-    changes = {"max_steps": steps, "logging_steps": 1, "save_steps": steps, "save_minutes": None}
-    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-    laps: list[Lap] = []
-    with TemporaryDirectory() as folder:
-        training = new_training(config, prepared, Path(folder), runtime)
-        training.evaluate, training.saves = None, False
-        training.synchronize = runtime.device.type == "cuda"
-        training.watch = lambda *_: laps.append(Lap(perf_counter(), training.progress.tokens, dict(training.seconds)))
-        training.run()
-    return laps
+    """Train as configured for some steps, without evaluation or checkpoints, and time each of them."""
+    settings = config.train.model_copy(update={"max_steps": steps})
+    timer = StepTimer()
+    callbacks = [ProgressBar(), timer] if runtime.rank == 0 else [timer]
+    new_trainer(config.model_copy(update={"train": settings}), prepared, runtime, callbacks).train()
+    return timer.laps
 
 
-def described(result: dict[str, Any]) -> str:
-    """What `bench` returns, as lines for people."""
-    step = result["step_seconds"]
-    parts = {part: result[f"{part}_seconds"] for part in PARTS}
+def describe(result: dict[str, Any]) -> str:
+    """Format what `bench` returns as lines for people."""
+    step_seconds = result["step_seconds"]
+    phases = {phase: result[f"{phase}_seconds"] for phase in PHASES}
     return "\n".join(
         [
             f"{result['tokens_per_second']:,.0f} tokens/s on {result['device']} in {result['precision']}",
-            *(f"  {part:10} {seconds * 1e3:9.1f} ms  {seconds / step:6.1%}" for part, seconds in parts.items()),
-            f"  {'a step':10} {step * 1e3:9.1f} ms",
+            *(
+                f"  {phase:10} {seconds * 1e3:9.1f} ms  {seconds / step_seconds:6.1%}"
+                for phase, seconds in phases.items()
+            ),
+            f"  {'step':10} {step_seconds * 1e3:9.1f} ms",
             f"matrix products at {result['flops_per_second'] / 1e9:,.0f} GFLOP/s, {result['share_of_peak']:.0%} of the "
-            f"{result['peak_flops_per_second'] / 1e9:,.0f} measured at best here",
+            f"measured peak of {result['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s",
             f"peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ]
     )
 
 
-def matmul_flops(config: Architecture, rows: int, positions: int, slots: int) -> int:
-    """Floating point operations of the matrix products of one step, forward and backward, for one rank.
+def flops_of_step(config: PretrainConfig, prepared: Prepared, batch_size: int) -> int:
+    """Count the floating point operations of a step of `batch_size` sequences, forward and backward."""
+    architecture = resolve_architecture(config.model, prepared.starting_model, prepared.tokenizer)
+    T = config.data.sequence_length
+    return batch_size * flops_per_sequence(architecture, T, max_predictions(T, config.masking))
 
-    A multiply and an add are two; the backward pass takes twice what the forward pass does (Kaplan et al. 2020, 2.1).
-    The last layer attends to all positions from the slots alone.
+
+def flops_per_sequence(architecture: Architecture, sequence_length: int, num_predictions: int) -> int:
+    """Count the floating point operations of the matrix products for one sequence, forward and backward.
+
+    A multiply and an add are two operations. The model has no weights: torch counts by shapes alone.
     """
-    D, inner = config.hidden_size, config.intermediate_size
-    key_and_value = positions * 4 * D * D
-    for_each_query = 4 * D * D + 4 * D * inner + 4 * positions * D  # its projections, feed-forward and attention
-    queries = (config.num_hidden_layers - 1) * positions + slots
-    head = slots * 2 * (D * D + D * config.vocab_size)
-    return 3 * rows * (config.num_hidden_layers * key_and_value + queries * for_each_query + head)
+    with torch.device("meta"):
+        model = MaskedLanguageModel(architecture, "matmul")
+        ids = torch.zeros(1, sequence_length, dtype=torch.long)
+        positions = torch.zeros(1, num_predictions, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids, ids, positions).sum().backward()
+    return int(counter.get_total_flops())
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of the machine's fastest matrix product, measured now."""
-    best = 0.0
-    for rows, inner, columns in PEAK_SHAPES:
-        if device.type == "cuda":
-            rows, inner, columns = 4 * rows, 4 * inner, 4 * columns
-        a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
+    """Measure the floating point operations per second of the fastest of some matrix products."""
+    scale = 4 if device.type == "cuda" else 1
+    peak = 0.0
+    for M, K, N in (tuple(scale * size for size in shape) for shape in PEAK_SHAPES):
+        a, b = torch.randn(M, K, device=device).to(dtype), torch.randn(K, N, device=device).to(dtype)
         times = []
         for _ in range(8):
-            began = perf_counter()
+            start_time = perf_counter()
             a @ b
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(perf_counter() - began)
-        best = max(best, 2 * rows * inner * columns / min(times))
-    return best
+            times.append(perf_counter() - start_time)
+        peak = max(peak, 2 * M * K * N / min(times))
+    return peak
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory that this process has held so far, in bytes: the GPU's, or all of its own."""
+    """Return the most memory that this process has held so far, in bytes: the GPU's, or its own where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

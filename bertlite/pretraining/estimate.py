@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import torch
 
 from bertlite.config.settings import PretrainConfig, Source
 from bertlite.core.logging import logger
-from bertlite.core.runtime import available_memory, initialize_runtime
+from bertlite.core.runtime import Runtime, available_memory, initialize_runtime
 from bertlite.data.corpus import Corpus
 from bertlite.data.masking import max_predictions
 from bertlite.data.packing import Packing
@@ -21,79 +22,61 @@ from bertlite.data.sources import find_source_files, read_documents
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.initialization import parameter_count
-from bertlite.pretraining.bench import matmul_flops, peak_memory, rehearse
-from bertlite.pretraining.pretrain import architecture, prepare
-from bertlite.training.memory import bytes_of_a_row, rows_at_a_time
+from bertlite.pretraining.bench import flops_of_step, peak_memory, rehearse
+from bertlite.pretraining.prepare import Prepared, prepare
+from bertlite.pretraining.starting_model import resolve_architecture
+from bertlite.training.memory import bytes_per_sequence, choose_micro_batch_size
 
 SAMPLE_CHARACTERS = 2_000_000  # of each source
-MEASURED_STEPS = 6  # the first of which compiles, and is not counted
+MEASURED_STEPS = 6  # the first of them compiles, and is not counted
+
+
+@dataclass
+class Sample:
+    """A configuration whose sources are replaced by files with their first documents.
+
+    A share says how much of a source its file holds; it is None where nobody knows how large the source is.
+    """
+
+    config: PretrainConfig
+    train_shares: list[float | None]
+    validation_shares: list[float | None]
 
 
 def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
-    """Parameters, tokens, epochs, memory and disk (bytes), time (seconds), and warnings of what will not fit.
+    """Estimate parameters, tokens, epochs, memory and disk (bytes), time (seconds), and warn of what does not fit.
 
-    The text is sampled, and with `measure` a few steps are run, all in a temporary folder; what cannot be told so is
-    None. Raises UserError for what is wrong with the configuration.
+    Only the start of the text is read and, with `measure`, a few steps are trained; all of it in a temporary folder.
+    What cannot be known from that is None. For example, of a run of 1,000 steps of 32 sequences, when the first fifth
+    of the text fills 200 sequences: 32,000 sequences are trained on, the text has about 1,000, and so `epochs` is 32.
+
+    Raises UserError for a wrong configuration.
     """
-    settings, T = config.train, config.data.sequence_length
+    settings = config.train
     runtime = initialize_runtime(settings.precision, settings.compile)
-    with TemporaryDirectory() as name:
-        logger.info("from the beginning of each source, in a temporary folder:")
-        sampled, parts, validation_parts = _sampled(config, Path(name))
-        prepared = prepare(sampled)
-        with torch.device("meta"):
-            model = MaskedLanguageModel(architecture(sampled, prepared.tokenizer), best_kernel(runtime.device))
-        parameters, slots = parameter_count(model), max_predictions(T, config.masking)
-        rows = rows_at_a_time(settings, model, T, slots, runtime)
-        tokens_of_a_row = prepared.plan.tokens() / len(prepared.plan)
-        epoch = _rows(prepared.corpus, prepared.plan, parts, [source.weight for source in config.data.train])
-        if config.data.validation:
-            held_out = _rows(prepared.validation_corpus, prepared.validation_plan, validation_parts)
-        else:
-            split, every = config.data.validation_split, _rows(prepared.corpus, prepared.plan, parts)
-            epoch, held_out = (epoch and epoch * (1 - split)), (every and every * split)
-        trained = settings.max_steps * settings.global_batch_size  # rows
-        weights, moments = 4 * parameters, 8 * parameters  # AdamW has two moments, Muon one
-        kept = min(settings.save_total_limit, math.ceil(settings.max_steps / settings.save_steps))
-        place = next(path for path in [Path(config.output_dir), *Path(config.output_dir).parents] if path.exists())
-        result: dict[str, Any] = {
-            "parameters": parameters,
-            "tokens": round(trained * tokens_of_a_row),
-            "epochs": trained / epoch if epoch else None,
-            "floating_point_operations": float(trained * matmul_flops(model.config, 1, T, slots)),
-            "rows_at_a_time": rows,
-            "memory": peak_memory(runtime.device)
-            + 2 * weights
-            + moments
-            + rows * bytes_of_a_row(settings, model.config, T, slots),
-            "memory_free": available_memory(runtime),
-            "disk": (kept + 1) * (weights + moments) + weights,
-            "disk_free": shutil.disk_usage(place).free,
+    with TemporaryDirectory() as folder:
+        logger.info("sampling the start of each source, in a temporary folder")
+        sample = _sample_sources(config, Path(folder))
+        prepared = prepare(sample.config)
+        result = _estimate_size(config, prepared, runtime)
+        train_sequences, validation_sequences = _count_sequences(sample, prepared)
+        trained_sequences = settings.max_steps * settings.global_batch_size
+        tokens_per_sequence = prepared.plan.tokens() / len(prepared.plan)
+        result |= {
+            "tokens": round(trained_sequences * tokens_per_sequence),
+            "epochs": trained_sequences / train_sequences if train_sequences else None,
+            "floating_point_operations": float(flops_of_step(config, prepared, trained_sequences)),
+            "disk_free": shutil.disk_usage(_existing_folder(config)).free,
             "seconds_per_step": None,
             "seconds": None,
         }
-        fits = result["memory"] <= result["memory_free"]
-        if measure and fits:
-            laps = rehearse(sampled, prepared, runtime, MEASURED_STEPS)
-            step, forward = np.median(np.diff([(lap.at, lap.seconds["forward"]) for lap in laps], axis=0), axis=0)
-            evaluated = math.ceil(settings.max_steps / settings.eval_steps) * (held_out or 0)  # rows
-            result["seconds_per_step"] = float(step)
-            result["seconds"] = float(step * settings.max_steps + forward * evaluated / settings.global_batch_size)
-    result["warnings"] = []
-    if not fits:
-        result["warnings"].append(
-            "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing "
-            "to true, or take a smaller model"
-        )
-    if result["disk"] > result["disk_free"]:
-        result["warnings"].append(
-            f"the checkpoints do not fit on the disk of {place}: lower train.save_total_limit, or choose another --out"
-        )
-    return result
+        if measure and result["memory"] <= result["memory_free"]:
+            result |= _measure_time(sample.config, prepared, runtime, validation_sequences or 0)
+    return result | {"warnings": _warnings(config, result)}
 
 
-def described(result: dict[str, Any]) -> str:
-    """What `plan` returns, as lines for people."""
+def describe(result: dict[str, Any]) -> str:
+    """Format what `plan` returns as lines for people."""
     epochs = "an unknown number of"
     if result["epochs"] is not None:
         epochs = f"about {result['epochs']:,.{0 if result['epochs'] >= 10 else 1}f}"
@@ -105,7 +88,7 @@ def described(result: dict[str, Any]) -> str:
         "parameters": f"{result['parameters']:,}",
         "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
         "operations": f"{result['floating_point_operations']:.2g}",
-        "memory": f"{result['memory'] / 1e9:,.1f} GB at {result['rows_at_a_time']} rows at a time; "
+        "memory": f"{result['memory'] / 1e9:,.1f} GB with micro-batches of {result['micro_batch_size']} sequences; "
         f"{result['memory_free'] / 1e9:,.1f} GB are free",
         "disk": f"{result['disk'] / 1e9:,.1f} GB for checkpoints; {result['disk_free'] / 1e9:,.1f} GB are free",
         "time": duration,
@@ -114,46 +97,123 @@ def described(result: dict[str, Any]) -> str:
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), *warnings])
 
 
-def _sampled(config: PretrainConfig, folder: Path) -> tuple[PretrainConfig, list[float | None], list[float | None]]:
-    """The configuration with the beginning of each source in its place, and which part of the sources that is."""
+def _estimate_size(config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
+    """Estimate what follows from the shape of the model."""
+    settings, T = config.train, config.data.sequence_length
+    with torch.device("meta"):
+        architecture = resolve_architecture(config.model, prepared.starting_model, prepared.tokenizer)
+        model = MaskedLanguageModel(architecture, best_kernel(runtime.device))
+    num_predictions = max_predictions(T, config.masking)
+    micro_batch_size = choose_micro_batch_size(settings, model, T, num_predictions, runtime)
+    activations = micro_batch_size * bytes_per_sequence(settings, architecture, T, num_predictions)
+    weights = gradients = 4 * parameter_count(model)
+    moments = 2 * weights  # AdamW has two, Muon one
+    num_checkpoints = min(settings.save_total_limit, math.ceil(settings.max_steps / settings.save_steps))
+    num_checkpoints += 1  # the new one is written before the oldest is removed
+    return {
+        "parameters": parameter_count(model),
+        "micro_batch_size": micro_batch_size,
+        "memory": peak_memory(runtime.device) + weights + gradients + moments + activations,
+        "memory_free": available_memory(runtime),
+        "disk": num_checkpoints * (weights + moments) + weights,
+    }
+
+
+def _measure_time(
+    config: PretrainConfig, prepared: Prepared, runtime: Runtime, validation_sequences: float
+) -> dict[str, float]:
+    """Train a few steps, and estimate the time of the run: its steps, and the forward passes of its evaluations."""
+    settings = config.train
+    laps = rehearse(config, prepared, runtime, MEASURED_STEPS)
+    times = np.diff([(lap.at, lap.seconds["forward"]) for lap in laps], axis=0)
+    step_seconds, forward_seconds = np.median(times, axis=0).tolist()
+    evaluated_sequences = math.ceil(settings.max_steps / settings.eval_steps) * validation_sequences
+    evaluation_seconds = forward_seconds * evaluated_sequences / settings.global_batch_size
+    return {"seconds_per_step": step_seconds, "seconds": step_seconds * settings.max_steps + evaluation_seconds}
+
+
+def _warnings(config: PretrainConfig, result: dict[str, Any]) -> list[str]:
+    warnings = []
+    if result["memory"] > result["memory_free"]:
+        warnings.append(
+            "this does not fit into memory: lower train.per_device_train_batch_size, set train.gradient_checkpointing "
+            "to true, or use a smaller model"
+        )
+    if result["disk"] > result["disk_free"]:
+        warnings.append(
+            f"the checkpoints do not fit on the disk of {_existing_folder(config)}: lower train.save_total_limit, or "
+            "choose another --out"
+        )
+    return warnings
+
+
+def _existing_folder(config: PretrainConfig) -> Path:
+    """Return the run folder, or the nearest folder above it that exists."""
+    folder = Path(config.output_dir)
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _sample_sources(config: PretrainConfig, folder: Path) -> Sample:
     data, tokenizer = config.data, config.tokenizer
-    train, parts = _sample(data.train, data.document, "data.train", folder)
-    validation, validation_parts = _sample(data.validation, data.document, "data.validation", folder)
+    train, train_shares = _sample(data.train, data.document, "data.train", folder)
+    validation, validation_shares = _sample(data.validation, data.document, "data.validation", folder)
     changes = {"train": train, "validation": validation, "cache_dir": str(folder / "cache")}
-    if tokenizer.path is None and config.model.init_from is None:  # as large a vocabulary as all of the text gives
+    if tokenizer.path is None and config.model.init_from is None:
+        # A sample yields fewer tokens than the whole text; pad the vocabulary to the size that the text will yield.
         multiple = tokenizer.pad_to_multiple_of or 1
         size = math.ceil(tokenizer.vocab_size / multiple) * multiple
         tokenizer = tokenizer.model_copy(update={"pad_to_multiple_of": size})
     sampled = config.model_copy(update={"data": data.model_copy(update=changes), "tokenizer": tokenizer})
-    return sampled, parts, validation_parts
+    return Sample(sampled, train_shares, validation_shares)
 
 
 def _sample(
     sources: Sequence[Source], document: str, setting: str, folder: Path
 ) -> tuple[list[Source], list[float | None]]:
-    """A file with the beginning of each source, and which part of its text that is; None where it cannot be told."""
-    samples, parts = [], []
+    """Write the first documents of each source to a file. Returns the files, and the share of the source in each."""
+    samples, shares = [], []
     for number, source in enumerate(sources):
-        path, characters, done, part = folder / f"{setting}-{number}.txt", 0, [0], 1.0
-        with path.open("w", encoding="utf-8") as file:
-            for text in read_documents(source, document, setting, done.append):
-                if characters > SAMPLE_CHARACTERS:
-                    part = sum(done) / max(1, sum(path.stat().st_size for path in find_source_files(source, setting)))
-                    break
-                file.write(text + "\n\n")
-                characters += len(text)
+        path = folder / f"{setting}-{number}.txt"
+        shares.append(_write_sample(path, source, document, setting))
         samples.append(Source(path=str(path), weight=source.weight))
-        parts.append(part or None)
-    return samples, parts
+    return samples, shares
 
 
-def _rows(
-    corpus: Corpus, plan: Packing, parts: Sequence[float | None], weights: Sequence[float] | None = None
-) -> float | None:
-    """The rows that all of the text fills, from those that a part of each source fills."""
-    if None in parts:
+def _write_sample(path: Path, source: Source, document: str, setting: str) -> float | None:
+    """Write the first documents of a source. Returns the share of its bytes that were read, or None if unknown."""
+    characters = 0
+    bytes_read = [0]
+    with path.open("w", encoding="utf-8") as file:
+        for text in read_documents(source, document, setting, bytes_read.append):
+            if characters > SAMPLE_CHARACTERS:
+                size = sum(part.stat().st_size for part in find_source_files(source, setting))
+                return sum(bytes_read) / max(1, size) or None
+            file.write(text + "\n\n")
+            characters += len(text)
+    return 1.0
+
+
+def _count_sequences(sample: Sample, prepared: Prepared) -> tuple[float | None, float | None]:
+    """Estimate how many sequences an epoch of training and an evaluation have."""
+    data = sample.config.data
+    weights = [source.weight for source in data.train]
+    epoch = _scale_up(prepared.corpus, prepared.plan, sample.train_shares, weights)
+    if data.validation:
+        corpus, plan = prepared.validation_corpus, prepared.validation_plan
+        return epoch, _scale_up(corpus, plan, sample.validation_shares, [1.0] * len(data.validation))
+    unweighted = _scale_up(prepared.corpus, prepared.plan, sample.train_shares, [1.0] * len(weights))
+    if epoch is None or unweighted is None:
+        return None, None
+    return epoch * (1 - data.validation_split), unweighted * data.validation_split
+
+
+def _scale_up(corpus: Corpus, plan: Packing, shares: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Estimate how many sequences the whole sources fill, from the tokens of their samples."""
+    if None in shares:
         return None
     documents = corpus.summary.source_documents
-    ends = np.cumsum([0, *documents, *[0] * (len(parts) - len(documents))])  # the last sources may have kept none
-    tokens = np.diff(corpus.starts[ends]) / np.array(parts)
-    return float(np.dot(tokens, weights or np.ones(len(parts)))) * len(plan) / int(plan.span_lengths.sum())
+    documents = [*documents, *[0] * (len(shares) - len(documents))]  # the last sources may have kept none
+    ends = np.cumsum([0, *documents])
+    tokens = np.diff(corpus.starts[ends]) / np.array(shares)
+    tokens_per_sequence = int(plan.span_lengths.sum()) / len(plan)
+    return float(np.dot(tokens, weights)) / tokens_per_sequence

@@ -12,7 +12,7 @@ from bertlite.data.batches import EVALUATION_MASKING, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.packing import pack_corpus
 from bertlite.model.heads import MaskedLanguageModel
-from bertlite.pretraining.pretrain import masked_lm_scores
+from bertlite.pretraining.losses import masked_lm_scores
 from bertlite.pretraining.scoring import pseudo_perplexity
 from bertlite.training.trainer import evaluate
 

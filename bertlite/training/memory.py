@@ -1,4 +1,4 @@
-"""How many sequences fit into memory."""
+"""How many sequences fit into memory at once."""
 
 import math
 
@@ -9,26 +9,41 @@ from bertlite.core.runtime import Runtime, available_memory
 from bertlite.model.heads import Model
 
 
-def rows_at_a_time(settings: TrainSettings, model: Model, row: int, slots: int, runtime: Runtime) -> int:
-    """How many rows a rank computes at a time: as set, or its share in as few equal parts as should fit in memory.
+def choose_micro_batch_size(
+    settings: TrainSettings,
+    model: Model,
+    sequence_length: int,
+    num_predictions: int,
+    runtime: Runtime,
+    resumed: int | None = None,
+) -> int:
+    """Return the number of sequences in a forward pass, the same on all ranks.
 
-    The same on all ranks. Raises UserError when there are more ranks than rows.
+    It is `train.per_device_train_batch_size`; else what a `resumed` run used before, so that free memory does not
+    decide the last digits; else the rank's share of the batch in as few equal micro-batches as should fit into memory.
+    Raises UserError when there are more ranks than sequences.
     """
     if settings.global_batch_size < runtime.world_size:
         raise UserError(
             f"train.global_batch_size is {settings.global_batch_size}, fewer than the {runtime.world_size} ranks"
         )
     share = math.ceil(settings.global_batch_size / runtime.world_size)
-    if settings.per_device_train_batch_size:
-        return min(share, settings.per_device_train_batch_size)
-    free = available_memory(runtime)
-    free -= 12 * sum(weight.numel() for weight in model.parameters())  # gradients and two numbers of the optimizer
-    fitting = min(share, max(1, free // 2 // bytes_of_a_row(settings, model.config, row, slots)))
-    return math.ceil(share / all_reduce_max(math.ceil(share / fitting), runtime.device))
+    if known := settings.per_device_train_batch_size or resumed:
+        return min(share, known)
+    gradients_and_moments = 12 * sum(weight.numel() for weight in model.parameters())  # three fp32 values a parameter
+    free = available_memory(runtime) - gradients_and_moments
+    half = free // 2  # the estimate is rough
+    fitting = min(share, max(1, half // bytes_per_sequence(settings, model.config, sequence_length, num_predictions)))
+    num_micro_batches = all_reduce_max(math.ceil(share / fitting), runtime.device)
+    return math.ceil(share / num_micro_batches)
 
 
-def bytes_of_a_row(settings: TrainSettings, config: Architecture, row: int, slots: int) -> int:
-    """About what a row of `row` positions and `slots` predictions takes while its gradients are computed."""
-    numbers_of_a_token = 16 * config.hidden_size + 4 * config.intermediate_size + 4 * config.num_attention_heads * row
+def bytes_per_sequence(
+    settings: TrainSettings, config: Architecture, sequence_length: int, num_predictions: int
+) -> int:
+    """Estimate the activations of one sequence in the forward and backward pass."""
+    attention = 4 * config.num_attention_heads * sequence_length
+    values_per_token = 16 * config.hidden_size + 4 * config.intermediate_size + attention
     layers = 2 if settings.gradient_checkpointing else config.num_hidden_layers
-    return 4 * (row * layers * numbers_of_a_token + 4 * slots * config.vocab_size)
+    logits = 4 * num_predictions * config.vocab_size
+    return 4 * (sequence_length * layers * values_per_token + logits)

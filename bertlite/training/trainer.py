@@ -2,346 +2,259 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import TrainSettings
 from bertlite.core.distributed import all_reduce_max, all_reduce_sum
-from bertlite.core.errors import DataLost, Failure, UserError
-from bertlite.core.files import fsync
+from bertlite.core.errors import DataLost, Failure
 from bertlite.core.logging import logger
 from bertlite.core.random import DROPOUT, philox, split64
 from bertlite.core.runtime import Runtime, is_out_of_memory
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.model.heads import Model
-from bertlite.training.checkpoint import load_training_state, save_checkpoint
 from bertlite.training.optim import Optimizer, clip_gradients, learning_rate_factor
-from bertlite.training.run_folder import Metrics
+from bertlite.training.progress import Progress
 
-# The sum of the losses of a batch, and how many it sums.
+# The summed loss of a batch, and the number of predictions that it sums.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 # Sums over a batch by name; "count" is what the others are divided by.
 Scores = Callable[[nn.Module, Batch], dict[str, Tensor]]
-# Told after each step: its number, the sum of its losses, and how many they are.
-Watch = Callable[[int, float, int], None]
-# A batch from the number of its first row and how many rows it has.
+# A batch from the index of its first sequence and the number of sequences.
 MakeBatch = Callable[[int, int], Batch]
-# What a step's time goes to: waiting for the batch, the loss, its gradient, and the update of the weights.
-PARTS = ("data", "forward", "backward", "optimizer")
 
-MOST_SKIPPED = 20  # steps in a row; after so many it is the weights that are at fault, and no batch
-
-
-@dataclass
-class Progress:
-    """How far a run has come: with the weights and the optimizer's state, all that going on depends on."""
-
-    step: int = 0
-    tokens: int = 0
-    loss_sum: float = 0.0  # since the last training line
-    scored: int = 0
-    elapsed_seconds: float = 0.0
-    evaluated: int = -1  # the last step with an evaluation
-    skipped: int = 0  # steps whose loss was not finite
-    skipped_in_a_row: int = 0
-    best_step: int = 0  # that of the best evaluation so far, …
-    best: dict[str, float] = field(default_factory=dict)  # … its results, …
-    since_best: int = 0  # … and how many evaluations came after it
+# What the time of a step is spent on: waiting for the batch, the loss, its gradient, updating the weights.
+PHASES = ("data", "forward", "backward", "optimizer")
+MAX_CONSECUTIVE_SKIPS = 20  # after that many steps the weights are at fault, not the batches
 
 
-@dataclass
-class Training:
-    """A training run: `loss` is backpropagated through `model`; `evaluate`, if any, is called when due.
+class Step(NamedTuple):
+    """What one optimizer step computed, summed over all ranks."""
 
-    `facts` are what has to be equal for equal results; `settings.save_total_limit` checkpoints are kept, and the best.
+    loss_sum: float
+    num_predictions: int
+    tokens: int
+    gradient_norm: float
+    skipped: bool  # the loss was not finite, so the weights did not change
+    seconds: float
+
+
+class Callback:
+    """Acts at points of the training loop, on all ranks. Every hook may be left out."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step of this process. A resumed run may owe an evaluation; a run of no steps owes all."""
+
+    def on_phase_end(self, trainer: "Trainer", phase: str) -> None:
+        """When one of PHASES ends; forward and backward end once for each micro-batch."""
+
+    def on_step(self, trainer: "Trainer", step: Step) -> None:
+        """After each step, also a skipped one."""
+
+    def on_log(self, trainer: "Trainer", line: dict[str, float]) -> None:
+        """When a callback passes metrics to `trainer.log`."""
+
+    def on_interrupt(self, trainer: "Trainer") -> None:
+        """When a signal, or data that vanished, ends the training."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """When the training ends, whatever the reason."""
+
+    def should_stop(self, progress: Progress) -> bool:
+        """Whether to end before the last step."""
+        return False
+
+
+class Trainer:
+    """Trains `model` with gradients summed over micro-batches and ranks, and divided once by the predictions.
+
+    `callbacks` act in their order after each step. `batch_command` prints the batch of the step whose number follows.
     """
 
-    folder: Path
-    model: Model
-    tokenizer: PreTrainedTokenizerBase
-    loss: Loss
-    make_batch: MakeBatch
-    evaluate: Callable[[], dict[str, float]] | None
-    settings: TrainSettings
-    runtime: Runtime
-    facts: dict[str, Any]
-    micro_batch: int  # rows that a rank computes at a time
-    optimizer: Optimizer
-    progress: Progress = field(default_factory=Progress)
-    saves: bool = True
-    batch_command: str | None = None  # what prints the batch of the step whose number follows
-    watch: Watch = lambda step, loss_sum, scored: None
-    synchronize: bool = False  # wait for the GPU after each part of a step, so that `seconds` are the parts' own
-    metric: str | None = None  # which result of an evaluation says what is best
-    patience: int | None = None  # evaluations without a better one after which the training ends
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        loss: Loss,
+        make_batch: MakeBatch,
+        settings: TrainSettings,
+        runtime: Runtime,
+        micro_batch_size: int,
+        progress: Progress,
+        callbacks: Sequence[Callback],
+        batch_command: str | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.make_batch = model, optimizer, loss, make_batch
+        self.settings, self.runtime, self.micro_batch_size = settings, runtime, micro_batch_size
+        self.progress, self.callbacks, self.batch_command = progress, callbacks, batch_command
+        self.parameters = list(model.parameters())
+        self.first_step = progress.step
+        self.start_time = time.perf_counter() - progress.elapsed_seconds
 
-    def run(self) -> None:
-        """Train to the last step; at each step train, log, evaluate and save, in this order.
+    def train(self) -> None:
+        """Train until the last step, or until a callback stops it.
 
-        After SIGINT or SIGTERM the work so far is saved and Stopped raised, likewise DataLost when the text vanishes.
-        Raises Failure when memory gives out, or the loss is not finite and `on_nonfinite_loss` is not to skip.
+        Raises Stopped after SIGINT or SIGTERM, DataLost when the corpus vanishes, and Failure when memory runs out or
+        the loss is not finite and `on_nonfinite_loss` is "stop".
         """
-        self.metrics = Metrics(self.folder)
-        if self.runtime.rank == 0:
-            self.metrics.cut_back(self.progress.step)
-        self.parameters = list(self.model.parameters())
-        self.saved = self.progress.step or -1
-        self.logged = self.progress.step
-        self.saved_at = time.perf_counter()
-        self.started = time.perf_counter() - self.progress.elapsed_seconds
-        self.window = (time.perf_counter(), self.progress.tokens)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.part_began = time.perf_counter()
-        self.bar = tqdm(total=self.settings.max_steps, initial=self.progress.step, desc="training",
-                        disable=True if self.runtime.rank else None)  # fmt: skip
-        try:
-            with ThreadPoolExecutor(1, "batches") as executor:
-                self._loop(executor)
-        except (Stopped, DataLost):
-            stop_request.deferred = True
-            if 0 < self.progress.step != self.saved:
-                self._save()
-            if self.saves and self.saved > 0:
-                logger.info(f"step {self.saved:,} is saved in {self.folder / 'checkpoints'}; go on with --resume")
-            raise
-        finally:
-            stop_request.deferred = False
-            self.bar.close()
+        with stop_request.deferred(), ThreadPoolExecutor(1, "batches") as executor:
+            try:
+                self._run_steps(executor)
+            except (Stopped, DataLost):
+                for callback in self.callbacks:
+                    callback.on_interrupt(self)
+                raise
+            finally:
+                for callback in self.callbacks:
+                    callback.on_end(self)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Take up the training state of a checkpoint, with as many rows at a time unless they are set anew.
+    def _run_steps(self, executor: ThreadPoolExecutor) -> None:
+        with stop_request.deferred(self.runtime.world_size > 1):  # nothing is trained yet: nothing would be lost
+            for callback in self.callbacks:
+                callback.on_start(self)
+        next_batch = executor.submit(self._load_batch, self.progress.step)
+        while not self._is_finished():
+            start = time.perf_counter()
+            # Nothing would be lost before the end of the first forward and backward pass, which may compile for long.
+            with stop_request.deferred(self.progress.step > self.first_step):
+                batch = next_batch.result()
+                next_batch = executor.submit(self._load_batch, self.progress.step + 1)
+                self._end_phase("data")
+                sums = self._forward_backward(batch)
+            step = self._update(sums, start)
+            for callback in self.callbacks:
+                callback.on_step(self, step)
 
-        Raises UserError for another text than before; another machine is announced.
-        """
-        try:
-            tensors, state = load_training_state(checkpoint)
-            self.optimizer.load_state(tensors)
-            self.progress, before = Progress(**state["progress"]), state["facts"]
-            rows = self.settings.per_device_train_batch_size or before["rows at a time"]
-            text = before["text"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{checkpoint}: cannot be resumed from: its training state is of another form: {error}"
-            ) from None
-        if self.facts["text"] != text:
-            raise UserError(f"{self.folder}: the text or the tokenizer has changed since the run began; "
-                            "start another run")  # fmt: skip
-        self.micro_batch = min(rows, math.ceil(self.settings.global_batch_size / self.runtime.world_size))
-        for name, now in {**self.facts, "rows at a time": self.micro_batch}.items():
-            if now != before.get(name):
-                logger.info(
-                    f"{name}: {now}, but was {before.get(name)}: the batches are the same, the last digits may not be"
-                )
-        logger.info(f"resuming from {checkpoint}")
-
-    def _loop(self, executor: ThreadPoolExecutor) -> None:
-        settings, progress = self.settings, self.progress
-        share = executor.submit(self._share, progress.step)
-        while True:
-            if self.logged < progress.step and self._due(settings.logging_steps):
-                self._log()
-            if self.evaluate and progress.evaluated < progress.step and self._due(settings.eval_steps):
-                self._evaluate(self.evaluate)
-            if self.saved < progress.step and (self._due(settings.save_steps) or self._minutes_have_passed()):
-                self._save()
-            if stop := all_reduce_max(stop_request.number, self.runtime.device):
-                raise Stopped(stop)
-            if progress.step == settings.max_steps or (self.patience and progress.since_best >= self.patience):
-                return
-            self.part_began = time.perf_counter()
-            batch = share.result()
-            self._count("data")
-            share = executor.submit(self._share, progress.step + 1)
-            self._step(batch)
-            self.bar.update()
-
-    def _due(self, every: int) -> bool:
+    def is_due(self, interval: int) -> bool:
+        """Whether what happens every `interval` steps happens after this one; after the last step everything does."""
         step = self.progress.step
-        return step == self.settings.max_steps or (step > 0 and step % every == 0)
+        return step == self.settings.max_steps or (step > 0 and step % interval == 0)
 
-    def _minutes_have_passed(self) -> bool:
-        minutes = self.settings.save_minutes
-        if minutes is None or self.progress.step == 0:
-            return False
-        return bool(all_reduce_max(int(time.perf_counter() - self.saved_at >= 60 * minutes), self.runtime.device))
+    def elapsed_seconds(self) -> float:
+        """The time since the run started, without the time between a stop and a resume."""
+        return time.perf_counter() - self.start_time
 
-    def _share(self, step: int) -> Batch:
-        """This rank's rows of the batch of `step`; past the last step they are made and dropped."""
-        first, end = self._rows(step)
+    def log(self, line: dict[str, float]) -> None:
+        """Pass metrics to the callbacks that write or show them."""
+        for callback in self.callbacks:
+            callback.on_log(self, line)
+
+    def _is_finished(self) -> bool:
+        """Whether no step is left. Raises Stopped when a rank has received a signal."""
+        if signal := all_reduce_max(stop_request.number, self.runtime.device):
+            raise Stopped(signal)
+        if self.progress.step == self.settings.max_steps:
+            return True
+        return any(callback.should_stop(self.progress) for callback in self.callbacks)
+
+    def _load_batch(self, step: int) -> Batch:
+        """This rank's share of the batch of `step`; the batch past the last step is made and dropped."""
+        first, end = self._samples_of_rank(step)
         return self.make_batch(first, end - first)
 
-    def _rows(self, step: int) -> tuple[int, int]:
+    def _samples_of_rank(self, step: int) -> tuple[int, int]:
         size, rank, ranks = self.settings.global_batch_size, self.runtime.rank, self.runtime.world_size
         return step * size + rank * size // ranks, step * size + (rank + 1) * size // ranks
 
-    def _step(self, share: Batch) -> None:
-        """One optimizer step: sums over all rows of all ranks, divided once."""
-        progress, device = self.progress, self.runtime.device
-        sums = torch.tensor([0, 0, share.tokens()], dtype=torch.float64, device=device)  # loss, scored, tokens
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """Sum the gradients of all micro-batches. Returns this rank's summed loss, number of predictions and tokens."""
+        sums = torch.tensor([0, 0, batch.tokens()], dtype=torch.float64, device=self.runtime.device)
         self.model.train()
-        for start in range(0, len(share), self.micro_batch):
+        for start in range(0, len(batch), self.micro_batch_size):
             if stop_request.number and self.runtime.world_size == 1:
-                raise Stopped(stop_request.number)  # the step is left undone: it changed nothing yet
+                raise Stopped(stop_request.number)  # drop the step: it has not changed anything yet
             torch.manual_seed(self._dropout_seed(start))
-            rows = share.slice(start, start + self.micro_batch).to(device)
-            try:
+            micro_batch = batch.slice(start, start + self.micro_batch_size).to(self.runtime.device)
+            with _explain_out_of_memory(len(micro_batch), self.runtime):
                 with self.runtime.autocast():
-                    loss, count = self.loss(self.model, rows)
-                self._count("forward")
+                    loss, num_predictions = self.loss(self.model, micro_batch)
+                self._end_phase("forward")
                 loss.backward()
-                self._count("backward")
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                memory = "GPU's memory" if device.type == "cuda" else "memory"
-                raise Failure(
-                    f"{len(rows)} rows at a time do not fit into the {memory}: lower "
-                    "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
-                ) from None
-            sums[:2] += torch.stack([loss.detach().double(), count.double()])
-        # Until the first step is computed, which may compile for long, there is nothing to lose by stopping at once.
-        stop_request.deferred = True
-        all_reduce_sum([parameter.grad for parameter in self.parameters if parameter.grad is not None] + [sums])
-        loss_sum, scored, tokens = sums.tolist()
-        self.norm = clip_gradients(self.parameters, max(1.0, scored), self.settings.max_grad_norm).item()
+                self._end_phase("backward")
+            sums[:2] += torch.stack([loss.detach().double(), num_predictions.double()])
+        return sums
+
+    def _update(self, sums: Tensor, start: float) -> Step:
+        """Sum over the ranks, clip the gradients, and update the weights."""
+        progress, settings = self.progress, self.settings
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        all_reduce_sum([*gradients, sums])
+        loss_sum, num_predictions, tokens = sums.tolist()
+        gradient_norm = clip_gradients(self.parameters, max(1.0, num_predictions), settings.max_grad_norm).item()
+        is_finite = math.isfinite(loss_sum) and math.isfinite(gradient_norm)
+        if not is_finite:
+            self._check_that_skipping_helps()
+        self.optimizer.step(learning_rate_factor(progress.step, settings), skip=not is_finite)
+        self._end_phase("optimizer")
+        progress.step += 1
         progress.tokens += int(tokens)
-        if not (math.isfinite(loss_sum) and math.isfinite(self.norm)):
-            self._skip()
-            return
-        self.optimizer.step(learning_rate_factor(progress.step, self.settings))
-        progress.step += 1
-        progress.skipped_in_a_row = 0
-        progress.loss_sum += loss_sum
-        progress.scored += int(scored)
-        self._count("optimizer")
-        self.watch(progress.step, loss_sum, int(scored))
+        progress.skipped_steps += not is_finite
+        progress.consecutive_skipped_steps = 0 if is_finite else progress.consecutive_skipped_steps + 1
+        seconds = time.perf_counter() - start
+        return Step(loss_sum, int(num_predictions), int(tokens), gradient_norm, not is_finite, seconds)
 
-    def _skip(self) -> None:
-        """Leave out a step whose loss or gradient is not finite, or end where that is the policy or does not help."""
-        progress = self.progress
-        what = f"the loss or its gradient is not finite at step {progress.step + 1}"
+    def _check_that_skipping_helps(self) -> None:
+        """Raise Failure when a step that is not finite may not be skipped, or when too many have been already."""
+        number = self.progress.step + 1
+        reason = f"the loss or its gradient is not finite at step {number}"
         if self.batch_command:
-            what += f"; its batch: {self.batch_command} {progress.step + 1}"
-        if self.settings.on_nonfinite_loss == "stop" or progress.skipped_in_a_row == MOST_SKIPPED:
-            advice = "start a new run with a lower train.learning_rate or more warm-up"
-            if self.batch_command and self.saved > 0:
-                advice = (
-                    "the checkpoints before are intact: --resume --set train.on_nonfinite_loss=skip leaves such steps "
-                    f"out; if there are many, {advice}"
-                )
-            raise Failure(f"{what}\n{advice}")
-        logger.info(f"skipped: {what}")
-        self.optimizer.step(learning_rate_factor(progress.step, self.settings), skip=True)
-        progress.step += 1
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-
-    def _count(self, part: str) -> None:
-        """Count the time since the last call as that of a part of the step."""
-        if self.synchronize:
-            torch.accelerator.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.part_began
-        self.part_began = now
+            reason += f"; its batch: {self.batch_command} {number}"
+        may_skip = self.settings.on_nonfinite_loss == "skip"
+        if may_skip and self.progress.consecutive_skipped_steps < MAX_CONSECUTIVE_SKIPS:
+            logger.warning(f"skipped: {reason}")
+            return
+        advice = "start a new run with a lower train.learning_rate or a higher train.warmup_ratio"
+        if self.batch_command and not may_skip:
+            advice = f"skip such steps with --resume --set train.on_nonfinite_loss=skip; if there are many, {advice}"
+        raise Failure(f"{reason}\n{advice}")
 
     def _dropout_seed(self, start: int) -> int:
-        """Dropout follows from the seed, the step and the row."""
-        first = self._rows(self.progress.step)[0] + start
+        """A seed that follows from `train.seed` and the index of the micro-batch's first sequence in the run."""
+        first = self._samples_of_rank(self.progress.step)[0] + start
         low, high, *_ = map(int, philox((self.settings.seed, DROPOUT), (*split64(first), 0, 0)))
         return low | (high >> 1) << 32
 
-    def _log(self) -> None:
-        progress, (since, tokens) = self.progress, self.window
-        now = time.perf_counter()
-        line = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": progress.loss_sum / progress.scored if progress.scored else math.nan,
-            "lr": self.optimizer.learning_rate(),
-            "grad_norm": self.norm,
-            "tokens_per_second": (progress.tokens - tokens) / (now - since),
-            "elapsed_seconds": now - self.started,
-        }
-        if progress.skipped:
-            line["skipped_steps"] = progress.skipped
-        self._write(line)
-        watched = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(watched)
-        if self.bar.disable:  # nobody sees the bar
-            logger.info(f"step {progress.step:,} of {self.settings.max_steps:,}: {watched}")
-        self.window = (now, progress.tokens)
-        self.logged = progress.step
-        progress.loss_sum, progress.scored = 0.0, 0
+    def _end_phase(self, phase: str) -> None:
+        for callback in self.callbacks:
+            callback.on_phase_end(self, phase)
 
-    def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
-        began = time.perf_counter()
-        # It changes nothing, so a process without others leaves it at once if all is saved, and else after a batch.
-        stop_request.deferred = self.runtime.world_size > 1 or self.saved != self.progress.step
-        scores = evaluate()
-        stop_request.deferred = True
-        progress = self.progress
-        self._write(
-            {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                **{f"eval_{name}": value for name, value in scores.items()},
-                "elapsed_seconds": time.perf_counter() - self.started,
-            }
-        )
-        results = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        logger.info(f"step {progress.step:,}, {progress.tokens:,} tokens: held-out {results}")
-        progress.evaluated = progress.step
-        progress.since_best += 1
-        if self.metric and (not progress.best or scores[self.metric] > progress.best[self.metric]):
-            progress.best_step, progress.best, progress.since_best = progress.step, scores, 0
-        self._pass_over(began)
 
-    def _save(self) -> None:
-        began = time.perf_counter()
-        self.progress.elapsed_seconds = began - self.started
-        if self.runtime.rank == 0 and self.saves:
-            fsync(self.metrics.path)
-            state = {"progress": asdict(self.progress), "facts": self.facts | {"rows at a time": self.micro_batch}}
-            save_checkpoint(self.folder, self.model, self.tokenizer, self.optimizer.state(), state,
-                            self.settings.save_total_limit)  # fmt: skip
-        self.saved, self.saved_at = self.progress.step, time.perf_counter()
-        self._pass_over(began)
-
-    def _pass_over(self, began: float) -> None:
-        """Do not count the time since `began` as training time."""
-        since, tokens = self.window
-        self.window = (since + time.perf_counter() - began, tokens)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.runtime.rank == 0:
-            self.metrics.write(line)
+@contextmanager
+def _explain_out_of_memory(micro_batch_size: int, runtime: Runtime) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = " on the GPU" if runtime.device.type == "cuda" else ""
+        raise Failure(
+            f"out of memory{where} with a micro-batch of {micro_batch_size} sequences: lower "
+            "train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
+        ) from None
 
 
 def evaluate(
-    model: nn.Module, scores: Scores, make_batch: MakeBatch, rows: int, micro_batch: int, runtime: Runtime
+    model: nn.Module, scores: Scores, make_batch: MakeBatch, num_sequences: int, micro_batch_size: int, runtime: Runtime
 ) -> dict[str, float]:
-    """The means of `scores` over rows 0 to `rows`, shared out among the ranks; the model computes without dropout.
+    """Return the means of `scores` over sequences 0 to `num_sequences`, without dropout, shared among the ranks.
 
-    Of nothing they are NaN.
+    Without any prediction they are NaN.
     """
     model.eval()
     sums: dict[str, Tensor] = {}
     with torch.inference_mode(), runtime.autocast():
-        # Every rank makes as many batches as the others; those past the last row are empty.
-        for first in range(0, rows, micro_batch * runtime.world_size):
+        # Every rank makes as many batches as the others; sequences past the last one are empty.
+        for first in range(0, num_sequences, micro_batch_size * runtime.world_size):
             if stop_request.number and not dist.is_initialized():  # the other ranks would wait
                 raise Stopped(stop_request.number)
-            batch = make_batch(first + runtime.rank * micro_batch, micro_batch).to(runtime.device)
+            batch = make_batch(first + runtime.rank * micro_batch_size, micro_batch_size).to(runtime.device)
             for name, value in scores(model, batch).items():
                 sums[name] = sums.get(name, 0) + value.double()
         all_reduce_sum(list(sums.values()))

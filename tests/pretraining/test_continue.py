@@ -61,7 +61,7 @@ def test_a_hugging_face_folder_with_or_without_a_head(tmp_path, begin, go_on, ca
         same = [name for name in reference if "pooler" not in name]
         prefix = "" if kind is BertForMaskedLM else "bert."
         assert all(torch.equal(ours[prefix + name], reference[name]) for name in same)
-        assert ("begins as a new one" in capsys.readouterr().err) == (kind is BertModel)
+        assert ("a new one is initialized" in capsys.readouterr().err) == (kind is BertModel)
         shutil.rmtree(on)
 
 

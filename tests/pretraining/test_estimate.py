@@ -18,9 +18,9 @@ from bertlite.core.errors import UserError
 from bertlite.data.masking import max_predictions
 from bertlite.model.huggingface import read_architecture
 from bertlite.pretraining import estimate as planning
-from bertlite.pretraining.bench import matmul_flops
-from bertlite.pretraining.estimate import described, plan
-from bertlite.pretraining.pretrain import prepare
+from bertlite.pretraining.bench import flops_per_sequence
+from bertlite.pretraining.estimate import describe, plan
+from bertlite.pretraining.prepare import prepare
 
 
 def planned(path: Path, *overrides: str, measure: bool = False) -> dict:
@@ -37,7 +37,7 @@ def test_a_plan_is_what_the_run_takes(write_config, optim):
     assert result["tokens"] == pytest.approx(metrics(folder)[-1]["tokens"], rel=0.01)
     prepared = prepare(load_config(PretrainConfig, path))
     assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
-    of_a_step = matmul_flops(read_architecture(folder / "model"), 8, 64, max_predictions(64, MaskingSettings()))
+    of_a_step = 8 * flops_per_sequence(read_architecture(folder / "model"), 64, max_predictions(64, MaskingSettings()))
     assert result["floating_point_operations"] == 12 * of_a_step
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
     assert 0.6 * result["disk"] < sum(sizes) <= 1.05 * result["disk"]
@@ -83,7 +83,7 @@ def test_what_cannot_be_told_is_not_made_up(write_config, tmp_path, monkeypatch)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"some words of row {number}"}) for number in range(500)))
     result = planned(write_config(data__train=[str(rows)]))
-    assert result["epochs"] is None and "an unknown number of epochs" in described(result)
+    assert result["epochs"] is None and "an unknown number of epochs" in describe(result)
 
 
 def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
     assert result["parameters"] > 10**12 and result["seconds"] is None
     memory, disk = result["warnings"]
     assert "does not fit into memory" in memory and "do not fit on the disk" in disk and "--out" in disk
-    assert described(result).count("\nwarning: ") == 2
+    assert describe(result).count("\nwarning: ") == 2
 
 
 @pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])

@@ -22,10 +22,11 @@ from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig, TrainSettings
 from bertlite.core.errors import DataLost, Failure
 from bertlite.data.batches import Batches
-from bertlite.pretraining.pretrain import batch_of_step, masked_lm_loss, prepare, training_batches
+from bertlite.pretraining.losses import masked_lm_loss
+from bertlite.pretraining.prepare import batch_of_step, prepare, training_batches
 from bertlite.training.checkpoint import newest_checkpoint
-from bertlite.training.plateau import LEAST_WINDOW, PlateauWatch
-from bertlite.training.trainer import MOST_SKIPPED
+from bertlite.training.plateau import MIN_WINDOW, PlateauWatch
+from bertlite.training.trainer import MAX_CONSECUTIVE_SKIPS
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_weights_that_are_beyond_help_are_not_skipped_for_ever(write_config):
         pretrain(write_config(**changes, train__on_nonfinite_loss="skip"))
     folder = Path(load_config(PretrainConfig, write_config()).output_dir)
     lines = [line for line in metrics(folder) if "loss" in line]
-    assert MOST_SKIPPED - 2 <= lines[-1]["skipped_steps"] <= MOST_SKIPPED
+    assert MAX_CONSECUTIVE_SKIPS - 2 <= lines[-1]["skipped_steps"] <= MAX_CONSECUTIVE_SKIPS
 
 
 def test_saving_by_minutes_changes_no_result(write_config):
@@ -161,17 +162,17 @@ def test_a_loss_that_stays_at_the_unigram_level_is_named_once(losses, named, cap
     watch = PlateauWatch(TrainSettings(max_steps=1000, warmup_ratio=0.06), lambda: 6.5)
     noise = np.random.default_rng(0).normal(0, 0.1, len(losses))
     for step, loss in enumerate(losses + noise, 1):
-        watch(step, loss * 200, 200)
+        watch.watch(step, loss * 200, 200)
     said = [line for line in capsys.readouterr().err.splitlines() if "frequencies" in line]
     assert len(said) == named
     assert not named or ("sinusoidal" in said[0] and "muon" in said[0] and "warmup_ratio" in said[0])
 
 
 def test_a_training_that_stalls_is_named(write_config, capsys):
-    changes = {"train__max_steps": 4 * LEAST_WINDOW, "train__learning_rate": 0.1, "train__warmup_ratio": 0.0}
+    changes = {"train__max_steps": 4 * MIN_WINDOW, "train__learning_rate": 0.1, "train__warmup_ratio": 0.0}
     every = {f"train__{name}_steps": 999 for name in ("logging", "eval", "save")}
     pretrain(write_config(**changes, **every, train__lr_scheduler_type="constant", train__global_batch_size=16))
-    assert capsys.readouterr().err.count("tokens' frequencies alone give") == 1
+    assert capsys.readouterr().err.count("which token frequencies alone give") == 1
 
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
@@ -225,7 +226,7 @@ def test_exhausted_memory_ends_the_run_with_the_setting_to_change(write_config, 
     command = [sys.executable, "-c", LIMITED, "pretrain", str(path), "--out", str(cut), "--resume"]
     result = subprocess.run([*command, *more], capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "64 rows at a time do not fit into the memory: lower train.per_device_train_batch_size" in result.stderr
+    assert "out of memory with a micro-batch of 64 sequences: lower train.per_device_train_batch_size" in result.stderr
     assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step-00000001"]
     pretrain(path, f"output_dir={cut}", resume=True)
     assert traces(cut) == traces(whole)

@@ -24,9 +24,10 @@ from bertlite.core.files import sha256
 from bertlite.data.batches import Batches
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.model.huggingface import load_model
-from bertlite.pretraining.pretrain import masked_lm_loss
-from bertlite.training.checkpoint import newest_checkpoint, problem, save_checkpoint
+from bertlite.pretraining.losses import masked_lm_loss
+from bertlite.training.checkpoint import TrainingState, newest_checkpoint, problem, save_checkpoint
 from bertlite.training.optim import OPTIMIZERS
+from bertlite.training.progress import Progress
 from bertlite.training.run_folder import model_folder, open_run
 
 CASES = {
@@ -72,13 +73,13 @@ def test_a_resumed_run_computes_as_many_rows_at_a_time_as_before(write_config, t
     with monkeypatch.context() as patch:
         patch.setattr("bertlite.training.memory.available_memory", lambda runtime: 4_500_000)
         whole = pretrain(path)
-    assert "8 rows a step, 2 at a time" in capsys.readouterr().err
+    assert "8 sequences a step in micro-batches of 2" in capsys.readouterr().err
     cut, other = (crash_after(whole, 5, tmp_path / name) for name in ("cut", "other"))
     pretrain(path, f"output_dir={cut}", resume=True)
     assert traces(cut) == traces(whole) and "but was" not in capsys.readouterr().err
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     pretrain(path, f"output_dir={other}", resume=True)
-    assert "threads: 77, but was" in capsys.readouterr().err
+    assert "threads is 77, but was" in capsys.readouterr().err
 
 
 def test_the_clock_decides_saves_and_goes_on_when_resumed(write_config, tmp_path, monkeypatch):
@@ -194,7 +195,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_con
             damage(newest / file, how)
             assert newest_checkpoint(folder) == before, (file, how)
             said = capsys.readouterr().err.splitlines()
-            assert len(said) == 1 and f"{newest} is passed over: " in said[0]
+            assert len(said) == 1 and f"{newest} is ignored: " in said[0]
             assert file.name in said[0] or file.name == "manifest.json"  # which then blames a file
             assert newest.exists()
             shutil.rmtree(newest)
@@ -215,7 +216,7 @@ def test_a_file_that_was_not_saved_with_a_checkpoint_is_seen(write_config, tmp_p
         (newest / name).write_text("{}")
     capsys.readouterr()
     assert newest_checkpoint(folder) == before
-    assert f"{newest} is passed over: {name} was not saved with it" in capsys.readouterr().err
+    assert f"{newest} is ignored: {name} is not part of the checkpoint" in capsys.readouterr().err
     (newest / name).unlink()
     (newest / ".DS_Store").write_text("what a file browser leaves")
     assert newest_checkpoint(folder) == newest
@@ -242,7 +243,7 @@ def test_a_state_of_another_form_is_named(write_config, state):
     contents = json.loads((training / "manifest.json").read_text())
     contents["training/state.json"] = {"bytes": len(state), "sha256": sha256(training / "state.json")}
     (training / "manifest.json").write_text(json.dumps(contents) + "\n")
-    with pytest.raises(UserError, match=r"step-00000012: .*cannot be resumed from"):
+    with pytest.raises(UserError, match=r"step-00000012: .*cannot resume"):
         pretrain(path, resume=True)
 
 
@@ -264,7 +265,7 @@ def test_damaged_checkpoints_cost_no_valid_one(every_head, tmp_path):
     model, tokenizer = load_model(every_head["BertModel"]), load_tokenizer(str(every_head["BertModel"]))
 
     def save(step: int) -> Path:
-        return save_checkpoint(tmp_path, model, tokenizer, {}, {"progress": {"step": step, "best_step": 0}}, keep=4)
+        return save_checkpoint(tmp_path, model, tokenizer, TrainingState(progress=Progress(step=step)), limit=4)
 
     folders = [save(step) for step in (1, 2, 3, 4)]
     for folder in folders[2:]:

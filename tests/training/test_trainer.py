@@ -21,9 +21,10 @@ from bertlite.core.runtime import initialize_runtime
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.model.huggingface import load_model, load_tokenizer_of
-from bertlite.pretraining.pretrain import new_training, prepare, training_batches
+from bertlite.pretraining.prepare import prepare, training_batches
+from bertlite.pretraining.pretrain import new_trainer, standard_callbacks
 from bertlite.training.optim import OPTIMIZERS
-from bertlite.training.trainer import evaluate
+from bertlite.training.trainer import Callback, Step, Trainer, evaluate
 
 
 def losses(folder: Path) -> list[float]:
@@ -147,15 +148,14 @@ def test_auto_is_bf16_where_that_is_fast(monkeypatch, fast):
 def dropped_units(path: Path, *overrides: str) -> list[bytes]:
     """Which units of the embeddings are dropped in each micro-batch of a run, in their order."""
     config = load_config(PretrainConfig, path, list(overrides))
-    folder = Path(config.output_dir)
-    folder.mkdir(exist_ok=True)
-    training = new_training(config, prepare(config), folder, initialize_runtime("fp32"))
+    prepared, runtime = prepare(config), initialize_runtime("fp32")
+    Path(config.output_dir).mkdir(exist_ok=True)
+    trainer = new_trainer(config, prepared, runtime, standard_callbacks(config, prepared, runtime)[:-1])
     units: list[bytes] = []
-    training.saves = False
-    training.model.encoder.embeddings.dropout.register_forward_hook(
+    trainer.model.encoder.embeddings.dropout.register_forward_hook(
         lambda module, _, output: units.append((output == 0).numpy().tobytes()) if module.training else None
     )
-    training.run()
+    trainer.train()
     return units
 
 
@@ -193,17 +193,26 @@ def test_an_evaluation_is_left_at_once_unless_other_ranks_would_wait(tmp_path):
         leave_process_group()
 
 
+class StopAfterStep2(Callback):
+    """What a signal during the third step does."""
+
+    def on_step(self, trainer: Trainer, step: Step) -> None:
+        stop_request.number = 15 * (trainer.progress.step == 2)
+
+
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_training_that_is_stopped_tells_of_a_checkpoint_if_it_saves_any(write_config, tmp_path, capsys, saves):
+def test_an_interrupted_training_names_its_checkpoint_if_it_saves_any(write_config, capsys, saves):
     config = load_config(PretrainConfig, write_config())
-    training = new_training(config, prepare(config), tmp_path, initialize_runtime("fp32"))
-    training.saves, training.watch = saves, lambda step, *_: setattr(stop_request, "number", 15 * (step == 2))
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    prepared, runtime = prepare(config), initialize_runtime("fp32")
+    callbacks = standard_callbacks(config, prepared, runtime) if saves else []
     try:
         with pytest.raises(Stopped):
-            training.run()
+            new_trainer(config, prepared, runtime, [*callbacks, StopAfterStep2()]).train()
     finally:
         stop_request.number = 0
-    assert ("step 2 is saved" in capsys.readouterr().err) == (tmp_path / "checkpoints").exists() == saves
+    assert ("saved step 2" in capsys.readouterr().err) == (folder / "checkpoints").exists() == saves
 
 
 def test_without_a_compiler_the_model_runs_uncompiled_unless_it_must_not(monkeypatch, capsys):
