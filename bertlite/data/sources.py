@@ -1,70 +1,25 @@
-"""Text in whatever form it lies: files, compressed or not, tables, and Hugging Face datasets, as documents."""
+"""Sources of text: which files or dataset a source means, a digest of its content, and its documents."""
 
-import bz2
-import csv
 import glob
-import gzip
-import io
-import json
 import logging
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import zstandard
+from typing import Any
 
 from bertlite.config.settings import DataLocation, Source
 from bertlite.core.errors import UserError
 from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompresses a .zst file; zstandard's own reader takes a file that is cut off for one that ends."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.frame: Any = None
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            ended = self.frame is None or self.frame.eof
-            packed = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 17)
-            if not packed and ended:
-                return 0
-            if not packed:
-                raise EOFError("compressed file ended before the end of its frame")
-            if ended:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.ready = self.frame.decompress(packed)
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-    ".zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 20),
-}
-DAMAGED = (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error)
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-csv.field_size_limit(1 << 30)
+from bertlite.core.packages import require
+from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, ignore, read_lines
 
 
 def find_source_files(source: Source, setting: str) -> list[Path]:
-    """The files that a source's path means, in their order: a file, a glob, all files of a folder, or `sample`.
+    """The files of a source, in order: one file, those that a glob matches, those in a folder, or `sample`.
 
     Raises UserError for a name that matches nothing, and for an empty file.
     """
@@ -72,288 +27,162 @@ def find_source_files(source: Source, setting: str) -> list[Path]:
         return []
     if source.path == "sample":
         return [Path(str(files("bertlite") / "sample" / "pretrain.txt"))]
-    found: list[Path] = []
     name = source.path
+    paths: list[Path] = []
     for match in sorted([name] if os.path.lexists(name) else glob.glob(name, recursive=True)):
         inside = glob.glob(f"{glob.escape(match)}/**", recursive=True) if os.path.isdir(match) else [match]
-        found += sorted(path for path in map(Path, inside) if not path.is_dir())  # glob leaves out hidden ones
-    if not found:
-        what = "no file matches" if glob.has_magic(name) else "there is no such file"
+        paths += sorted(path for path in map(Path, inside) if not path.is_dir())  # glob leaves out hidden files
+    if not paths:
+        reason = "no file matches" if glob.has_magic(name) else "there is no such file"
         if os.path.isdir(name):
-            what = "there is no file in it"
-        raise UserError(f"{setting}: {source.path}: {what} (paths are relative to the current directory)")
-    for path in found:
+            reason = "there is no file in it"
+        raise UserError(f"{setting}: {name}: {reason} (paths are relative to the current directory)")
+    for path in paths:
         if not path.exists():
-            raise UserError(f"{setting}: {path}: a link to nowhere")
+            raise UserError(f"{setting}: {path}: a broken link")
         if path.is_file() and path.stat().st_size == 0:  # a pipe may hold something
             raise UserError(f"{setting}: {path} is empty")
-    return list(dict.fromkeys(found))  # ** matches a folder and its files
+    return list(dict.fromkeys(paths))  # ** matches a folder and its files
 
 
 def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
-    """What stands for a source's text: the same digest, the same text."""
-    paths = find_source_files(source, setting)
-    about = [source.column, *([file_format(path), digest_file(path, cache)] for path in paths)]
+    """A value that changes whenever the text of a source changes."""
+    digest: list[Any] = [source.column]
+    digest += [[file_format(path), digest_file(path, cache)] for path in find_source_files(source, setting)]
     if source.dataset is None:
-        return about
+        return digest
     folder = Path(source.dataset)
-    inside = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    return [*about, source.dataset, source.name, source.split, source.revision,
-            *(digest_file(path, cache) for path in inside)]  # fmt: skip
+    local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    digest += [source.dataset, source.name, source.split, source.revision]
+    return digest + [digest_file(path, cache) for path in local]
 
 
 def digest_file(path: Path, cache: Path) -> str:
-    """The content's SHA-256, read again only when the file's size or time has changed since the last time."""
+    """The SHA-256 of a file, computed again only when its size or modification time has changed."""
     status = path.stat()
     if not path.is_file():
-        raise UserError(f"{path}: not a file, and it is read more than once; write the text into a file")
+        raise UserError(f"{path}: not a regular file, so it cannot be read twice; write the text into a file")
     record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
-    now = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    state = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     known = read_json(record)
-    if known is None or {**known, **now} != known:
+    if known is None or {**known, **state} != known:
         try:
-            now["sha256"] = sha256(path)
+            state["sha256"] = sha256(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-        if known is not None and known["sha256"] != now["sha256"]:
+        if known is not None and known["sha256"] != state["sha256"]:
             logger.info(f"{path} has changed since it was last prepared")
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, now)
-        known = now
+        write_json(record, state)
+        known = state
     return str(known["sha256"])
 
 
-def read_documents(
-    source: Source, document: str, setting: str, report: Callable[[int], object] = lambda count: None
-) -> Iterator[str]:
-    """The documents of a source, one after the other; `report` is told of bytes of its files that are done.
+def read_documents(source: Source, document: str, setting: str, report: Report = ignore) -> Iterator[str]:
+    """Read the documents of a source; `report` is told how many more bytes of its files have been read.
 
-    `document` says what a document is in a text file: "blank-line" (it ends at a blank line, or with its file) or
-    "line"; of a table or dataset each row is one. A byte order mark is dropped. Raises UserError for what cannot be
-    read, is damaged, or is not UTF-8, with the file and, where it can be known, the line.
+    `document` says how lines make documents, a key of SPLITTERS. In a table or dataset, each record is a document.
+    Raises UserError, naming file and line where possible, for what cannot be read, is damaged, or is not UTF-8.
     """
     for path in find_source_files(source, setting):
-        if file_format(path) in TABLES:
-            yield from _column(_read_table(path, report), source.column)
-        else:
-            yield from _read_text(path, document, report)
+        yield from _read_texts(path, source.column, SPLITTERS[document], report)
     if source.dataset is not None:
-        yield from _read_dataset(source, setting)
+        yield from _select_column(read_dataset(source, setting, source.streaming), source.column)
 
 
 def read_file_texts(path: Path, column: str) -> Iterator[str]:
-    """Each line of a text file, or `column` of each row of a table, also when it is empty.
+    """Read each line of a text file, or a column of each record of a table, also where it is empty.
 
     Raises UserError as `read_documents` does.
     """
-    yield from _column(_read_table(path), column) if file_format(path) in TABLES else read_lines(path)
+    return _read_texts(path, column, iter, ignore)
 
 
-def file_format(path: Path) -> str:
-    """The ending that says what a file holds: without that of its compression."""
-    packed = path.suffix.lower() in DECOMPRESSORS
-    return (Path(path.stem).suffix if packed else path.suffix).lower()
+def _read_texts(
+    path: Path, column: str, split: Callable[[Iterator[str]], Iterator[str]], report: Report
+) -> Iterator[str]:
+    if reader := READERS.get(file_format(path)):
+        return _select_column(reader(TableFile(path, report)), column)
+    return split(read_lines(path, report))
 
 
-def _read_text(path: Path, document: str, report: Callable[[int], object]) -> Iterator[str]:
-    lines = read_lines(path, report)
-    if document == "line":
-        yield from filter(str.strip, lines)
-    else:
-        yield from ("\n".join(part) for full, part in groupby(lines, lambda line: bool(line.strip())) if full)
+def split_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Documents of several lines, with blank lines between."""
+    return ("\n".join(group) for filled, group in groupby(lines, lambda line: bool(line.strip())) if filled)
 
 
-def read_lines(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """The lines of a text file, compressed or not; `report` and errors as for `read_documents`."""
-    number = done = 0
-    try:
-        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as file:
-            for number, line in enumerate(file, 1):
-                yield decode_line(line, number, str(path))
-                if number % 100 == 0 and raw.seekable():  # a pipe is not
-                    report(raw.tell() - done)
-                    done = raw.tell()
-        report(path.stat().st_size - done)
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+def drop_blank_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Documents of one line each."""
+    return filter(str.strip, lines)
 
 
-def decode_line(line: bytes, number: int, where: str) -> str:
-    """Line `number`, counted from 1, of a text, without its end. Raises UserError, naming `where`, for what is no text.
-
-    A first line with many zero bytes is a binary file's, or UTF-16's; a few do no harm.
-    """
-    encoding = guess_encoding(line) if number == 1 else "latin-1"
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if encoding != "utf-16":
-            return text.rstrip("\r\n")
-        byte = 0
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-    advice = f"if it is text at all, convert it, for example: iconv -f {encoding} -t utf-8"
-    whole = line.decode("utf-8", "ignore")
-    if encoding != "utf-16" and not whole.isascii() and 4 * (len(line) - len(whole.encode())) <= len(line):
-        advice = "if it is UTF-8 but for a few bytes, leave them out: iconv -c -f utf-8 -t utf-8"
-    raise UserError(f"{where}:{number}: not UTF-8 text (byte 0x{byte:02x}); {advice}")
+# How the lines of a text file make documents; a document never goes on in another file.
+SPLITTERS = {"blank-line": split_at_blank_lines, "line": drop_blank_lines}
 
 
-def guess_encoding(text: bytes) -> str:
-    """What a text may be in, by its beginning and by whether it is UTF-8."""
-    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text):
-        return "utf-16"
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return "latin-1"
-    return "utf-8"
-
-
-def _read_table(path: Path, report: Callable[[int], object] = lambda count: None) -> Iterator[tuple[str, Any]]:
-    """The rows of a table, each with where it stands."""
-    kind = file_format(path)
-    if kind == ".parquet":
-        yield from parquet_rows(path)
-        report(path.stat().st_size)
-        return
-    lines = read_lines(path, report)
-    first = next(lines, "")
-    lines = chain([first], lines)
-    if kind == ".json" and first.lstrip().startswith("["):
-        for number, row in enumerate(parse_json("\n".join(lines), str(path)), 1):
-            yield f"{path}: object {number}", row
-    elif kind in (".csv", ".tsv"):
-        yield from delimited_rows(lines, path, "," if kind == ".csv" else "\t", kind == ".csv")
-    else:
-        yield from read_json_lines(lines, path)
-
-
-def read_json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of JSON lines, each with where it stands; blank lines are none."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
-
-
-def parse_json(text: str, where: str) -> Any:
-    """A JSON text's value; half a character, such as a cut emoji, is replaced. Raises UserError, naming `where`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    if "\\ud" not in text.lower():
-        return value
-    whole = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return json.loads(whole)
-
-
-def delimited_rows(
-    lines: Iterable[str], path: Path, delimiter: str, quoting: bool, names: list[str] | None = None, advice: str = ""
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of columns, each with where it begins; without `names` the first row is the columns'.
-
-    With `quoting`, a field in quotes may hold delimiters and new lines; without it, the last of `names` takes what is
-    left of its line. Raises UserError, with `advice`, for a row of more or fewer columns.
-    """
-    splits = len(names) - 1 if names else -1
-    split = ((number, line.split(delimiter, splits)) for number, line in enumerate(lines, 1) if line.strip(" "))
-    records = _quoted(lines, path, delimiter) if quoting else split
-    if names is None:
-        names = next(records, (0, []))[1]
-        if len(set(names)) < len(names):
-            raise UserError(f"{path}: a column's name stands there twice: {', '.join(names)}{advice}")
-    for number, fields in records:
-        if len(fields) != len(names) and not any(map(str.strip, fields)):
-            continue  # a line with nothing on it
-        if len(fields) != len(names):
+def _select_column(records: Iterator[Record], column: str) -> Iterator[str]:
+    """The texts of one column. The first record must have it; it may be missing or null in others: an empty text."""
+    for number, (location, columns) in enumerate(records):
+        if number == 0 and column not in columns:
             raise UserError(
-                f"{path}:{number}: {len(fields)} columns, but {len(names)} are named ({', '.join(names)}){advice}"
+                f"{location}: there is no column {column!r}; there are {', '.join(columns)} (set column, or --column)"
             )
-        yield f"{path}:{number}", dict(zip(names, fields, strict=True))
+        text = columns.get(column)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{location}: the column {column!r} holds {type(text).__name__}, not text")
+        yield text or ""
 
 
-def _quoted(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Records of fields, some in quotes, with the line where each begins."""
-    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
-    number = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield number, fields
-            number = reader.line_num + 1
-    except csv.Error as error:
-        advice = "each quote that opens a field is closed, and a quote inside of one is written twice"
-        raise UserError(f"{path}:{number}: the row that begins here is not valid: {error}; {advice}") from None
+def read_dataset(location: DataLocation, setting: str, streaming: bool = False) -> Iterator[Record]:
+    """Read a dataset of the Hugging Face hub or of a folder; class labels become their names.
 
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a Parquet file, each with where it stands. Raises UserError for what is none."""
-    import pyarrow.parquet  # only data that need it import it
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
-
-
-def _read_dataset(source: Source, setting: str) -> Iterator[str]:
-    name = f"{setting}: {source.dataset}"
-    with datasets_library(name) as datasets:
-        batches = load_dataset(datasets, source, source.streaming).iter(batch_size=1000)
+    Raises UserError for what the datasets library cannot read.
+    """
+    name = f"{setting}: {location.dataset}"
+    with _datasets_library(name) as datasets:
+        dataset = _load_dataset(datasets, location, streaming)
+        features = dataset.features or {}
+        types = {
+            column: getattr(feature, "feature", feature) for column, feature in features.items()
+        }  # inside of lists
+        label_names = {column: type.int2str for column, type in types.items() if hasattr(type, "int2str")}
+        batches = dataset.iter(batch_size=1000)
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
-        yield from _column(((f"{name}: row {number}", row) for number, row in enumerate(rows, 1)), source.column)
+        for number, columns in enumerate(rows, 1):
+            for column, to_name in label_names.items():
+                if columns[column] not in (-1, None):
+                    columns[column] = to_name(columns[column])
+            yield Record(f"{name}, {location.split}: row {number}", columns)
 
 
 @contextmanager
-def datasets_library(name: str) -> Iterator[Any]:
-    """The datasets library, quiet, to read `name`: what its readers raise becomes a UserError of one line."""
-    try:
-        import datasets  # only data that need it import it
-    except ImportError:
-        raise UserError(f"{name}: the datasets library reads it, and is not installed: pip install datasets") from None
+def _datasets_library(name: str) -> Iterator[Any]:
+    """The datasets library, without its own output; its exceptions become a UserError of one line that has `name`."""
+    require(name, "datasets", "datasets", "pyarrow")
+    import datasets
     import pyarrow
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error comes back as an exception
-    theirs = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs as an error
+    raised = (datasets.exceptions.DatasetsError, pyarrow.ArrowException)
     try:
         with disk_full_as_error(Path(datasets.config.HF_DATASETS_CACHE)):
             yield datasets
-    except (*theirs, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (*raised, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
 
 
-def load_dataset(datasets: Any, place: DataLocation, streaming: bool = False) -> Any:
-    """The dataset that a place means: one that was saved to a folder, alone or with others, or one of the hub."""
-    folder = Path(str(place.dataset))
+def _load_dataset(datasets: Any, location: DataLocation, streaming: bool) -> Any:
+    """Load a dataset that was saved to a folder, alone or in a DatasetDict, or one of the hub."""
+    folder = Path(str(location.dataset))
     if (folder / "dataset_dict.json").exists():
-        parts = datasets.load_from_disk(str(folder))
-        if place.split not in parts:
-            raise UserError(f"{place.dataset}: there is no split {place.split!r}; there are {', '.join(parts)}")
-        return parts[place.split]
+        splits = datasets.load_from_disk(str(folder))
+        if location.split not in splits:
+            raise UserError(f"{location.dataset}: there is no split {location.split!r}; there are {', '.join(splits)}")
+        return splits[location.split]
     if (folder / "state.json").exists():
         return datasets.load_from_disk(str(folder))
     return datasets.load_dataset(
-        place.dataset, place.name, split=place.split, revision=place.revision, streaming=streaming
+        location.dataset, location.name, split=location.split, revision=location.revision, streaming=streaming
     )
-
-
-def _column(rows: Iterator[tuple[str, Any]], column: str) -> Iterator[str]:
-    """One column's texts; a row that lacks it is empty, unless it is the first."""
-    for number, (where, row) in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: should hold an object with named columns, such as {{"{column}": …}}')
-        if number == 0 and column not in row:
-            raise UserError(
-                f"{where}: there is no column {column!r}; there are {', '.join(row)} (set column, or --column)"
-            )
-        text = row.get(column)
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{where}: the column {column!r} holds {type(text).__name__}, not text")
-        yield text or ""

@@ -17,9 +17,10 @@ from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.random import EPOCH_ORDER, permute
 from bertlite.data.batches import Batch
+from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.data.packing import collate, pack_lengths
-from bertlite.data.tables import Record, get_column
+from bertlite.data.tables import get_column
 from bertlite.model.heads import QuestionAnswerer, TokenClassifier
 
 MOST_PADDING = 0.05  # of the positions; longer rows pack better …

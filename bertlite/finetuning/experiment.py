@@ -21,7 +21,8 @@ from bertlite.core.files import fingerprint, write_json, write_text
 from bertlite.core.logging import logger
 from bertlite.core.random import choose_validation
 from bertlite.core.runtime import Runtime
-from bertlite.data.tables import Record, read_records
+from bertlite.data.formats import Record
+from bertlite.data.tables import read_records
 from bertlite.finetuning.examples import ExampleBatches, Examples, TaskBatch
 from bertlite.finetuning.losses import compute_scores, label_loss, summed
 from bertlite.finetuning.metrics import CLASSIFICATION

@@ -15,7 +15,8 @@ from bertlite.config.finetune_settings import TaskSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
-from bertlite.data.sources import decode_line, read_file_texts
+from bertlite.data.formats import decode_line
+from bertlite.data.sources import read_file_texts
 from bertlite.finetuning.examples import ExampleBatches, encode_questions, encode_texts
 from bertlite.finetuning.experiment import compute_outputs
 from bertlite.finetuning.losses import compute_scores, no_loss

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import TaskSettings
-from bertlite.data.tables import Record
+from bertlite.data.formats import Record
 from bertlite.finetuning.examples import (
     Examples,
     answer_examples,

@@ -406,7 +406,7 @@ def test_a_corpus_that_was_cut_is_named(name, size, tmp_path, prepare):
     settings = {"segmenter": "jieba"} if name == "word_starts.bin" else {}
     corpus = prepare(tmp_path / "text.txt", **settings)
     (corpus.folder / name).unlink() if size is None else os.truncate(corpus.folder / name, size)
-    with pytest.raises(DataLost, match=f"{name}: vanished or was cut; remove {corpus.folder}, and it will be made"):
+    with pytest.raises(DataLost, match=f"{name}: vanished or was cut; remove {corpus.folder}, and it will be rebuilt"):
         prepare(tmp_path / "text.txt", **settings)
     os.truncate(corpus.folder / "corpus.json", 10)
     with pytest.raises(DataLost, match=f"{corpus.folder}: damaged .*; remove it, and it will be rebuilt"):

@@ -89,7 +89,7 @@ def test_a_row_without_any_text_is_still_a_row(tmp_path):
 
 
 def test_text_that_can_be_read_but_once_is_refused(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=f"{os.devnull}: not a file, and it is read more than once; write the text"):
+    with pytest.raises(UserError, match=f"{os.devnull}: not a regular file, so it cannot be read twice"):
         prepare(tmp_path, tokenizer, [os.devnull])
 
 
@@ -275,7 +275,7 @@ def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
         ("a.jsonl", '{"body": "x", "id": 1}\n', "no column 'text'; there are body, id"),
         ("a.csv", "title,content\na,b\n", "no column 'text'; there are title, content"),
         ("a.jsonl", '{"text": 1}\n', "holds int, not text"),
-        ("a.jsonl", '{"text": "x"}\n["x"]\n', "a.jsonl:2: should hold an object"),
+        ("a.jsonl", '{"text": "x"}\n["x"]\n', "a.jsonl:2: not a JSON object"),
         ("a.json", '[{"text": "x"},\n{"text": oops}]', r"a.json: not valid JSON: .*line 2"),
         ("a.csv", 'text,label\nx,1\n"y\nz",2,3\nx,1\n', "a.csv:3: 3 columns, but 2 are named"),
         ("a.parquet", "no parquet", "a.parquet: not a readable Parquet file"),

@@ -93,7 +93,7 @@ def test_squad_becomes_flat_rows(tmp_path):
     assert read(tmp_path / "a.json", type="question-answering") == [wanted]
     del question["id"]
     (tmp_path / "a.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"a\.json: article 1 is not as SQuAD's: 'id' is missing"):
+    with pytest.raises(UserError, match=r"a\.json: article 1 differs from SQuAD: 'id' is missing"):
         read(tmp_path / "a.json", type="question-answering")
 
 
@@ -111,14 +111,14 @@ BAD = {
     ),
     "wide": ("text\tlabel\nfine\t1\n".encode("utf-16"), {}, r"bad\.tsv:1: not utf-8 \(byte 0xff\); if .* to utf-16"),
     "encoding": (b"a\tb\n", {"encoding": "klingon"}, r"task\.encoding is 'klingon'"),
-    "empty": (b"", {}, r"bad\.tsv holds no rows"),
-    "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no rows"),
-    "twice": (b"text\ttext\nx\ty\n", {}, "a column's name stands there twice"),
+    "empty": (b"", {}, r"bad\.tsv holds no examples"),
+    "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no examples"),
+    "twice": (b"text\ttext\nx\ty\n", {}, "duplicate column among text, text"),
     "carriage return": (b"text|label\na\rb|1\n", {"delimiter": "|", "quoting": True}, r"bad\.tsv:2: "),
     "open": (
         b'text,label\n"a ""b"" c",1\n"d,2\ne,3\n',
         {"delimiter": ",", "quoting": True},
-        r"bad\.tsv:3: .*unexpected end of data; each quote that opens",
+        r"bad\.tsv:3: .*unexpected end of data; close each quote",
     ),
     "open, last": (
         b'label,text\n1,a\n2,"b\n3,c\n',
@@ -128,7 +128,7 @@ BAD = {
     "open within": (
         b'text,label\na,1\n"b,2\nc,3\n"d",4\n',
         {"delimiter": ",", "quoting": True},
-        r"bad\.tsv:3: the row that begins here is not valid: ',' expected after '\"'",
+        r"bad\.tsv:3: the record that starts here is not valid: ',' expected after '\"'",
     ),
     "fields": (b"text\tlabel\nx\ty\tz\n", {}, r"bad\.tsv:2: 3 columns, but 2 are named"),
 }
@@ -145,7 +145,7 @@ def test_what_cannot_be_read_is_named(name, tmp_path):
 def test_other_bad_files(tmp_path):
     for name, content, message in [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
-        ("b.jsonl", '{"text": "x"}\n3\n', r"b\.jsonl:2: should hold an object"),
+        ("b.jsonl", '{"text": "x"}\n3\n', r"b\.jsonl:2: not a JSON object"),
         ("c.json", "{}", r"c\.json: should be a list of objects"),
         ("d.parquet", "no parquet", r"d\.parquet: not a readable Parquet file"),
         ("e.tsv.gz", "no gzip", r"e\.tsv\.gz: damaged or cut off"),

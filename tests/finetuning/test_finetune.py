@@ -31,8 +31,8 @@ from bertlite.core.random import EPOCH_ORDER, choose_validation, permute
 from bertlite.core.runtime import initialize_runtime
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
+from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
-from bertlite.data.tables import Record
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning import experiment, finetune
 from bertlite.finetuning.examples import ExampleBatches, Examples, one_label, several_labels

@@ -9,7 +9,7 @@ from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
 from bertlite.config.finetune_settings import TaskSettings
-from bertlite.data.tables import Record
+from bertlite.data.formats import Record
 from bertlite.finetuning import metrics
 from bertlite.finetuning.examples import words_and_tags
 from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
