@@ -1,10 +1,11 @@
-"""The model card: what an exported folder says about itself, written from the run that made the model."""
+"""The model card: the README.md of an exported folder, written from the run that made the model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
@@ -17,12 +18,15 @@ from bertlite.model.initialization import parameter_count
 from bertlite.training.run_folder import read_metrics
 
 CURVE_LINES = 10
+PATH_KEYS = ("path", "dataset", "train", "validation", "test", "init_from")  # of settings that may hold a path
+PRIVATE_KEYS = ("output_dir", "cache_dir")
 
-USE = {
+# How to use the model: keys are formats, and a head that transformers has no pipeline for.
+EXAMPLES = {
     "hf": """from transformers import pipeline
 
-print(pipeline("{task}", model="{name}")({call}))""",
-    "BertForQuestionAnswering": """from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+print(pipeline("{task}", model="{name}")({example}))""",
+    "question-answering": """from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("A question?", "The text that answers it.", return_tensors="pt")
@@ -41,96 +45,125 @@ print(SentenceTransformer("{name}").encode(["A sentence."]))""",
 
 
 def model_card(
-    source: Path, name: str, model: Model, format: str, licence: str, checks: list[Check], found: list[str], graph: str
+    source: Path,
+    name: str,
+    model: Model,
+    format: str,
+    licence: str,
+    checks: list[Check],
+    results: list[str],
+    graph: str,
 ) -> str:
-    """README.md of the model in folder `source` under its new name, in Markdown under Hugging Face's YAML.
+    """Return the card of the model in folder `source` under its new name: Markdown below Hugging Face's metadata.
 
-    What is known of data, recipe and evaluation comes from the run folder that `source` lies in, if it does. Of paths
-    on the machine of the run, only the last part is told.
+    Data, settings and evaluation come from the run folder that holds `source`, if there is one. Of paths on the run's
+    machine, only the last component is published.
     """
-    kind, task, call = hf_class(model), HEADS[model.head_name].pipeline, HEADS[model.head_name].example
-    about = {
-        "license": licence,
-        "library_name": "sentence-transformers" if format == "sentence-transformers" else "transformers",
-        "pipeline_tag": "sentence-similarity" if format == "sentence-transformers" else task,
-        "tags": ["bert", "bertlite", *(["onnx"] if format == "onnx" else [])],
-    }
-    config = model.config
-    example = USE.get(kind, USE[format]) if format == "hf" else USE[format]  # there is no pipeline that answers
-    table = [f"| {one.inputs} | {one.quantity} | {one.difference:.1e} | {one.tolerance:.0e} |" for one in checks]
-    text = [
-        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n# {name}",
-        f"A BERT ({kind}) with {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} "
-        f"heads, {config.vocab_size:,} word pieces and {parameter_count(model):,} parameters, made by bertlite.",
-        f"## How to use\n\n```python\n{example.format(task=task, call=call, name=name, graph=graph)}\n```",
-        *_of_the_run(source),
-        "## Checks\n\nAgainst Hugging Face's implementation in fp32, the same folder and inputs in both: the largest "
-        "relative difference of each quantity.",
-        "\n".join(["| inputs | quantity | difference | allowed |\n|---|---|---|---|", *table]),
-        "\n".join(f"* {line}" for line in found),
+    config, task = model.config, HEADS[model.head_name].pipeline
+    run_paragraphs, eval_results = describe_run(source, task)
+    sentence_vectors = format == "sentence-transformers"
+    metadata = ModelCardData(
+        license=licence,
+        library_name="sentence-transformers" if sentence_vectors else "transformers",
+        pipeline_tag="sentence-similarity" if sentence_vectors else task,
+        tags=["bert", "bertlite", *(["onnx"] if format == "onnx" else [])],
+        model_name=name if eval_results else None,  # without results it would stand in the metadata by itself
+        eval_results=eval_results or None,
+    )
+    example = EXAMPLES.get(task, EXAMPLES["hf"]) if format == "hf" else EXAMPLES[format]
+    code = example.format(task=task, name=name, graph=graph, example=HEADS[model.head_name].example)
+    rows = [[check.inputs, check.quantity, f"{check.difference:.1e}", f"{check.tolerance:.0e}"] for check in checks]
+    paragraphs = [
+        f"---\n{metadata.to_yaml()}\n---\n# {name}",
+        f"A BERT ({hf_class(model)}) with {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{config.num_attention_heads} attention heads, a vocabulary of {config.vocab_size:,} tokens and "
+        f"{parameter_count(model):,} parameters, made with bertlite.",
+        f"## How to use\n\n```python\n{code}\n```",
+        *run_paragraphs,
+        "## Checks\n\nThis model in bertlite and in transformers, in fp32, on the same inputs: the largest relative "
+        "difference of each quantity.",
+        markdown_table(["inputs", "quantity", "difference", "tolerance"], rows),
+        "\n".join(f"* {line}" for line in results),
     ]
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def _of_the_run(source: Path) -> list[str]:
+def describe_run(source: Path, task: str) -> tuple[list[str], list[EvalResult]]:
+    """Describe the run that made the model folder `source`: paragraphs of Markdown, and results for the metadata."""
     run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-    read = None
+    loaded = None
     if source.name == "model" or run != source.parent:
-        read = _configuration(run / "config.yaml") or _configuration(run / "best.yaml")  # the latter is a sweep's
-    if read is None:
-        return ["## Training\n\nThe folder that this was exported from says nothing about its training."]
-    config = _without_folders(read.model_dump(mode="json"))
-    state = source / "training" / "state.json"  # of a checkpoint: what came later is not in it
+        loaded = _load_run_config(run / "config.yaml") or _load_run_config(run / "best.yaml")  # the latter of a sweep
+    if loaded is None:
+        return ["## Training\n\nThe exported folder says nothing about its training."], []
+    config = publishable(loaded.model_dump(mode="json"))
+    paragraphs, results = _describe_pretraining(source, run, config, task) if "data" in config else ([], [])
+    if (run / "results.json").exists():
+        measured = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        metric, mean, split = measured["metric"], measured["mean"], measured["measured_on"]
+        paragraphs.append(
+            f"## Evaluation\n\n{metric}: {mean:.4f} ± {measured['std']:.4f} over {len(measured['seeds'])} seed(s), "
+            f"on the {split} examples."
+        )
+        results.append(EvalResult(task, "text", split, metric, mean))
+    recipe = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return [*paragraphs, f"## Recipe\n\n```yaml\n{recipe}```"], results
+
+
+def _describe_pretraining(
+    source: Path, run: Path, config: dict[str, Any], task: str
+) -> tuple[list[str], list[EvalResult]]:
+    """Describe data, tokens and validation loss, with about CURVE_LINES evaluations, the last one included."""
+    training, validation = (_source_names(config["data"][split]) for split in ("train", "validation"))
+    validation = validation or "a held-out share of it"
+    paragraphs = [f"## Data\n\nTrained on {training}; validated on {validation}."]
+    state = source / "training" / "state.json"  # of a checkpoint, which knows nothing of later steps
     progress = json.loads(state.read_text())["progress"] if state.exists() else None
     lines = [line for line in read_metrics(run) if progress is None or line["step"] <= progress["step"]]
-    evaluations = [line for line in lines if "eval_loss" in line]
-    text = []
-    if "data" in config:
-        trained, held_out = (
-            ", ".join(str(one if isinstance(one, str) else one.get("path") or one["dataset"]) for one in sources)
-            for sources in (config["data"]["train"], config["data"]["validation"])
-        )
-        text.append(f"## Data\n\nTrained on {trained}; held out: {held_out or 'a part of it'}.")
     if last := progress or (lines and lines[-1]):
-        text.append(f"Tokens seen: {last['tokens']:,} in {last['step']:,} steps.")
-    if evaluations:
-        every = -(-len(evaluations) // CURVE_LINES)
-        table = [
-            f"| {line['step']:,} | {line['tokens']:,} | {line['eval_loss']:.3f} | {line['eval_accuracy']:.1%} |"
-            for line in [*evaluations[:-1:every], evaluations[-1]]
-        ]
-        text += [
-            "## Evaluation\n\nOn held-out text, masked the same way every time; the loss in nats per masked token:",
-            "\n".join(["| step | tokens | loss | accuracy |\n|---|---|---|---|", *table]),
-        ]
-    if (run / "results.json").exists():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        text.append(
-            f"## Evaluation\n\n{results['metric']}: {results['mean']:.4f} ± {results['std']:.4f} over "
-            f"{len(results['seeds'])} seed(s), on the {results['measured_on']} examples."
-        )
-    recipe = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    return [*text, f"## Recipe\n\n```yaml\n{recipe}```"]
+        paragraphs.append(f"Tokens seen: {last['tokens']:,} in {last['step']:,} steps.")
+    evaluations = [line for line in lines if "eval_loss" in line]
+    if not evaluations:
+        return paragraphs, []
+    interval = -(-len(evaluations) // CURVE_LINES)
+    rows = [
+        [f"{line['step']:,}", f"{line['tokens']:,}", f"{line['eval_loss']:.3f}", f"{line['eval_accuracy']:.1%}"]
+        for line in [*evaluations[:-1:interval], evaluations[-1]]
+    ]
+    paragraphs += [
+        "## Evaluation\n\nOn validation text, with the same masks each time; the loss is in nats per masked token:",
+        markdown_table(["step", "tokens", "loss", "accuracy"], rows),
+    ]
+    metrics = {"loss": evaluations[-1]["eval_loss"], "accuracy": evaluations[-1]["eval_accuracy"]}
+    return paragraphs, [EvalResult(task, "text", validation, name, value) for name, value in metrics.items()]
 
 
-def _configuration(path: Path) -> Section | None:
-    """The configuration of a run of bertlite; None where the file is none."""
-    for kind in (PretrainConfig, FinetuneConfig):
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Format rows of cells as a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _source_names(sources: list[Any]) -> str:
+    """Name the sources of a split, a comma between them."""
+    names = [source if isinstance(source, str) else source.get("path") or source["dataset"] for source in sources]
+    return ", ".join(map(str, names))
+
+
+def _load_run_config(path: Path) -> Section | None:
+    """Load a run's configuration; None for a file that bertlite did not write."""
+    for config_class in (PretrainConfig, FinetuneConfig):
         try:
-            return load_config(kind, path)
+            return load_config(config_class, path)
         except UserError:
             continue
     return None
 
 
-def _without_folders(value: Any, name: str = "") -> Any:
-    """A configuration as it may be published: of a path, its last part; of folders for results, nothing."""
+def publishable(value: Any, key: str = "") -> Any:
+    """Remove what a configuration tells of the machine: of paths all but the last component, and output folders."""
     if isinstance(value, dict):
-        kept = {key: one for key, one in value.items() if key not in ("output_dir", "cache_dir")}
-        return {key: _without_folders(one, key) for key, one in kept.items()}
+        return {name: publishable(inner, name) for name, inner in value.items() if name not in PRIVATE_KEYS}
     if isinstance(value, list):
-        return [_without_folders(one, name) for one in value]
-    paths = ("path", "dataset", "train", "validation", "test", "init_from")
-    return (
-        Path(value).name if name in paths and isinstance(value, str) and value.startswith(("/", "~", "..")) else value
-    )
+        return [publishable(inner, key) for inner in value]
+    is_path = key in PATH_KEYS and isinstance(value, str) and value.startswith(("/", "~", ".."))
+    return Path(value).name if is_path else value

@@ -19,7 +19,7 @@ from bertlite.core.errors import Failure, UserError
 from bertlite.export import onnx as export_onnx
 from bertlite.export import parity
 from bertlite.export.formats import DTYPES, FORMATS, ExportOptions, export
-from bertlite.export.model_card import _of_the_run
+from bertlite.export.model_card import describe_run
 from bertlite.inference.batching import onednn_linear
 from bertlite.inference.embed import POOLINGS
 from bertlite.model.bert import Pooler
@@ -83,7 +83,7 @@ def test_sentence_transformers_gives_the_vectors_of_embed(every_head, tmp_path, 
     theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     ours = load(every_head[head]).encode(TEXTS, pooling=pooling)
     assert np.abs(theirs - ours).max() <= 1e-5 * max(1, np.abs(theirs).max())
-    assert load(tmp_path / "out").encode(TEXTS, pooling=pooling) == pytest.approx(ours, abs=1e-6)
+    assert np.abs(load(tmp_path / "out").encode(TEXTS, pooling=pooling) - ours).max() <= 1e-6 * np.abs(ours).max()
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert ("pooler.dense.weight" in saved) == (head == "BertModel")  # none is made up
 
@@ -239,7 +239,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     state.parent.mkdir()
     state.write_text('{"progress": {"step": 2, "tokens": 2345}}')
     config = {"data": {"train": ["/home/me/books.txt", {"dataset": "org/set", "split": "train"}],
-                       "validation": [{"dataset": "/home/me/apart", "split": "train"}]},
+                       "validation": [{"dataset": "/home/me/valid", "split": "train"}]},
               "train": {"learning_rate": 0.125}, "output_dir": "/home/me/run"}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [{"step": step, "tokens": 1000 * step, "eval_loss": 9 - step / 10, "eval_accuracy": step / 100,
@@ -250,7 +250,10 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
-    assert "Trained on books.txt, org/set; held out: apart." in card and "/home" not in card
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "valid" and result["task"]["type"] == "fill-mask"
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"loss": 5.0, "accuracy": 0.4}
+    assert "Trained on books.txt, org/set; validated on valid." in card and "/home" not in card
     assert "Tokens seen: 40,000 in 40 steps." in card and "learning_rate: 0.125" in card
     curve = re.findall(r"^\| (\d+) \| ([\d,]+) \| (\S+) \| (\S+) \|$", card, re.MULTILINE)
     assert 5 <= len(curve) <= 11 and curve[0][0] == "1" and curve[-1] == ("40", "40,000", "5.000", "40.0%")
@@ -261,16 +264,16 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     best = {"task": {"train": "sample", "validation": "sample"}, "train": {"learning_rate": 0.25}}
     (run / "config.yaml").write_text(yaml.safe_dump({**best, "sweep": {"space": {"train.learning_rate": [0.25, 1.0]}}}))
     (run / "best.yaml").write_text(yaml.safe_dump(best))
-    assert "learning_rate: 0.25" in "".join(_of_the_run(run / "model"))
+    assert "learning_rate: 0.25" in "".join(describe_run(run / "model", "fill-mask")[0])
     (run / "best.yaml").unlink()
 
     # Somebody else's file beside a folder that is in no run tells nothing, and is not published.
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "mine")
     for text in ("database: {password: hunter2}", "data: {root: x}", ""):
         (tmp_path / "config.yaml").write_text(text)
-        assert "hunter2" not in "".join(_of_the_run(tmp_path / "mine"))
+        assert "hunter2" not in "".join(describe_run(tmp_path / "mine", "fill-mask")[0])
         (run / "model").with_name("config.yaml").write_text(text)
-        assert "says nothing" in _of_the_run(run / "model")[0]
+        assert "says nothing" in describe_run(run / "model", "fill-mask")[0][0]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
     export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf")
@@ -286,6 +289,8 @@ def test_the_model_card_tells_of_a_task_and_of_nothing(every_head, tmp_path):
     (run / "results.json").write_text(json.dumps(results))
     export(run / "model", tmp_path / "out", "hf")
     card = (tmp_path / "out" / "README.md").read_text()
+    (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}] and result["dataset"]["name"] == "test"
     assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s), on the test examples." in card and "train: train.tsv" in card
     export(every_head["BertModel"], tmp_path / "bare", "hf")
     assert "says nothing about its training" in (tmp_path / "bare" / "README.md").read_text()
