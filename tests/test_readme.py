@@ -299,7 +299,7 @@ def test_the_page_of_the_package_describes_every_room():
         assert f"| `{path.parent.name}/` |" in PAGES["bertlite/README.md"], path
 
 
-@pytest.mark.parametrize("folder, pattern", [("configs", "*.yaml"), ("scripts", "[!R]*")])
+@pytest.mark.parametrize("folder, pattern", [("configs", "*.yaml"), ("scripts", "[!R]*"), ("tests", "*.py")])
 def test_every_file_beside_a_page_is_described_on_it(folder, pattern):
     for path in (ROOT / folder).glob(pattern):
         assert re.search(rf"[`\[(]{re.escape(path.name)}[`\])]", PAGES[f"{folder}/README.md"]), path
