@@ -168,11 +168,12 @@ def finetune(
 ) -> None:
     """Fine-tune a BERT: labels, numbers, entities, answers."""
     from bertlite.config.finetune_settings import FinetuneConfig
-    from bertlite.finetuning import finetune as finetuning
+    from bertlite.finetuning.finetune import run
+    from bertlite.finetuning.results import format_results
 
-    results = finetuning.run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
+    results = run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(results) if as_json else finetuning.table(results))
+        print(json.dumps(results) if as_json else format_results(results))
 
 
 @app.command()
@@ -186,10 +187,11 @@ def sweep(
 ) -> None:
     """Search the best settings of a fine-tuning."""
     from bertlite.config.finetune_settings import SweepConfig
-    from bertlite.finetuning import sweep as sweeping
+    from bertlite.finetuning.sweep import format_trials
+    from bertlite.finetuning.sweep import sweep as run_sweep
 
-    rows = sweeping.sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)
-    print(json.dumps(rows) if as_json else sweeping.table(rows))
+    trials = run_sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)
+    print(json.dumps(trials) if as_json else format_trials(trials))
 
 
 @app.command()
@@ -205,12 +207,12 @@ def predict(
 ) -> None:
     """Say what a fine-tuned model predicts."""
     from bertlite.core.errors import UserError
-    from bertlite.finetuning.predict import as_text, read_texts
+    from bertlite.finetuning.predict import format_prediction, read_texts
 
     if texts and file:
         raise UserError("predict reads either TEXT or --file, not both")
     for result in _loaded(model, precision).predictions(texts or read_texts(file, column), pairs, top_k):
-        print(json.dumps(result, ensure_ascii=False) if as_json else as_text(result), flush=True)
+        print(json.dumps(result, ensure_ascii=False) if as_json else format_prediction(result), flush=True)
 
 
 @app.command()

@@ -1,10 +1,10 @@
-"""One task with its seeds: prepare, train, measure."""
+"""One task with its seeds: read and tokenize everything once, then train and evaluate a model per seed."""
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSetti
 from bertlite.config.settings import Architecture, OptimizationSettings, TrainSettings
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.files import fingerprint, write_json, write_text
+from bertlite.core.files import fingerprint, write_json
 from bertlite.core.logging import logger
 from bertlite.core.random import choose_validation
 from bertlite.core.runtime import Runtime
 from bertlite.data.formats import Record
 from bertlite.data.tables import read_records
-from bertlite.finetuning.examples import ExampleBatches, Examples, TaskBatch
-from bertlite.finetuning.losses import compute_scores, label_loss, summed
-from bertlite.finetuning.metrics import CLASSIFICATION
+from bertlite.finetuning.batches import ExampleBatches
+from bertlite.finetuning.evaluation import ComputeScores, EvaluationResult, Split, evaluate_split
+from bertlite.finetuning.examples import Examples
+from bertlite.finetuning.labels import list_some
+from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
+from bertlite.finetuning.results import write_reports
 from bertlite.finetuning.tasks import TASKS, Task
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier
@@ -43,42 +46,26 @@ from bertlite.training.checkpoint import (
 )
 from bertlite.training.memory import choose_micro_batch_size
 from bertlite.training.optim import Optimizer
-from bertlite.training.trainer import Trainer, evaluate
-
-POSITIONS_AT_A_TIME = 4096  # in evaluation and prediction
-FEW = 10  # labels that are named in a line
+from bertlite.training.run_folder import model_folder
+from bertlite.training.trainer import Trainer
 
 
-@dataclass
-class Part:
-    """One table of a task: its rows, and its examples in batches."""
-
-    rows: list[Record]
-    examples: Examples
-    batches: ExampleBatches
-
-
-@dataclass
-class FineTuning:
-    """What the seeds of a run share."""
+@dataclass(frozen=True)
+class Experiment:
+    """A task that is ready to be trained: what all seeds share."""
 
     config: FinetuneConfig
     settings: TaskSettings
     task: Task
     architecture: Architecture
-    begin: dict[str, Tensor]  # what the model to begin from has for this one
+    starting_weights: dict[str, Tensor]  # all that the starting model has for this task's model
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
-    class_weights: Tensor | None
-    parts: dict[str, Part]
+    class_weights: Tensor | None  # (L,)
+    splits: dict[str, Split]  # train, validation and perhaps test
+    data_fingerprint: str
     runtime: Runtime
-    compute: Callable[..., Tensor]  # compute_scores, compiled where that is wanted
-
-    @cached_property
-    def digest(self) -> str:
-        """What stands for all examples of the run: the same digest, the same examples."""
-        parts = [part.examples for part in self.parts.values()]
-        return fingerprint([[part.ids, [np.asarray(target).tolist() for target in part.targets]] for part in parts])
+    compute_scores: ComputeScores
 
     @property
     def metric(self) -> str:
@@ -86,47 +73,61 @@ class FineTuning:
 
     @property
     def measured_on(self) -> str:
-        return "test" if "test" in self.parts else "validation"
+        return "test" if "test" in self.splits else "validation"
+
+    def evaluate(self, model: Classifier, split: str) -> EvaluationResult:
+        """Evaluate a model on a split."""
+        return evaluate_split(
+            model, self.splits[split], self.task, self.labels, self.settings, self.runtime, self.compute_scores
+        )
 
 
-def compute_outputs(
-    model: Classifier,
-    batches: ExampleBatches,
-    runtime: Runtime,
-    compute: Callable[..., Tensor],
-    loss: Callable[..., Any],
-) -> tuple[list[Any], list[float], float]:
-    """Each example's scores and its mean loss, in order, and the mean loss of all."""
-    outputs: dict[int, Any] = {}
-    losses: dict[int, float] = {}
-    rows: list[Any] = []
+def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) -> Experiment:
+    """Read the starting model and the tables, check and tokenize everything.
 
-    def make_batch(first: int, count: int) -> TaskBatch:
-        rows[:] = [batches.members(0, row) for row in range(first, first + count)]
-        return batches.batch(rows)
+    Raises UserError, naming the setting or the file and line, for what is wrong with any of it.
+    """
+    task, starting_model = TASKS[settings.type], str(config.model.init_from)
+    folder = model_folder(starting_model)
+    architecture = read_architecture(folder).model_copy(update=config.model.model_dump(exclude={"init_from"}))
+    tokenizer = load_tokenizer_of(folder, architecture)
+    check_fit(config, settings, architecture)
+    trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
+    labels, records = read_tables(task, settings)
+    splits: dict[str, Split] = {}
+    for name, split_records in records.items():
+        examples = task.make_examples(split_records, labels, tokenizer, settings)
+        sequence_length = splits["train"].batches.sequence_length if splits else 0
+        batches = ExampleBatches(examples, tokenizer.pad_token_id, sequence_length=sequence_length)
+        splits[name] = Split(split_records, examples, batches)
+        if max(max(encoding.type_ids) for encoding in examples.encodings) >= architecture.type_vocab_size:
+            raise UserError(f"task.text: {starting_model} cannot read pairs of texts: its type_vocab_size is 1")
+        log_split(name, splits[name], task, labels, settings)
+    longest = max(int(split.batches.lengths.max()) for split in splits.values())
+    if longest > trained_length:
+        logger.warning(
+            f"examples have up to {longest} tokens, but {starting_model} was trained on {trained_length}: it learns "
+            "the later positions from this task alone; lower task.max_length to truncate the examples"
+        )
+    torch.compiler.reset()  # each task has its own shapes, and torch compiles few shapes of one function
+    return Experiment(
+        config=config,
+        settings=settings,
+        task=task,
+        architecture=architecture,
+        starting_weights=load_weights_for(task.head, labels, folder),
+        tokenizer=tokenizer,
+        labels=labels,
+        class_weights=make_class_weights(settings, labels, splits["train"].examples),
+        splits=splits,
+        data_fingerprint=fingerprint_data(splits),
+        runtime=runtime,
+        compute_scores=torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores,
+    )
 
-    def collect(model: Any, batch: Any) -> dict[str, Tensor]:
-        scores = compute(model, batch)
-        each, real = loss(scores, batch)
-        outputs.update(batches.apart(scores, rows))
-        for member, one in batches.apart(torch.stack([torch.where(real, each, 0), real], -1), rows).items():
-            total, count = one.reshape(-1, 2).sum(0)
-            losses[member] = float(total / max(1, count))
-        total, count = summed(each, real)
-        return {"loss": total, "count": count}
 
-    alone = replace(runtime, rank=0, world_size=1)  # each rank computes all: it decides what is best by it
-    at_a_time = max(1, min(batches.rows, POSITIONS_AT_A_TIME // batches.length))
-    means = evaluate(model, collect, make_batch, batches.rows, at_a_time, alone)
-    numbers = range(len(outputs))
-    return [outputs[number] for number in numbers], [losses[number] for number in numbers], means["loss"]
-
-
-def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runtime: Runtime) -> FineTuning:
-    """Read, check and tokenise everything."""
-    task = TASKS[settings.type]
-    architecture = read_architecture(source).model_copy(update=config.model.model_dump(exclude={"init_from"}))
-    tokenizer = load_tokenizer_of(source, architecture)
+def check_fit(config: FinetuneConfig, settings: TaskSettings, architecture: Architecture) -> None:
+    """Raise UserError for settings that the starting model is too small for."""
     if settings.max_length > architecture.max_position_embeddings:
         raise UserError(
             f"task.max_length is {settings.max_length}, more than the {architecture.max_position_embeddings} "
@@ -136,146 +137,189 @@ def _prepare(config: FinetuneConfig, settings: TaskSettings, source: Path, runti
         raise UserError(
             f"train.frozen_layers is {config.train.frozen_layers}; the model has {architecture.num_hidden_layers}"
         )
-    trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
-    rows = {"train": read_records(settings.train, settings, "task.train")}
-    labels = task.labels(rows["train"], settings)
-    for name, place in {"validation": settings.validation, "test": settings.test}.items():
-        if place is not None:
-            rows[name] = read_records(place, settings, f"task.{name}")
+
+
+def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str, list[Record]]]:
+    """Read the tables of a task: the labels of the training table, and the records of each split.
+
+    Without `task.validation`, a share of the training records becomes the validation split.
+    """
+    records = {"train": read_records(settings.train, settings, "task.train")}
+    labels = task.output_labels(records["train"], settings)
+    for name, table in {"validation": settings.validation, "test": settings.test}.items():
+        if table is not None:
+            records[name] = read_records(table, settings, f"task.{name}")
     if settings.validation is None:
-        if len(rows["train"]) < 2:
-            raise UserError("task.train holds one row, so none can be held out; name a file in task.validation")
-        apart = choose_validation(len(rows["train"]), settings.validation_split)
-        rows["validation"] = [row for row, out in zip(rows["train"], apart, strict=True) if out]
-        rows["train"] = [row for row, out in zip(rows["train"], apart, strict=True) if not out]
-    parts: dict[str, Part] = {}
-    for name, these in rows.items():
-        examples = task.examples(these, labels, tokenizer, settings)
-        length = parts["train"].batches.length if parts else 0
-        batches = ExampleBatches(examples, task.head, tokenizer.pad_token_id, length=length)
-        parts[name] = Part(these, examples, batches)
-        if max(map(max, examples.types)) >= architecture.type_vocab_size:
-            raise UserError(f"task.text: {config.model.init_from} tells no two texts apart (type_vocab_size is 1)")
-        cut = f"; {examples.cut:,} are cut to task.max_length {settings.max_length}" if examples.cut else ""
-        logger.info(f"{name}: {len(these):,} rows, {batches.padding:.1%} of the positions are padding{cut}")
-        if task.metrics is CLASSIFICATION:
-            absent = [label for number, label in enumerate(labels) if number not in examples.targets]
-            if absent:
-                few = ", ".join(absent[:FEW]) + (", …" if len(absent) > FEW else "")
-                logger.info(
-                    f"{name}: no row is labelled {few}, so that is not {'learnt' if name == 'train' else 'measured'}"
-                )
-    longest = max(int(part.batches.lengths.max()) for part in parts.values())
-    if longest > trained_length:
-        logger.info(
-            f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on {trained_length}: "
-            "it learns the later positions from this task alone; a lower task.max_length cuts them off"
-        )
-    weights = _class_weights(settings, labels, parts["train"].examples)
-    begin = load_weights_for(task.head, labels, source)
-    torch.compiler.reset()  # each task of a suite has its own shapes, and torch compiles few for one function
-    compute = torch.compile(compute_scores, dynamic=False) if runtime.compile else compute_scores
-    return FineTuning(config, settings, task, architecture, begin, tokenizer, labels, weights, parts, runtime, compute)
+        if len(records["train"]) < 2:
+            raise UserError("task.train holds one example, too few to split off validation; set task.validation")
+        chosen = choose_validation(len(records["train"]), settings.validation_split)
+        pairs = list(zip(records["train"], chosen, strict=True))
+        records["validation"] = [record for record, is_chosen in pairs if is_chosen]
+        records["train"] = [record for record, is_chosen in pairs if not is_chosen]
+    return labels, records
 
 
-def steps_of(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
-    """The settings of the training loop. A step takes the rows that hold about `global_batch_size` examples."""
-    examples = len(batches.lengths)
-    rows = max(1, round(train.global_batch_size * batches.rows / examples))
-    epoch = max(1, round(batches.rows / rows))
-    steps = train.max_steps or max(1, round(train.num_train_epochs * batches.rows / rows))
-    every = train.eval_steps or epoch
-    shared = {name: getattr(train, name) for name in OptimizationSettings.model_fields} | {"global_batch_size": rows}
+def log_split(name: str, split: Split, task: Task, labels: list[str], settings: TaskSettings) -> None:
+    """Log the size of a split, and warn of labels that none of its examples has."""
+    num_truncated, padding = split.examples.num_truncated, split.batches.padding
+    truncated = f"; {num_truncated:,} truncated to task.max_length {settings.max_length}" if num_truncated else ""
+    logger.info(f"{name}: {len(split.records):,} examples, {padding:.1%} of the positions are padding{truncated}")
+    if task.single_label:
+        absent = [label for index, label in enumerate(labels) if index not in split.examples.targets]
+        if absent:
+            consequence = "learned" if name == "train" else "measured"
+            logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")
+
+
+def fingerprint_data(splits: dict[str, Split]) -> str:
+    """Return a digest of all examples of a run: a resumed run must read the same ones."""
+    return fingerprint(
+        [
+            [
+                [encoding.ids for encoding in split.examples.encodings],
+                [np.asarray(target).tolist() for target in split.examples.targets],
+            ]
+            for split in splits.values()
+        ]
+    )
+
+
+def training_settings(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
+    """Return the settings of the training loop, which counts steps and sequences instead of epochs and examples.
+
+    A step takes as many sequences as hold about `global_batch_size` examples. Example: 1,000 examples packed into 100
+    sequences, with a global batch size of 32, make steps of 3 sequences and epochs of 33 steps.
+    """
+    num_examples, num_sequences = len(batches.lengths), batches.num_sequences
+    step_sequences = max(1, round(train.global_batch_size * num_sequences / num_examples))
+    epoch_steps = max(1, round(num_sequences / step_sequences))
+    max_steps = train.max_steps or max(1, round(train.num_train_epochs * num_sequences / step_sequences))
+    eval_steps = train.eval_steps or epoch_steps
+    shared = {name: getattr(train, name) for name in OptimizationSettings.model_fields} | {
+        "global_batch_size": step_sequences
+    }
     return TrainSettings(
-        **shared, max_steps=steps, seed=seed, logging_steps=train.logging_steps, eval_steps=every, save_steps=every,
-        save_total_limit=1,
+        **shared, max_steps=max_steps, seed=seed, logging_steps=train.logging_steps, eval_steps=eval_steps,
+        save_steps=eval_steps, save_total_limit=1,
     )  # fmt: skip
 
 
-def first_model(work: FineTuning, kernel: str, seed: int) -> Classifier:
-    """A new head, by `seed`, on the encoder of the model to begin from."""
-    model = work.task.head(work.architecture, work.labels, kernel, work.task.problem_type)
-    initialize(model, work.architecture.initializer_range, seed)
-    model.load_state_dict(model.state_dict() | work.begin)
+def initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
+    """Build the model: what the starting model has of it, the rest, such as a new head, initialized from `seed`."""
+    model = experiment.task.head(experiment.architecture, experiment.labels, kernel, experiment.task.problem_type)
+    initialize(model, experiment.architecture.initializer_range, seed)
+    model.load_state_dict(model.state_dict() | experiment.starting_weights)
     return model
 
 
-def learning_rate_scale(decay: float, layers: int) -> Callable[[str], float]:
-    """By which factor the rate of a parameter is lower: `decay` once for each layer between it and the head."""
+def layerwise_decay(decay: float, num_layers: int) -> Callable[[str], float]:
+    """Return a function that gives the factor of a parameter's learning rate: `decay` once per layer below the head."""
 
-    def scale(name: str) -> float:
+    def factor(name: str) -> float:
         if name.startswith("encoder.embeddings."):
-            return decay ** (layers + 1)
-        return decay ** (layers - int(name.split(".")[2])) if name.startswith("encoder.layers.") else 1.0
+            return decay ** (num_layers + 1)
+        return decay ** (num_layers - int(name.split(".")[2])) if name.startswith("encoder.layers.") else 1.0
 
-    return scale
+    return factor
 
 
-def _run_seed(work: FineTuning, seed: int, resume: bool) -> dict[str, Any]:
-    """Train with one seed, and measure its best checkpoint; what is done already is read."""
-    folder = Path(work.config.output_dir) / f"seed-{seed}"
-    runtime = work.runtime
+def make_class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:
+    """Return a weight per label (L,): as set, with 1 as the default; or, if balanced, so that all count the same."""
+    weights = settings.class_weights
+    if weights is None:
+        return None
+    if isinstance(weights, dict):
+        if unknown := set(weights) - set(labels):
+            raise UserError(f"task.class_weights: {min(unknown)!r} is not a label; labels are {', '.join(labels)}")
+        return torch.tensor([weights.get(label, 1.0) for label in labels])
+    targets = np.concatenate([np.ravel(target) for target in examples.targets])
+    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def training_loss(experiment: Experiment) -> Loss:
+    """Return the task's loss, with class weights and label smoothing where it takes them."""
+    task, weights = experiment.task, experiment.class_weights
+    if not task.label_weights:
+        return task.loss
+    if weights is not None:
+        weights = weights.to(experiment.runtime.device)
+    return partial(task.loss, weights=weights, smoothing=experiment.config.train.label_smoothing_factor)
+
+
+def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
+    """Train with one seed and evaluate the best checkpoint; return the results, or read those of a finished seed."""
+    folder = Path(experiment.config.output_dir) / f"seed-{seed}"
+    runtime = experiment.runtime
     if (folder / "results.json").exists():
-        if runtime.rank == 0:  # left by a process that was killed after it had written the results
+        if runtime.rank == 0:  # a killed process may have left them after it wrote the results
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
     folder.mkdir(exist_ok=True)
-    trainer = _new_trainer(work, folder, seed, resume)
+    trainer = build_trainer(experiment, folder, seed, resume)
     trainer.train()
     barrier()
     progress = trainer.progress
-    place = checkpoint_folder(folder, progress.best_step)
-    if damage := problem(place):
-        raise Failure(f"{place}: the best checkpoint cannot be read: {damage}; start another run with --out")
-    best: Any = load_model(place, best_kernel(runtime.device))
+    checkpoint = checkpoint_folder(folder, progress.best_step)
+    if damage := problem(checkpoint):
+        raise Failure(f"{checkpoint}: cannot read the best checkpoint: {damage}; start another run with --out")
+    best: Any = load_model(checkpoint, best_kernel(runtime.device))
     barrier()
     best.to(runtime.device)
-    scores, predictions, losses = _measure(work, best, work.measured_on)
-    results = {**scores, **{f"validation_{name}": value for name, value in progress.best_scores.items()}}
+    evaluation = experiment.evaluate(best, experiment.measured_on)
+    results = {**evaluation.scores, **{f"validation_{name}": value for name, value in progress.best_scores.items()}}
     results["best_step"] = progress.best_step
     if runtime.rank == 0:
-        _write_findings(work, folder, predictions, losses)
-        if not (folder / "model").exists():  # left by a process that was killed before the results
-            save_final_model(folder, best, work.tokenizer)
+        write_reports(folder, experiment.task, experiment.labels, experiment.splits[experiment.measured_on], evaluation)
+        if not (folder / "model").exists():  # a killed process may have saved it before the results
+            save_final_model(folder, best, experiment.tokenizer)
         write_json(folder / "results.json", results)
         shutil.rmtree(folder / "checkpoints")
     barrier()
     return results
 
 
-def _new_trainer(work: FineTuning, folder: Path, seed: int, resume: bool) -> Trainer:
-    """Build the trainer of one seed, which starts at step 0 or resumes from the newest valid checkpoint."""
-    runtime, train, kernel = work.runtime, work.config.train, best_kernel(work.runtime.device)
-    examples = work.parts["train"].batches
-    batches = ExampleBatches(examples.examples, work.task.head, examples.pad_id, seed, examples.length)
-    settings = steps_of(train, batches, seed)
-    checkpoint = newest_checkpoint(folder) if resume else None
-    model: Any = load_model(checkpoint, kernel) if checkpoint else first_model(work, kernel, seed)
+def build_model(experiment: Experiment, checkpoint: Path | None, seed: int) -> Classifier:
+    """Load the checkpoint, or else build the initial model; freeze layers, and move the model to the device."""
+    train, kernel = experiment.config.train, best_kernel(experiment.runtime.device)
+    model: Any = load_model(checkpoint, kernel) if checkpoint else initial_model(experiment, kernel, seed)
     model.encoder.gradient_checkpointing = train.gradient_checkpointing
     if train.frozen_layers:
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
-    model.to(runtime.device)
-    facts = {"text": work.digest, **runtime.environment()}
+    return model.to(experiment.runtime.device)
+
+
+def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool) -> Trainer:
+    """Build the trainer of one seed, which starts at step 0 or resumes from the newest valid checkpoint."""
+    runtime, train, train_split = experiment.runtime, experiment.config.train, experiment.splits["train"]
+    sequence_length = train_split.batches.sequence_length
+    batches = ExampleBatches(train_split.examples, experiment.tokenizer.pad_token_id, seed, sequence_length)
+    settings = training_settings(train, batches, seed)
+    checkpoint = newest_checkpoint(folder) if resume else None
+    model = build_model(experiment, checkpoint, seed)
+    facts = {"text": experiment.data_fingerprint, **runtime.environment()}
+    examples_per_step = len(batches.lengths) * settings.global_batch_size / batches.num_sequences
     logger.info(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
-        f"{settings.max_steps:,} steps of {settings.global_batch_size} rows of {batches.length}, "
-        f"{len(batches.lengths) * settings.global_batch_size / batches.rows:.1f} examples on average"
+        f"{settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} tokens, on "
+        f"average {examples_per_step:.1f} examples"
     )
-    loss = work.task.loss
-    if loss is label_loss:
-        weights = None if work.class_weights is None else work.class_weights.to(runtime.device)
-        loss = partial(loss, weights=weights, smoothing=train.label_smoothing_factor)
-    scale = learning_rate_scale(train.layerwise_lr_decay, len(model.encoder.layers))
-    optimizer = Optimizer(model, settings, scale)
+    optimizer = Optimizer(model, settings, layerwise_decay(train.layerwise_lr_decay, len(model.encoder.layers)))
     state = load_training_state(checkpoint) if checkpoint else TrainingState()
-    micro_batch_size = choose_micro_batch_size(settings, model, batches.length, 0, runtime, state.micro_batch_size)
+    micro_batch_size = choose_micro_batch_size(settings, model, sequence_length, 0, runtime, state.micro_batch_size)
     if checkpoint is not None:
         restore_optimizer(checkpoint, state, optimizer, facts | {"micro_batch_size": micro_batch_size})
+    loss = training_loss(experiment)
+    evaluation = Evaluation(
+        lambda trainer: experiment.evaluate(model, "validation").scores,
+        experiment.metric,
+        train.early_stopping_patience,
+    )
     return Trainer(
         model=model,
         optimizer=optimizer,
-        loss=lambda model, batch: summed(*loss(work.compute(model, batch), batch)),
+        loss=lambda model, batch: sum_losses(*loss(experiment.compute_scores(model, batch), batch)),
         make_batch=batches.training,
         settings=settings,
         runtime=runtime,
@@ -284,72 +328,7 @@ def _new_trainer(work: FineTuning, folder: Path, seed: int, resume: bool) -> Tra
         callbacks=[
             *loggers(folder, runtime),
             TrainingLog(),
-            Evaluation(
-                lambda trainer: _measure(work, model, "validation")[0], work.metric, train.early_stopping_patience
-            ),
-            Checkpoints(folder, work.tokenizer, facts),
+            evaluation,
+            Checkpoints(folder, experiment.tokenizer, facts),
         ],
     )
-
-
-def _class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:
-    """A weight for each label: as set, 1 where nothing is said, or so that each label counts the same."""
-    wanted = settings.class_weights
-    if wanted is None:
-        return None
-    if isinstance(wanted, dict):
-        if unknown := set(wanted) - set(labels):
-            raise UserError(f"task.class_weights: {min(unknown)!r} is no label; they are {', '.join(labels)}")
-        return torch.tensor([wanted.get(label, 1.0) for label in labels])
-    targets = np.concatenate([np.ravel(target) for target in examples.targets])
-    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
-    return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
-
-
-def _measure(work: FineTuning, model: Classifier, name: str) -> tuple[dict[str, float], list[Any], list[float]]:
-    """All metrics and the mean loss (unweighted) on a part; the predictions; the loss of each example."""
-    part, task = work.parts[name], work.task
-    outputs, losses, loss = compute_outputs(model, part.batches, work.runtime, work.compute, task.loss)
-    predictions = task.decode(outputs, part.examples, part.rows, work.labels, work.settings)
-    references = task.references(part.rows, part.examples, work.settings)
-    scores = {metric: float(measure(references, predictions)) for metric, measure in task.metrics.items()}
-    return {**scores, "loss": loss}, predictions, losses
-
-
-WORST = 100  # examples of the largest loss that are written down
-
-
-def _write_findings(work: FineTuning, folder: Path, predictions: list[Any], losses: list[float]) -> None:
-    """Write the examples of the largest loss and, for labels, the confusion matrix."""
-    part, task = work.parts[work.measured_on], work.task
-    sums = np.bincount(part.examples.owners, losses, len(part.rows))
-    lines = []
-    for number in np.argsort(-sums, kind="stable")[:WORST].tolist():
-        predicted = predictions[number]
-        if task.metrics is CLASSIFICATION:
-            predicted = work.labels[predicted]
-        elif isinstance(predicted, np.ndarray):
-            predicted = [label for label, given in zip(work.labels, predicted, strict=True) if given]
-        row = part.rows[number]
-        about = {"where": row.location, **row.columns, "predicted": predicted, "loss": sums[number]}
-        lines.append(json.dumps(about, ensure_ascii=False, default=str) + "\n")
-    write_text(folder / "worst.jsonl", "".join(lines))
-    if task.metrics is CLASSIFICATION:
-        _draw_confusion(folder / "confusion.png", part.examples.targets, predictions, work.labels)
-
-
-def _draw_confusion(path: Path, references: list[int], predictions: list[int], labels: list[str]) -> None:
-    """Which label is taken for which, as a share of each label's examples."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    size = min(4 + 0.35 * len(labels), 40)  # inches
-    figure = Figure(figsize=(size, size), layout="constrained")
-    display = ConfusionMatrixDisplay.from_predictions(
-        references, predictions, labels=range(len(labels)), display_labels=labels, normalize="true",
-        include_values=len(labels) <= 20, values_format=".2f", xticks_rotation="vertical", cmap="Blues", colorbar=False,
-        ax=figure.subplots(),
-    )  # fmt: skip
-    if len(labels) > 100:  # nobody can read them
-        display.ax_.set(xticks=[], yticks=[])
-    figure.savefig(path)

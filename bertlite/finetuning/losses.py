@@ -1,26 +1,30 @@
 """Losses of the types of task."""
 
-# Shapes: R rows, T positions of a row, P places of a row for an example, L labels.
+# Shapes: B sequences, T positions of a sequence, E places for examples in a sequence, L labels.
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bertlite.data.masking import IGNORED
-from bertlite.finetuning.examples import TaskBatch
-from bertlite.model.heads import Classifier, SequenceClassifier
+from bertlite.finetuning.batches import TaskBatch
+from bertlite.model.heads import Classifier
+
+# Takes scores and a batch; returns the loss of each example (B,E) or token (B,T), and which of them count (bool).
+Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 
 
 def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
-    """The head's scores: (R,P,L), one for each example, or (R,T,L), one for each token."""
-    firsts = batch.prediction_positions if isinstance(model, SequenceClassifier) else None
+    """Return the head's scores: (B,E,L), one per example, or (B,T,L), one per token."""
+    firsts = None if model.per_token else batch.prediction_positions
     hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids, firsts)
     if firsts is None:
         return model.classify(hidden)
     return model.classify(hidden.flatten(0, 1)[:, None]).view(*firsts.shape, -1)
 
 
-# Losses take scores and a batch, and return the loss of each place (R,P) or token (R,T), and which of them count.
 def label_loss(
     scores: Tensor, batch: TaskBatch, weights: Tensor | None = None, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -39,25 +43,27 @@ def multilabel_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
 
 
 def regression_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-    """The squared error."""
+    """Squared error."""
     return (scores[..., 0].float() - batch.labels.nan_to_num()).square(), ~batch.labels.isnan()
 
 
 def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """Cross entropy of start and end, averaged, among the tokens of the example (Devlin et al. 2018, section 4.2)."""
-    numbers = torch.arange(1, batch.prediction_positions.shape[1] + 1, device=scores.device)
-    inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (R,P,1,T)
-    scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (R,P,2,T)
-    losses = F.cross_entropy(scores.flatten(0, 2), batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(batch.labels.shape).mean(-1), batch.labels[..., 0] != IGNORED
+    firsts = batch.prediction_positions  # labels count from the example's first token, scores from the sequence's
+    labels = torch.where(batch.labels == IGNORED, IGNORED, batch.labels + firsts[..., None])  # (B,E,2)
+    numbers = torch.arange(1, firsts.shape[1] + 1, device=scores.device)
+    inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (B,E,1,T)
+    scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (B,E,2,T)
+    losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels.shape).mean(-1), labels[..., 0] != IGNORED
 
 
 def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-    """Nothing, where labels are not known."""
-    nothing = scores.new_zeros(batch.prediction_positions.shape)
-    return nothing, nothing.bool()
+    """Zero, for examples without labels."""
+    zeros = scores.new_zeros(batch.prediction_positions.shape)
+    return zeros, zeros.bool()
 
 
-def summed(losses: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the losses that count, and how many it sums."""
-    return torch.where(real, losses, 0).sum(), real.sum()
+def sum_losses(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the losses that count, and their number."""
+    return torch.where(counted, losses, 0).sum(), counted.sum()

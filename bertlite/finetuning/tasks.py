@@ -1,124 +1,83 @@
-"""What can be learnt on top of the encoder: for each type of task its head, labels, examples, loss and metrics."""
+"""The types of task: for each its head, labels, examples, loss, metrics and results, in one table."""
 
-# Shapes: R rows, T positions of a row, P places of a row for an example, L labels.
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.data.formats import Record
-from bertlite.finetuning.examples import (
-    Examples,
-    answer_examples,
-    answers_of,
-    class_examples,
-    class_labels,
-    multilabel_examples,
-    multilabel_labels,
-    regression_examples,
-    tag_examples,
-    tag_labels,
-    words_and_tags,
-)
-from bertlite.finetuning.losses import answer_loss, label_loss, multilabel_loss, regression_loss
-from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION, Measure
+from bertlite.finetuning import decoding, examples, labels, losses, metrics
+from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.examples import Examples
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
-
-def decode_tags(
-    outputs: list[NDArray[np.float32]],
-    examples: Examples,
-    rows: list[Record],
-    labels: list[str],
-    settings: TaskSettings,
-) -> list[list[str]]:
-    """A tag for each word; O for words that were cut off."""
-    results = []
-    for output, firsts, row in zip(outputs, examples.spans, rows, strict=True):
-        tags = ["O"] * len(row.columns[settings.text[0]])
-        for word, place in firsts.items():
-            tags[word] = labels[int(output[place].argmax())]
-        results.append(tags)
-    return results
-
-
-def best_answers(
-    outputs: list[NDArray[np.float32]], examples: Examples, contexts: list[str], most: int
-) -> list[dict[str, Any]]:
-    """The likeliest answer of at most `most` tokens in any piece of each context: `score`, `start`, `end`, `answer`.
-
-    Spans are compared by the sum of their scores, as in Devlin et al. 2018, section 4.2; `score` is their
-    probability within the piece.
-    """
-    nothing = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
-    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, nothing)] * len(contexts)
-    for output, owner, spans in zip(outputs, examples.owners, examples.spans, strict=True):
-        allowed = np.array([span is not None and span[1] > span[0] for span in spans])
-        sums = np.where(allowed, output[:, 0], -np.inf)[:, None] + np.where(allowed, output[:, 1], -np.inf)[None]
-        sums = np.where(np.tril(np.triu(np.ones_like(sums)), most - 1) > 0, sums, -np.inf)
-        start, end = np.unravel_index(int(sums.argmax()), sums.shape)
-        if sums[start, end] > best[owner][0]:
-            normal = np.logaddexp.reduce(output[:, 0]) + np.logaddexp.reduce(output[:, 1])
-            score, first, last = float(np.exp(sums[start, end] - normal)), spans[start][0], spans[end][1]
-            answer = {"score": score, "start": first, "end": last, "answer": contexts[owner][first:last]}
-            best[owner] = float(sums[start, end]), answer
-    return [answer for _, answer in best]
-
-
-def _decode_answers(
-    outputs: list[Any], examples: Examples, rows: list[Record], labels: list[str], settings: TaskSettings
-) -> list[str]:
-    contexts = [row.columns[settings.text[1]] for row in rows]
-    return [found["answer"] for found in best_answers(outputs, examples, contexts, settings.max_answer_length)]
+SINGLE_OR_PAIR, SINGLE, PAIR = (1, 2), (1,), (2,)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A type of task. `labels` names the head's outputs; `decode` turns outputs into what `metrics` compare with
-    `references`, one for each row."""
+    """A type of task: its head, and the functions that make examples of records and predictions of outputs."""
 
     head: type[Classifier]
-    problem_type: str | None
-    metrics: dict[str, Measure]
-    labels: Callable[[list[Record], TaskSettings], list[str]]
-    examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
-    loss: Callable[..., tuple[Tensor, Tensor]]
-    decode: Callable[[list[Any], Examples, list[Record], list[str], TaskSettings], list[Any]]
-    references: Callable[[list[Record], Examples, TaskSettings], list[Any]]
+    problem_type: str | None  # Hugging Face's name for what the outputs of SequenceClassifier mean
+    metrics: dict[str, metrics.Metric]  # the first is the default
+    num_texts: tuple[int, ...]  # how many text columns an example may have
+    output_labels: Callable[[list[Record], TaskSettings], list[str]]  # names of the outputs, from training records
+    make_examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
+    encode: Callable[[list[tuple[str, ...]], PreTrainedTokenizerBase, TaskSettings], Examples]  # texts without labels
+    loss: Callable[..., tuple[Tensor, Tensor]]  # losses.Loss
+    decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
+    results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
+    describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
+    single_label: bool = False  # each example has exactly one of the labels: a confusion matrix makes sense
+    label_weights: bool = False  # the loss takes class weights and label smoothing
 
 
 # Keys of task.type.
 TASKS = {
     "classification": Task(
-        SequenceClassifier, "single_label_classification", CLASSIFICATION, class_labels, class_examples, label_loss,
-        decode=lambda outputs, *_: [int(output.argmax()) for output in outputs],
-        references=lambda rows, examples, settings: examples.targets,
+        SequenceClassifier, "single_label_classification", metrics.CLASSIFICATION, SINGLE_OR_PAIR,
+        labels.collect_classes, examples.classification_examples, examples.encode_texts, losses.label_loss,
+        decode=lambda outputs: [int(scores.argmax()) for scores in outputs.scores],
+        results=decoding.rank_classes,
+        describe=lambda prediction, labels: labels[prediction],
+        single_label=True, label_weights=True,
     ),
     "multilabel": Task(
-        SequenceClassifier, "multi_label_classification", MULTILABEL, multilabel_labels, multilabel_examples,
-        multilabel_loss,
-        decode=lambda outputs, *_: [(output > 0).astype(int) for output in outputs],
-        references=lambda rows, examples, settings: [target.astype(int) for target in examples.targets],
+        SequenceClassifier, "multi_label_classification", metrics.MULTILABEL, SINGLE_OR_PAIR,
+        labels.collect_labels, examples.multilabel_examples, examples.encode_texts, losses.multilabel_loss,
+        decode=lambda outputs: [(scores > 0).astype(int) for scores in outputs.scores],
+        results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, decoding.sigmoid),
+        describe=lambda prediction, labels: [label for label, has in zip(labels, prediction, strict=True) if has],
     ),
     "regression": Task(
-        SequenceClassifier, "regression", REGRESSION, lambda rows, settings: [settings.label], regression_examples,
-        regression_loss,
-        decode=lambda outputs, *_: [float(output[0]) for output in outputs],
-        references=lambda rows, examples, settings: [float(target) for target in examples.targets],
+        SequenceClassifier, "regression", metrics.REGRESSION, SINGLE_OR_PAIR,
+        lambda records, settings: [settings.label], examples.regression_examples, examples.encode_texts,
+        losses.regression_loss,
+        decode=lambda outputs: [float(scores[0]) for scores in outputs.scores],
+        results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, lambda scores: scores),
     ),
     "token-classification": Task(
-        TokenClassifier, None, ENTITIES, tag_labels, tag_examples, label_loss, decode_tags,
-        references=lambda rows, examples, settings: [words_and_tags(row, settings)[1] for row in rows],
+        TokenClassifier, None, metrics.ENTITIES, SINGLE,
+        labels.collect_tags, examples.tag_examples, examples.encode_texts, losses.label_loss,
+        decode=decoding.decode_tags,
+        results=lambda outputs, top_k: decoding.find_entities(outputs),
+        label_weights=True,
     ),
     "question-answering": Task(
-        QuestionAnswerer, None, ANSWERS, lambda rows, settings: ["start", "end"], answer_examples, answer_loss,
-        _decode_answers,
-        references=lambda rows, examples, settings: [answers_of(row)[0] or [""] for row in rows],
+        QuestionAnswerer, None, metrics.ANSWERS, PAIR,
+        lambda records, settings: ["start", "end"], examples.answer_examples, examples.encode_questions,
+        losses.answer_loss,
+        decode=lambda outputs: [answer["answer"] for answer in decoding.best_answers(outputs)],
+        results=lambda outputs, top_k: decoding.best_answers(outputs),
     ),
 }  # fmt: skip
+
+
+def task_of(model: Classifier) -> Task:
+    """Return the task that a fine-tuned model does: of its head and, where there is a choice, of its problem type."""
+    tasks = [task for task in TASKS.values() if task.head is type(model)]
+    return next((task for task in tasks if task.problem_type == model.problem_type), tasks[0])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,24 @@ from bertlite.data.batches import Batch
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.data.tokenizer import load_tokenizer
-from bertlite.finetuning import experiment, finetune
-from bertlite.finetuning.examples import ExampleBatches, Examples, one_label, several_labels
-from bertlite.finetuning.experiment import compute_outputs, learning_rate_scale, steps_of
+from bertlite.finetuning.batches import ExampleBatches, choose_sequence_length, count_sequences
+from bertlite.finetuning.decoding import Outputs, group_entities
+from bertlite.finetuning.evaluation import EvaluationResult, compute_outputs
+from bertlite.finetuning.examples import context_offsets
+from bertlite.finetuning.experiment import Experiment, initial_model, layerwise_decay, prepare, training_settings
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.losses import compute_scores, label_loss, summed
-from bertlite.finetuning.predict import entities, predict, read_texts
+from bertlite.finetuning.labels import read_label, read_label_list
+from bertlite.finetuning.losses import compute_scores, label_loss, sum_losses
+from bertlite.finetuning.predict import predict, read_texts
+from bertlite.finetuning.results import format_results, write_reports
 from bertlite.finetuning.tasks import TASKS
 from bertlite.model.heads import SequenceClassifier
 from bertlite.model.huggingface import load_model
 from bertlite.training.optim import Optimizer, learning_rate_factor
 
 
-def prepared(config: FinetuneConfig) -> experiment.FineTuning:
-    return experiment._prepare(config, config.task, Path(str(config.model.init_from)), initialize_runtime("fp32"))
+def prepared(config: FinetuneConfig) -> Experiment:
+    return prepare(config, config.task, initialize_runtime("fp32"))
 
 
 def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
@@ -63,8 +68,8 @@ def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch
     """transformers' own loss of one example by itself, and how many it is the mean of."""
     target = torch.as_tensor(np.asarray(examples.targets[member]))
     inputs = {
-        "input_ids": torch.tensor([examples.ids[member]]),
-        "token_type_ids": torch.tensor([examples.types[member]]),
+        "input_ids": torch.tensor([examples.encodings[member].ids]),
+        "token_type_ids": torch.tensor([examples.encodings[member].type_ids]),
     }
     if kind == "question-answering":
         return model(**inputs, start_positions=target[:1], end_positions=target[1:]).loss, 1
@@ -92,9 +97,9 @@ def test_twenty_steps_are_those_of_transformers(kind, write, vocabulary, tmp_pat
     run(config)
 
     work = prepared(config)
-    train = work.parts["train"]
-    batches = ExampleBatches(train.examples, work.task.head, 0, seed=0, length=train.batches.length)
-    settings = steps_of(config.train, batches, 0)
+    train = work.splits["train"]
+    batches = ExampleBatches(train.examples, 0, seed=0, sequence_length=train.batches.sequence_length)
+    settings = training_settings(config.train, batches, 0)
     theirs = HEADS[kind][0].from_pretrained(model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     groups = [
         {"params": [one for one in theirs.parameters() if one.ndim > 1], "weight_decay": 0.01},
@@ -104,8 +109,8 @@ def test_twenty_steps_are_those_of_transformers(kind, write, vocabulary, tmp_pat
     expected = []
     for step in range(20):
         samples = np.arange(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
-        epochs = samples // batches.rows
-        places = permute(samples % batches.rows, batches.rows, (batches.seed, EPOCH_ORDER), epochs)
+        epochs = samples // batches.num_sequences
+        places = permute(samples % batches.num_sequences, batches.num_sequences, (batches.seed, EPOCH_ORDER), epochs)
         members = [int(one) for pair in zip(epochs, places, strict=True) for one in batches.members(*map(int, pair))]
         losses = [their_loss(theirs, kind, train.examples, member) for member in members]
         loss = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
@@ -125,11 +130,12 @@ def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, v
     model = with_head(vocabulary, kind, tmp_path / "start", std=0.2)
     work = prepared(write(kind, model__init_from=str(model)))
     ours, theirs = load_model(model), HEADS[kind][0].from_pretrained(model).eval()
-    part = work.parts["validation"]
+    part = work.splits["validation"]
     outputs, losses, loss = compute_outputs(ours, part.batches, work.runtime, compute_scores, work.task.loss)
     total = scored = 0.0
     for member, output in enumerate(outputs):
-        ids, types = (torch.tensor([column[member]]) for column in (part.examples.ids, part.examples.types))
+        encoding = part.examples.encodings[member]
+        ids, types = torch.tensor([encoding.ids]), torch.tensor([encoding.type_ids])
         result = theirs(input_ids=ids, token_type_ids=types)
         logits = result.logits if "logits" in result else torch.stack([result.start_logits, result.end_logits], -1)
         np.testing.assert_allclose(output, logits[0].detach(), atol=1e-5)
@@ -141,25 +147,31 @@ def test_packed_examples_score_as_each_does_alone_in_transformers(kind, write, v
 
 def test_batches_are_a_pure_function_of_seed_and_row_and_waste_little(write):
     work = prepared(write(task__train="sample", task__validation="sample", task__max_length=64))
-    batches = work.parts["train"].batches
-    again = ExampleBatches(batches.examples, batches.head, 0, batches.seed, batches.length)
+    batches = work.splits["train"].batches
+    again = ExampleBatches(batches.examples, 0, batches.seed, batches.sequence_length)
     assert batches.padding <= 0.05
-    assert batches.lengths.sum() / (batches.rows * batches.length) == pytest.approx(1 - batches.padding)
-    for first in (3 * batches.rows + 5, 0, batches.rows - 1):  # in any order, across the ends of epochs
+    assert batches.lengths.sum() / (batches.num_sequences * batches.sequence_length) == pytest.approx(
+        1 - batches.padding
+    )
+    for first in (
+        3 * batches.num_sequences + 5,
+        0,
+        batches.num_sequences - 1,
+    ):  # in any order, across the ends of epochs
         one, other = batches.training(first, 3), again.training(first, 3)
         assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
-        assert one.input_ids.shape == (3, batches.length)
+        assert one.input_ids.shape == (3, batches.sequence_length)
     seen = []
     for epoch in range(2):
-        batch = batches.training(epoch * batches.rows, batches.rows)
+        batch = batches.training(epoch * batches.num_sequences, batches.num_sequences)
         assert batch.tokens() == batches.lengths.sum()
         counts = torch.bincount(batch.labels[batch.labels != IGNORED], minlength=7)
         assert counts.tolist() == np.bincount(batches.examples.targets, minlength=7).tolist()
-        members = [sorted(batches.members(epoch, row).tolist()) for row in range(batches.rows)]
+        members = [sorted(batches.members(epoch, row).tolist()) for row in range(batches.num_sequences)]
         assert sorted(one for row in members for one in row) == list(range(1330))
         seen.append(sorted(map(tuple, members)))
-    assert len(set(seen[0]) & set(seen[1])) < batches.rows / 2  # other mates in each epoch
-    other = ExampleBatches(batches.examples, batches.head, 0, 1, batches.length).training(0, 3)
+    assert len(set(seen[0]) & set(seen[1])) < batches.num_sequences / 2  # other mates in each epoch
+    other = ExampleBatches(batches.examples, 0, 1, batches.sequence_length).training(0, 3)
     assert not torch.equal(other.input_ids, batches.training(0, 3).input_ids)
 
 
@@ -176,7 +188,7 @@ def test_a_run_leaves_results_and_a_model_that_gives_them(kind, write):
     best = max(results["seeds"], key=lambda seed: results["seeds"][seed]["validation_" + results["metric"]])
     assert max(log(folder, f"eval_{results['metric']}", int(best))) == results["seeds"][best][results["metric"]]
     work = prepared(config)
-    scores, *_ = experiment._measure(work, load_model(folder / "model"), "validation")
+    scores = work.evaluate(load_model(folder / "model"), "validation").scores
     assert scores == pytest.approx({name: results["seeds"][best][name] for name in scores}, abs=1e-4)
     worst = [json.loads(line) for line in (folder / "worst.jsonl").read_text().splitlines()]
     assert len(worst) == 24 and worst == sorted(worst, key=lambda line: -line["loss"]) and "predicted" in worst[0]
@@ -232,7 +244,7 @@ def test_tags_of_words_become_entities_as_seqeval_has_them(vocabulary):
         scores = generator.random((len(encoding.ids), 5), np.float32)  # of the pieces that do not count
         for word, label in zip(words, chosen, strict=True):
             scores[encoding.word_ids.index(word), label] = 2.0
-        found = entities(scores, encoding, text, labels)
+        found = group_entities(scores, encoding, text, labels)
         expected = [
             (kind, spans[first][0], spans[last][1])
             for kind, first, last in get_entities([labels[one] for one in chosen])
@@ -264,7 +276,7 @@ def test_answers_are_the_likeliest_spans_of_the_context(vocabulary, tmp_path):
     assert (answer["start"], answer["end"]) == best[1:]
     (nothing,) = predict(model, tokenizer, ["What?\t\u200b"], initialize_runtime("fp32"))  # no token
     assert nothing == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
-    with pytest.raises(UserError, match="text 2: should be a question and its context, with a tab between"):
+    with pytest.raises(UserError, match=r"text 2: should be two texts, .*, separated by a tab"):
         list(predict(model, tokenizer, ["a\tb", "no tab"], initialize_runtime("fp32")))
 
 
@@ -273,7 +285,7 @@ def test_pairs(write, tmp_path):
             enumerate(zip(SENTENCES[:60], SENTENCES[60:120], strict=True))]  # fmt: skip
     config = write(rows=rows, task__text=["a", "b"])
     run(config)
-    batch = prepared(config).parts["train"].batches.training(0, 2)
+    batch = prepared(config).splits["train"].batches.training(0, 2)
     assert batch.token_type_ids.max() == 1
     loaded = LoadedModel(tmp_path / "run" / "model", initialize_runtime("fp32"))
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -286,7 +298,7 @@ def test_pairs(write, tmp_path):
 def test_resuming_is_bit_for_bit(write, tmp_path):
     whole, cut = write(name="whole", train__seeds=[0, 1]), write(name="cut", train__seeds=[0, 1])
     run(whole)
-    measured = experiment.ExampleBatches.training
+    measured = ExampleBatches.training
 
     def interrupted(self: ExampleBatches, first: int, count: int) -> Batch:
         if self.seed == 1 and first >= 4 * count:
@@ -294,7 +306,7 @@ def test_resuming_is_bit_for_bit(write, tmp_path):
         return measured(self, first, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.ExampleBatches, "training", interrupted)
+        patch.setattr(ExampleBatches, "training", interrupted)
         with pytest.raises(Stopped):
             run(cut)
     stop_request.number = 0
@@ -324,16 +336,16 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_training(interrupted, wri
     config = write(train__max_steps=12, train__eval_steps=1, train__early_stopping_patience=3)
     values = [0.2, 0.5, 0.4, 0.3, 0.5, 0.9, 0.9]
     measured = []
-    measure = experiment._measure
+    evaluate = Experiment.evaluate
 
-    def scripted(*arguments: Any, **options: Any) -> Any:
-        scores, predictions, outputs = measure(*arguments, **options)
-        measured.append(scores["loss"])
+    def scripted(experiment: Experiment, model: Any, split: str) -> EvaluationResult:
+        evaluation = evaluate(experiment, model, split)
+        measured.append(evaluation.scores["loss"])
         if interrupted and len(measured) == 4:
             stop_request.number = 15
-        return {**scores, "accuracy": values[len(measured) - 1]}, predictions, outputs
+        return replace(evaluation, scores={**evaluation.scores, "accuracy": values[len(measured) - 1]})
 
-    monkeypatch.setattr(experiment, "_measure", scripted)
+    monkeypatch.setattr(Experiment, "evaluate", scripted)
     if interrupted:
         with pytest.raises(Stopped):
             run(config)
@@ -421,10 +433,10 @@ def test_settings_that_may_change_no_loss(write, usual, monkeypatch):
 def test_an_epoch_is_all_examples_and_a_step_as_many_as_asked_for(write):
     sample = {"task__train": "sample", "task__validation": "sample"}
     config = write(**sample, train__max_steps=None, train__num_train_epochs=3, train__global_batch_size=32)
-    batches = prepared(config).parts["train"].batches
-    settings = steps_of(config.train, batches, 0)
+    batches = prepared(config).splits["train"].batches
+    settings = training_settings(config.train, batches, 0)
     rows = range(settings.max_steps * settings.global_batch_size)
-    seen = sum(len(batches.members(*divmod(row, batches.rows))) for row in rows)
+    seen = sum(len(batches.members(*divmod(row, batches.num_sequences))) for row in rows)
     assert seen == pytest.approx(3 * 1330, rel=0.05)
     assert seen / settings.max_steps == pytest.approx(32, rel=0.1)
 
@@ -443,13 +455,13 @@ def test_two_ranks_fine_tune_like_one(write, tmp_path):
 
 def test_findings_are_the_worst_hundred_and_which_label_is_taken_for_which(write, tmp_path, monkeypatch):
     work = prepared(write(rows=[{"text": text, "label": label} for label, text in SENTENCES[:300]]))
-    monkeypatch.setattr(type(work), "measured_on", "train")
-    predictions = [(target + 1) % 7 for target in work.parts["train"].examples.targets]
+    predictions = [(target + 1) % 7 for target in work.splits["train"].examples.targets]
     drawn, plot = [], ConfusionMatrixDisplay.plot
     monkeypatch.setattr(
         ConfusionMatrixDisplay, "plot", lambda self, **o: drawn.append(self.confusion_matrix) or plot(self, **o)
     )
-    experiment._write_findings(work, tmp_path, predictions, list(range(276)))
+    evaluation = EvaluationResult({}, predictions, list(range(276)))
+    write_reports(tmp_path, work.task, work.labels, work.splits["train"], evaluation)
     worst = [json.loads(line) for line in (tmp_path / "worst.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in worst] == list(range(275, 175, -1))
     assert all(line["predicted"] == work.labels[(work.labels.index(line["label"]) + 1) % 7] for line in worst)
@@ -458,21 +470,21 @@ def test_findings_are_the_worst_hundred_and_which_label_is_taken_for_which(write
 
 def test_the_loss_that_is_measured_has_no_weights(write):
     plain, weighted = prepared(write()), prepared(write(task__class_weights="balanced"))
-    model = experiment.first_model(plain, "sdpa", 0)
-    assert experiment._measure(plain, model, "validation")[0] == experiment._measure(weighted, model, "validation")[0]
+    model = initial_model(plain, "sdpa", 0)
+    assert plain.evaluate(model, "validation").scores == weighted.evaluate(model, "validation").scores
 
 
 def test_questions_follow_their_settings(write):
     counts = []
     for stride in (1, 12):
         work = prepared(write(Q, task__max_length=32, task__doc_stride=stride))
-        counts.append(len(work.parts["train"].examples.ids))
+        counts.append(len(work.splits["train"].examples.encodings))
     assert 96 < counts[0] < counts[1]
-    examples, rows = work.parts["train"].examples, work.parts["train"].rows
-    outputs = [np.stack([-np.arange(len(ids)), np.arange(len(ids))], 1).astype(float) for ids in examples.ids]
+    examples = work.splits["train"].examples
+    scores = [np.outer(np.arange(len(encoding)), [-1.0, 1.0]) for encoding in examples.encodings]
     for most in (1, 3):
         settings = work.settings.model_copy(update={"max_answer_length": most})
-        answers = work.task.decode(outputs, examples, rows, work.labels, settings)
+        answers = work.task.decode(Outputs(scores, examples, work.labels, settings))
         assert max(len(work.tokenizer.tokenize(answer)) for answer in answers) == most
 
 
@@ -496,8 +508,10 @@ def test_layerwise_rates_and_frozen_layers(write):
         frozen = name.startswith(("embeddings.", "encoder.layer.0."))
         assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
     work = prepared(config)
-    model = experiment.first_model(work, "sdpa", 0)
-    optimizer = Optimizer(model, steps_of(config.train, work.parts["train"].batches, 0), learning_rate_scale(0.5, 2))
+    model = initial_model(work, "sdpa", 0)
+    optimizer = Optimizer(
+        model, training_settings(config.train, work.splits["train"].batches, 0), layerwise_decay(0.5, 2)
+    )
     rates = {
         name: group["lr"] / 1e-3
         for part in optimizer.parts
@@ -516,9 +530,9 @@ def test_layerwise_rates_and_frozen_layers(write):
 
 
 def test_label_smoothing_is_that_of_transformers(write):
-    batch = prepared(write()).parts["train"].batches.training(0, 3)
+    batch = prepared(write()).splits["train"].batches.training(0, 3)
     scores = torch.randn(*batch.labels.shape, 7)
-    loss, count = summed(*label_loss(scores, batch, smoothing=0.2))
+    loss, count = sum_losses(*label_loss(scores, batch, smoothing=0.2))
     expected = LabelSmoother(epsilon=0.2)({"logits": scores}, batch.labels)
     assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -529,14 +543,14 @@ def test_class_weights(write):
     weights = work.class_weights
     assert weights.tolist() == [3.0] + [1.0] * 6
     balanced = prepared(write(task__class_weights="balanced")).class_weights
-    counts = np.bincount(work.parts["train"].examples.targets)
+    counts = np.bincount(work.splits["train"].examples.targets)
     assert (balanced.numpy() * counts).tolist() == pytest.approx([96 / 7] * 7)
-    batch = work.parts["train"].batches.training(0, 3)
+    batch = work.splits["train"].batches.training(0, 3)
     scores = torch.randn(*batch.labels.shape, 7)
     real = batch.labels != IGNORED
     each = torch.nn.functional.cross_entropy(scores[real], batch.labels[real], reduction="none")
     expected = (each * torch.where(batch.labels[real] == 0, 3.0, 1.0)).sum()
-    assert summed(*label_loss(scores, batch, weights))[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sum_losses(*label_loss(scores, batch, weights))[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_several_tasks_and_their_table(write, tmp_path):
@@ -546,7 +560,7 @@ def test_several_tasks_and_their_table(write, tmp_path):
                            output_dir=str(tmp_path / "suite"))  # fmt: skip
     results = run(suite)
     assert json.loads((tmp_path / "suite" / "results.json").read_text()) == results
-    lines = finetune.table(results).splitlines()
+    lines = format_results(results).splitlines()
     assert (
         lines[0].startswith("one") and "accuracy" in lines[0] and lines[1].startswith("two") and "macro_f1" in lines[1]
     )
@@ -555,7 +569,7 @@ def test_several_tasks_and_their_table(write, tmp_path):
     gone = other.model_copy(update={"validation": other.train.model_copy(update={"path": "gone.tsv"})})
     for name, task, message in [
         ("two", gone, r"tasks\.two\.validation: gone\.tsv: there is no such file"),
-        ("../two", other, r"tasks\.\.\./two: the name of a task names its folder too"),
+        ("../two", other, r"tasks\.\.\./two: the name of a task is also the name of its folder"),
         ("two", other.model_copy(update={"metric": "f2"}), r"tasks\.two\.metric is 'f2'"),
     ]:
         changes = {"tasks": {"one": config.task, name: task}, "output_dir": str(tmp_path / "other")}
@@ -573,21 +587,21 @@ def bad_rows(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
 C, R, T, Q = "classification", "regression", "token-classification", "question-answering"
 BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "label in dev alone": (C, bad_rows(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
-    "one class": (C, [row | {"label": "a"} for row in rows_of(C)], {}, r"all 96 rows have the label 'a'"),
+    "one class": (C, [row | {"label": "a"} for row in rows_of(C)], {}, r"all 96 examples have the label 'a'"),
     "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
     "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
     "empty": (C, bad_rows(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
     "no label": (C, bad_rows(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
     "NaN": (R, bad_rows(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
-    "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', which is no finite number"),
-    "no number that fp32 has": (R, bad_rows(R, 30, label=1e39), {}, r"is 1e\+39, which is no finite number"),
-    "a number of many digits": (R, bad_rows(R, 30, label=10**400), {}, r"which is no finite number"),
-    "a list": (C, bad_rows(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\]; it should be one text"),
+    "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', not a finite number"),
+    "no number that fp32 has": (R, bad_rows(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
+    "a number of many digits": (R, bad_rows(R, 30, label=10**400), {}, r"not a finite number"),
+    "a list": (C, bad_rows(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\], not a single text"),
     "tags": (T, bad_rows(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
     "words": (T, bad_rows(T, 30, text="Ada spoke"), {}, r"train\.jsonl:7: .* should be lists of words and of tags"),
     "no words": (T, bad_rows(T, 30, text=[], label=[]), {}, r"train\.jsonl:7: the sentence is empty"),
-    "no labels": ("multilabel", [row | {"label": ""} for row in rows_of("multilabel")], {}, "no row has a label"),
-    "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is no tag"),
+    "no labels": ("multilabel", [row | {"label": ""} for row in rows_of("multilabel")], {}, "no example has a label"),
+    "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is not a tag"),
     "no entity": (T, [row | {"label": ["O"] * len(row["text"])} for row in rows_of(T)], {}, "all tags .* are O"),
     "answers": (Q, bad_rows(Q, 30, answers="x"), {}, r"answers should hold the lists text and answer_start"),
     "stride": (Q, None, {"task__doc_stride": 62}, r"task\.doc_stride is 62, which leaves no room"),
@@ -599,14 +613,19 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         r"task\.type is 'klassification'.* Did you mean classification",
     ),
     "metric": (C, None, {"task__metric": "pearson"}, r"task\.metric is 'pearson', which is not one of accuracy"),
-    "weights": (R, None, {"task__class_weights": "balanced"}, r"task\.class_weights .* regression has no such thing"),
-    "weight": (C, None, {"task__class_weights": {"x": 2}}, r"task\.class_weights: 'x' is no label"),
-    "smoothing": (R, None, {"train__label_smoothing_factor": 0.1}, r"regression has no such thing"),
+    "weights": (R, None, {"task__class_weights": "balanced"}, r"task\.class_weights .* regression does not use it"),
+    "weight": (C, None, {"task__class_weights": {"x": 2}}, r"task\.class_weights: 'x' is not a label"),
+    "smoothing": (R, None, {"train__label_smoothing_factor": 0.1}, r"regression does not use it"),
     "layers": (C, None, {"train__frozen_layers": 5}, r"train\.frozen_layers is 5; the model has 2"),
     "texts": (T, None, {"task__text": ["a", "b"]}, r"task\.text names 2 columns; token-classification reads 1"),
-    "model": (C, None, {"model__init_from": None}, r"no model to begin from: name it by --model"),
+    "model": (C, None, {"model__init_from": None}, r"no model to start from: give it by --model"),
     "no model": (C, None, {"model__init_from": "/nowhere"}, r"/nowhere: no such model folder"),
-    "one row": (R, rows_of(R)[:25], {"task__validation": None}, r"task\.train holds one row, so none can be held out"),
+    "one row": (
+        R,
+        rows_of(R)[:25],
+        {"task__validation": None},
+        r"task\.train holds one example, too few to split",
+    ),
 }
 
 
@@ -620,19 +639,17 @@ def test_bad_input_is_named_and_leaves_nothing_behind(name, write, tmp_path):
 
 def test_a_label_is_the_same_with_and_without_blanks_around_it():
     settings = TaskSettings.model_validate({"train": "x", "type": "multilabel"})
-    assert one_label(Record("", {"label": " a "}), settings) == "a"
+    assert read_label(Record("", {"label": " a "}), settings) == "a"
     for value, wanted in {0: ["0"], 1: ["1"], "": [], "a, b": ["a", "b"]}.items():
-        assert several_labels(Record("", {"label": value}), settings) == wanted
+        assert read_label_list(Record("", {"label": value}), settings) == wanted
 
 
 @pytest.mark.parametrize("lengths", [[12], [140, 9], [90, 60, 61, 130, 20, 77, 50, 52, 30, 100]])
 def test_few_examples_take_few_positions(lengths):
     """Less than as many again as there are tokens, where no length of rows packs them well."""
-    ids = [[1] * length for length in lengths]
-    examples = Examples(ids, ids, [None] * len(ids), list(range(len(ids))), [0] * len(ids), 0)
-    batches = ExampleBatches(examples, SequenceClassifier, 0)
-    assert batches.rows * batches.length < 2 * sum(lengths) + 8
-    assert batches.length % 8 == 0 and batches.length >= max(lengths)
+    sequence_length = choose_sequence_length(np.array(lengths))
+    assert count_sequences(np.array(lengths), sequence_length) * sequence_length < 2 * sum(lengths) + 8
+    assert sequence_length % 8 == 0 and sequence_length >= max(lengths)
 
 
 def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, capsys):
@@ -641,19 +658,19 @@ def test_answers_that_are_not_in_their_context_are_counted_and_left_out(write, c
         rows[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
     config = write(Q, rows)
     work = prepared(config)
-    assert "2 of 96 questions have no answer where answer_start says, such as" in capsys.readouterr().err
-    examples = work.parts["train"].examples
-    ignored = {owner for owner, target in zip(examples.owners, examples.targets, strict=True) if target[0] == IGNORED}
+    assert "2 of 96 questions have no answer at their answer_start, such as" in capsys.readouterr().err
+    examples = work.splits["train"].examples
+    pairs = list(zip(examples.record_indices, examples.targets, strict=True))
+    ignored = {record for record, target in pairs if target[0] == IGNORED}
     assert ignored == {6, 7}
     texts = {number: row["answers"]["text"][0] for number, row in enumerate(rows[24:])}
     found = set()
-    columns = examples.ids, examples.spans, examples.owners, examples.targets
-    for ids, spans, owner, target in zip(*columns, strict=True):
+    for encoding, (record, target) in zip(examples.encodings, pairs, strict=True):
         if target[0] > 0:
-            context = rows[24 + owner]["context"]
-            covered = context[spans[target[0]][0] : spans[target[1]][1]]
-            assert texts[owner] in covered and len(ids) >= target[1]
-            found.add(owner)
+            offsets = context_offsets(encoding)
+            covered = rows[24 + record]["context"][offsets[target[0], 0] : offsets[target[1], 1]]
+            assert texts[record] in covered and len(encoding) >= target[1]
+            found.add(record)
     assert len(found) > 80
 
 
@@ -664,22 +681,25 @@ def test_what_is_neither_measured_nor_trained_is_told(write, vocabulary, capsys)
     config = write("classification", [row if row["label"] != labels[0] else other for row in rows[:24]] + rows[24:])
     prepared(config)
     told = capsys.readouterr().err
-    assert f"validation: no row is labelled {labels[0]}, so that is not measured" in told
-    assert "no row is labelled" not in told.replace("validation: no row", "") and "later positions" not in told
+    assert f"validation: no example has the label {labels[0]}, so it is not measured" in told
+    assert (
+        "has the label" not in told.replace("validation: no example has the label", "")
+        and "later positions" not in told
+    )
 
     train = [
         {**row, "label": "rare" if out else row["label"]}
         for row, out in zip(rows[24:], choose_validation(len(rows[24:]), 0.1), strict=True)
     ]
     prepared(write("classification", rows[:24] + train, task__validation=None))
-    assert "train: no row is labelled rare, so that is not learnt" in capsys.readouterr().err
+    assert "train: no example has the label rare, so it is not learned" in capsys.readouterr().err
 
     tokenizer = load_tokenizer(str(config.model.init_from))
     tokenizer.model_max_length = 16
     tokenizer.save_pretrained(str(config.model.init_from))
-    longest = int(max(part.batches.lengths.max() for part in prepared(config).parts.values()))
+    longest = int(max(part.batches.lengths.max() for part in prepared(config).splits.values()))
     assert longest > 16
-    assert f"examples are up to {longest} tokens long, but {config.model.init_from} was trained on 16" in (
+    assert f"examples have up to {longest} tokens, but {config.model.init_from} was trained on 16" in (
         capsys.readouterr().err
     )
 
@@ -703,16 +723,16 @@ def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):
     os.close(reader)
     with pytest.raises(UserError, match="there is no column 'text'; there are id, body"):
         list(read_texts(str(tmp_path / "a.csv"), "text"))
-    with pytest.raises(UserError, match=r"--file: .*b\.csv: there is no such file"):
+    with pytest.raises(UserError, match=r"--file: .*b\.csv: no such file"):
         list(read_texts(str(tmp_path / "b.csv"), "text"))
 
 
 def test_sequence_heads_read_each_example_of_a_row(write):
     """A wrong place for an example's first token would be seen."""
     work = prepared(write())
-    model = experiment.first_model(work, "sdpa", 0)
+    model = initial_model(work, "sdpa", 0)
     assert isinstance(model, SequenceClassifier)
-    batch = work.parts["train"].batches.training(0, 2)
+    batch = work.splits["train"].batches.training(0, 2)
     scores = compute_scores(model.eval(), batch)
     assert scores.shape == (*batch.labels.shape, 7)
     real = batch.labels != IGNORED

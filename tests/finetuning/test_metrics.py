@@ -8,10 +8,8 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
-from bertlite.config.finetune_settings import TaskSettings
-from bertlite.data.formats import Record
 from bertlite.finetuning import metrics
-from bertlite.finetuning.examples import words_and_tags
+from bertlite.finetuning.labels import convert_to_iob2
 from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
 
 CHECK = SHARED / "qa" / "evaluator_check"
@@ -76,7 +74,7 @@ def test_of_one_number_nothing_is_to_be_explained():
 
 
 def test_answers_are_compared_without_case_articles_and_punctuation():
-    assert metrics.normalized_answer("  The U.S.-based   an Apple! ") == "usbased apple"
+    assert metrics.normalize_answer("  The U.S.-based   an Apple! ") == "usbased apple"
     assert ANSWERS["exact_match"]([["the Cat.", "x"], ["y"]], ["cat", "z"]) == 50
     assert ANSWERS["f1"]([["the big cat"]], ["a cat sat"]) == pytest.approx(50)
 
@@ -103,8 +101,7 @@ TAGS = {
 
 
 def iob2(tags: list[str]) -> list[str]:
-    settings = TaskSettings.model_validate({"train": "unread", "type": "token-classification"})
-    return words_and_tags(Record("here", {"text": ["word"] * len(tags), "label": tags}), settings)[1]
+    return convert_to_iob2(tags, "here")
 
 
 @pytest.mark.parametrize("scheme", TAGS)

@@ -14,7 +14,7 @@ from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import load_config
 from bertlite.core.errors import DiskFull, Failure, UserError
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.sweep import sweep, table
+from bertlite.finetuning.sweep import format_trials, sweep
 
 SPACE = {
     "train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -54,7 +54,7 @@ def test_a_sweep_leaves_a_table_a_plot_and_the_best_configuration(write_sweep, t
     trial = json.loads((folder / f"trial-{rows[0]['trial']:03d}/results.json").read_text())
     name = f"validation_{again['metric']}"
     assert again["seeds"]["0"][name] == trial["seeds"]["0"][name]
-    lines = table(rows).splitlines()
+    lines = format_trials(rows).splitlines()
     assert len(lines) == 4 and lines[0].split() == ["trial", "value", *sorted(SPACE)]
 
 
@@ -75,7 +75,7 @@ def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, tm
 
     whole = sweep(write_sweep("whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bertlite.finetuning.sweep._keep_best", killed)  # the trial is told, its model has no place yet
+        patch.setattr("bertlite.finetuning.sweep.write_best", killed)  # the trial is told, its model has no place yet
         sweep(write_sweep("cut"))
     assert sweep(write_sweep("cut"), resume=True) == whole
     assert [path.parent.name for path in (tmp_path / "cut").rglob("model")] == ["cut"]
@@ -95,7 +95,7 @@ def test_a_full_disk_ends_a_sweep_and_costs_no_trial(write_sweep, tmp_path, monk
 
 
 def test_settings_that_do_not_train_cost_a_trial_and_no_sweep(write_sweep, capsys):
-    with pytest.raises(Failure, match="no trial ended well"):
+    with pytest.raises(Failure, match="all trials failed"):
         sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
     assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
     rows = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
@@ -135,7 +135,7 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
     code, out, _ = bertlite("finetune", path, "--model", model, "--out", tmp_path / "other", "--json")
     assert code == 0 and json.loads(out)["metric"] == "accuracy"
     code, _, err = bertlite("finetune", path)
-    assert code == 2 and "no model to begin from" in err
+    assert code == 2 and "no model to start from" in err
 
     texts = [row["text"] for row in rows_of("classification")[:3]]
     _, from_arguments, _ = bertlite("predict", tmp_path / "run", *texts, "--json")
@@ -149,7 +149,7 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
     assert bertlite("predict", tmp_path / "run", texts[0])[1] == f"{one['score']:.4f}  {one['label']}\n"
     (tmp_path / "texts.txt").write_bytes(b"fine\ncaf\xe9\n")
     for arguments, message in {
-        (tmp_path / "run", "--file", "nowhere"): "there is no such file",
+        (tmp_path / "run", "--file", "nowhere"): "no such file",
         (tmp_path / "run", "--file", tmp_path / "texts.txt"): "texts.txt:2: not UTF-8",
         (model, "x"): "not fine-tuned",
         (tmp_path / "nothing", "x"): "no such",
@@ -163,7 +163,7 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
 
     with_head(vocabulary, "token-classification", tmp_path / "tokens")
     code, _, err = bertlite("predict", tmp_path / "tokens", "--pairs", "Ada\tspoke")
-    assert code == 2 and "--pairs: this model labels the words of one text" in err
+    assert code == 2 and "--pairs: this model labels the words of single texts" in err
     assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
     values |= {"sweep": {"trials": 1, "space": {"train.max_steps": [2]}}, "output_dir": str(tmp_path / "sweep")}
     path.write_text(yaml.safe_dump(values))

@@ -1,0 +1,151 @@
+"""Read the texts and labels of records: what the cells of a labelled table mean."""
+
+import math
+
+import numpy as np
+
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.core.errors import UserError
+from bertlite.data.formats import Record
+from bertlite.data.tables import get_column
+
+MAX_LISTED = 10  # labels that a message lists
+
+
+def input_texts(records: list[Record], settings: TaskSettings) -> list[tuple[str, ...]]:
+    """Read the text or the two texts of each record. Raises UserError for a cell that is empty or holds no text."""
+    texts = []
+    for record in records:
+        cells = tuple(get_column(record, name, "task.text") for name in settings.text)
+        for name, cell in zip(settings.text, cells, strict=True):
+            if not isinstance(cell, str) or not cell.strip():
+                problem = "is empty" if cell is None or isinstance(cell, str) else "holds no text"
+                raise UserError(f"{record.location}: the column {name!r} {problem}: {cell!r}")
+        texts.append(cells)
+    return texts
+
+
+def read_label(record: Record, settings: TaskSettings) -> str:
+    """Read the label of a record that has exactly one."""
+    cell = get_column(record, settings.label, "task.label")
+    if isinstance(cell, list | dict):
+        raise UserError(f"{record.location}: the label in column {settings.label!r} is {cell!r}, not a single text")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == "":
+        raise UserError(f"{record.location}: the label in column {settings.label!r} is empty: {cell!r}")
+    return str(cell).strip()
+
+
+def read_label_list(record: Record, settings: TaskSettings) -> list[str]:
+    """Read the labels of a record: a list, or a text split at `label_separator`. There may be none."""
+    cell = get_column(record, settings.label, "task.label")
+    labels = cell if isinstance(cell, list) else str("" if cell is None else cell).split(settings.label_separator)
+    return [str(label).strip() for label in labels if str(label).strip()]
+
+
+def read_number(record: Record, settings: TaskSettings) -> float:
+    """Read a regression target. Raises UserError for a cell that is not a finite fp32 number."""
+    cell = get_column(record, settings.label, "task.label")
+    try:
+        number = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise UserError(f"{record.location}: the target in column {settings.label!r} is {cell!r}, not a finite number")
+    return number
+
+
+def read_tagged_words(record: Record, settings: TaskSettings) -> tuple[list[str], list[str]]:
+    """Read the words and IOB2 tags of a sentence.
+
+    Raises UserError for cells that are not lists of one length, and for an unknown tag.
+    """
+    words, tags = (get_column(record, name, "task") for name in (settings.text[0], settings.label))
+    if not isinstance(words, list) or not isinstance(tags, list):
+        raise UserError(
+            f"{record.location}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
+        )
+    if len(words) != len(tags):
+        raise UserError(f"{record.location}: {len(words)} words, but {len(tags)} tags")
+    if not words:
+        raise UserError(f"{record.location}: the sentence is empty")
+    return [str(word) for word in words], convert_to_iob2([str(tag) for tag in tags], record.location)
+
+
+def convert_to_iob2(tags: list[str], location: str) -> list[str]:
+    """Convert the tags of a sentence from IOB1, IOB2, BMES or BILOU to IOB2.
+
+    A tag starts an entity if its prefix is B, S or U, if it follows an entity of another kind, or if it follows a tag
+    that ends one (E, S, L, U). Example: I-PER I-PER O U-LOC U-LOC → B-PER I-PER O B-LOC B-LOC.
+    """
+    converted, open_kind = [], ""  # open_kind: the kind of the entity that the next tag may continue
+    for tag in tags:
+        prefix, _, kind = tag.partition("-")
+        if tag != "O" and (prefix not in ("B", "I", "M", "E", "S", "L", "U") or not kind):
+            raise UserError(f"{location}: {tag!r} is not a tag; tags are O, B-KIND, I-KIND, or with M-, E-, S-, L-, U-")
+        starts = prefix in ("B", "S", "U") or kind != open_kind
+        converted.append("O" if tag == "O" else f"{'B' if starts else 'I'}-{kind}")
+        open_kind = "" if prefix in ("E", "S", "L", "U") else kind
+    return converted
+
+
+def read_answers(record: Record) -> tuple[list[str], list[int]]:
+    """Read the texts of a question's answers, and at which character of the context each starts."""
+    answers = get_column(record, "answers", "SQuAD's format")
+    try:
+        return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise UserError(f"{record.location}: answers should hold the lists text and answer_start") from None
+
+
+def find_first_answer(record: Record, settings: TaskSettings) -> tuple[int, int] | None:
+    """Return the start and end of a question's first answer, in characters of the context.
+
+    Returns None unless the context holds the answer's text at that position.
+    """
+    texts, starts = read_answers(record)
+    if not (texts and starts and texts[0]):
+        return None
+    start, end = starts[0], starts[0] + len(texts[0])
+    return (start, end) if record.columns[settings.text[1]][start:end] == texts[0] else None
+
+
+# The names of a model's outputs, from the training records.
+def collect_classes(records: list[Record], settings: TaskSettings) -> list[str]:
+    labels = sort_labels({read_label(record, settings) for record in records})
+    if len(labels) < 2:
+        raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
+    return labels
+
+
+def collect_labels(records: list[Record], settings: TaskSettings) -> list[str]:
+    labels = sort_labels({label for record in records for label in read_label_list(record, settings)})
+    if not labels:
+        raise UserError(f"task.train: no example has a label in column {settings.label!r}")
+    return labels
+
+
+def collect_tags(records: list[Record], settings: TaskSettings) -> list[str]:
+    kinds = sorted({tag[2:] for record in records for tag in read_tagged_words(record, settings)[1]} - {""})
+    if not kinds:
+        raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is no entity to learn from")
+    return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
+
+
+def sort_labels(labels: set[str]) -> list[str]:
+    """Sort labels as numbers if all of them are, else alphabetically."""
+    return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
+
+
+def list_some(labels: list[str]) -> str:
+    """Join the first labels for a message."""
+    return ", ".join(labels[:MAX_LISTED]) + (", …" if len(labels) > MAX_LISTED else "")
+
+
+def label_indices(names: list[str], labels: list[str], record: Record) -> list[int]:
+    """Return the index of each name among `labels`. Raises UserError for one that the training set does not have."""
+    for name in names:
+        if name not in labels:
+            raise UserError(
+                f"{record.location}: the label {name!r} does not occur in task.train, which has {list_some(labels)}"
+            )
+    return [labels.index(name) for name in names]
