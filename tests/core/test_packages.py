@@ -30,7 +30,9 @@ assert run("embed", f"{{out}}/run", config, "--out", f"{{out}}/vectors.npy") == 
 assert run("verify", f"{{out}}/run") == 0
 assert run("export", f"{{out}}/run", f"{{out}}/exported") == 0
 assert run("predict", f"{{out}}/run", "a text") == 2
-assert run("finetune", config) == 2
+with open(f"{{out}}/task.yaml", "w") as file:
+    file.write("task: {{train: sample, validation: sample}}")
+assert run("finetune", f"{{out}}/task.yaml", "--model", f"{{out}}/run") == 2
 """
 
 
