@@ -321,7 +321,7 @@ def test_a_held_out_text_too_short_to_measure_by_is_an_error(bertlite, write_con
 def test_a_text_too_short_to_measure_by_is_an_error(bertlite, trained, tmp_path):
     (tmp_path / "short.txt").write_text("the cat")
     code, out, err = bertlite("evaluate", trained, "--data", tmp_path / "short.txt")
-    assert code == 2 and not out and "--data: the text is too short to hide one of its tokens" in err
+    assert code == 2 and not out and "--data: the text is too short to mask one of its tokens" in err
 
 
 def test_an_unfinished_run_is_told_of(bertlite, trained, tmp_path):

@@ -61,7 +61,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         result = _estimate_size(config, prepared, runtime)
         train_sequences, validation_sequences = _count_sequences(sample, prepared)
         trained_sequences = settings.max_steps * settings.global_batch_size
-        tokens_per_sequence = prepared.plan.tokens() / len(prepared.plan)
+        tokens_per_sequence = prepared.packing.tokens() / len(prepared.packing)
         result |= {
             "tokens": round(trained_sequences * tokens_per_sequence),
             "epochs": trained_sequences / train_sequences if train_sequences else None,
@@ -197,17 +197,19 @@ def _count_sequences(sample: Sample, prepared: Prepared) -> tuple[float | None, 
     """Estimate how many sequences an epoch of training and an evaluation have."""
     data = sample.config.data
     weights = [source.weight for source in data.train]
-    epoch = _scale_up(prepared.corpus, prepared.plan, sample.train_shares, weights)
+    epoch = _scale_up(prepared.corpus, prepared.packing, sample.train_shares, weights)
     if data.validation:
-        corpus, plan = prepared.validation_corpus, prepared.validation_plan
-        return epoch, _scale_up(corpus, plan, sample.validation_shares, [1.0] * len(data.validation))
-    unweighted = _scale_up(prepared.corpus, prepared.plan, sample.train_shares, [1.0] * len(weights))
+        corpus, packing = prepared.validation_corpus, prepared.validation_packing
+        return epoch, _scale_up(corpus, packing, sample.validation_shares, [1.0] * len(data.validation))
+    unweighted = _scale_up(prepared.corpus, prepared.packing, sample.train_shares, [1.0] * len(weights))
     if epoch is None or unweighted is None:
         return None, None
     return epoch * (1 - data.validation_split), unweighted * data.validation_split
 
 
-def _scale_up(corpus: Corpus, plan: Packing, shares: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _scale_up(
+    corpus: Corpus, packing: Packing, shares: Sequence[float | None], weights: Sequence[float]
+) -> float | None:
     """Estimate how many sequences the whole sources fill, from the tokens of their samples."""
     if None in shares:
         return None
@@ -215,5 +217,5 @@ def _scale_up(corpus: Corpus, plan: Packing, shares: Sequence[float | None], wei
     documents = [*documents, *[0] * (len(shares) - len(documents))]  # the last sources may have kept none
     ends = np.cumsum([0, *documents])
     tokens = np.diff(corpus.starts[ends]) / np.array(shares)
-    tokens_per_sequence = int(plan.span_lengths.sum()) / len(plan)
+    tokens_per_sequence = int(packing.span_lengths.sum()) / len(packing)
     return float(np.dot(tokens, weights)) / tokens_per_sequence

@@ -1,4 +1,4 @@
-"""`bertlite evaluate`: the loss and accuracy of a masked language model on held-out text."""
+"""`bertlite evaluate`: the loss and accuracy of a masked language model on a test set."""
 
 import math
 
@@ -16,7 +16,7 @@ from bertlite.pretraining.losses import masked_lm_scores
 from bertlite.pretraining.scoring import pseudo_perplexity
 from bertlite.training.trainer import evaluate
 
-ROWS_AT_A_TIME = 32
+MICRO_BATCH_SIZE = 32
 
 
 def evaluate_text(
@@ -29,10 +29,10 @@ def evaluate_text(
     column: str = "text",
     pseudo: bool = False,
 ) -> dict[str, float]:
-    """`eval_loss` (nats per prediction) and `eval_accuracy` on text files, by the masks that training evaluates with.
+    """Return `eval_loss` (nats per prediction) and `eval_accuracy` on text files, masked as evaluations in training.
 
-    Rows are as long as the tokenizer's `model_max_length`, which bertlite sets to the length trained with, and never
-    longer than the model's positions. With `pseudo`, also `pseudo_perplexity`, for which every token is masked in turn.
+    By default sequences are as long as the tokenizer's `model_max_length`, which bertlite sets to the length trained
+    with, but at most as long as the model's positions. With `pseudo`, also return `pseudo_perplexity`.
     Raises UserError for text that cannot be used.
     """
     limit = model.config.max_position_embeddings
@@ -42,15 +42,15 @@ def evaluate_text(
     sources = [{"path": file, "column": column} for file in files]
     data = DataSettings.model_validate({"train": sources, "sequence_length": length, "document": document})
     corpus = prepare_corpus(data.train, tokenizer, data, "--data")
-    plan = pack_corpus(corpus, length)
-    batches = Batches(corpus, plan, tokenizer, length)
+    packing = pack_corpus(corpus, length)
+    batches = Batches(corpus, packing, tokenizer, length)
     logger.info(
-        f"--data: {plan.tokens():,} tokens in {len(plan):,} rows of {length}; {EVALUATION_MASKING.rate:.0%} of the "
-        "tokens are masked, the same ones every time"
+        f"--data: {packing.tokens():,} tokens in {len(packing):,} sequences of {length}; "
+        f"{EVALUATION_MASKING.rate:.0%} of the tokens are masked, the same tokens every time"
     )
-    scores = evaluate(model, masked_lm_scores, batches.evaluation, len(plan), ROWS_AT_A_TIME, runtime)
+    scores = evaluate(model, masked_lm_scores, batches.evaluation, len(packing), MICRO_BATCH_SIZE, runtime)
     if math.isnan(scores["accuracy"]):
-        raise UserError("--data: the text is too short to hide one of its tokens; give more of it")
+        raise UserError("--data: the text is too short to mask one of its tokens; add more text")
     result = {f"eval_{name}": value for name, value in scores.items()}
     if pseudo:
         with runtime.autocast():

@@ -27,9 +27,9 @@ class Prepared(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
-    plan: Packing
+    packing: Packing
     validation_corpus: Corpus
-    validation_plan: Packing
+    validation_packing: Packing
     starting_model: StartingModel | None
 
 
@@ -57,20 +57,20 @@ def prepare(config: PretrainConfig) -> Prepared:
     weights = [source.weight for source in data.train]
     if data.validation:
         validation_corpus = prepare_corpus(data.validation, tokenizer, data, "data.validation")
-        plan, validation_plan = pack_corpus(corpus, T, weights), pack_corpus(validation_corpus, T)
+        packing, validation_packing = pack_corpus(corpus, T, weights), pack_corpus(validation_corpus, T)
     else:
         validation_corpus, share = corpus, data.validation_split
-        plan = pack_corpus(corpus, T, weights, share, "train")
-        validation_plan = pack_corpus(corpus, T, None, share, "validation")
-    _check_size("training", plan, T, config.masking)
-    _check_size("validation", validation_plan, T, EVALUATION_MASKING)
-    return Prepared(tokenizer, corpus, plan, validation_corpus, validation_plan, starting_model)
+        packing = pack_corpus(corpus, T, weights, share, "train")
+        validation_packing = pack_corpus(corpus, T, None, share, "validation")
+    _check_size("training", packing, T, config.masking)
+    _check_size("validation", validation_packing, T, EVALUATION_MASKING)
+    return Prepared(tokenizer, corpus, packing, validation_corpus, validation_packing, starting_model)
 
 
 def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:
     """Return the endless stream of batches that a configuration trains on."""
     T = config.data.sequence_length
-    return Batches(prepared.corpus, prepared.plan, prepared.tokenizer, T, config.masking, config.train)
+    return Batches(prepared.corpus, prepared.packing, prepared.tokenizer, T, config.masking, config.train)
 
 
 def batch_of_step(config: PretrainConfig, step: int) -> list[list[str]]:
@@ -97,12 +97,12 @@ def _prepare_tokenizer(config: PretrainConfig, starting_model: StartingModel | N
     )
 
 
-def _check_size(name: str, plan: Packing, T: int, masking: MaskingSettings) -> None:
+def _check_size(name: str, packing: Packing, T: int, masking: MaskingSettings) -> None:
     """Log the size of a text. Raises UserError when no token of it would be masked."""
     rate = masking.schedule()
-    if plan.tokens() * max(rate.start, rate.end) < 1:
-        raise UserError(f"the {name} text has {plan.tokens()} tokens, too few to mask one of them; add more text")
-    used = plan.tokens() / (len(plan) * T)
+    if packing.tokens() * max(rate.start, rate.end) < 1:
+        raise UserError(f"the {name} text has {packing.tokens()} tokens, too few to mask one of them; add more text")
+    used = packing.tokens() / (len(packing) * T)
     logger.info(
-        f"{name} text: {plan.tokens():,} tokens in {len(plan):,} sequences of {T}, {1 - used:.1%} of it padding"
+        f"{name} text: {packing.tokens():,} tokens in {len(packing):,} sequences of {T}, {1 - used:.1%} of it padding"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bertlite.config.settings import PretrainConfig
+from bertlite.config.settings import PretrainConfig, TrainSettings
 from bertlite.core.distributed import barrier, leave_process_group
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime, initialize_runtime
@@ -89,13 +89,7 @@ def new_trainer(
     if checkpoint is not None:
         facts = collect_facts(prepared, runtime)
         restore_optimizer(checkpoint, state, optimizer, facts | {"micro_batch_size": micro_batch_size})
-    facts = runtime.environment()
-    ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
-    logger.info(
-        f"{parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}, {kernel} attention, "
-        f"{'compiled' if runtime.compile else 'not compiled'}; {settings.global_batch_size} sequences a step in "
-        f"micro-batches of {micro_batch_size}{ranks}"
-    )
+    _log_setup(model, settings, runtime, kernel, micro_batch_size)
     return Trainer(
         model=model,
         optimizer=optimizer,
@@ -110,11 +104,24 @@ def new_trainer(
     )
 
 
+def _log_setup(
+    model: torch.nn.Module, settings: TrainSettings, runtime: Runtime, kernel: str, micro_batch_size: int
+) -> None:
+    environment = runtime.environment()
+    compiled = "compiled" if runtime.compile else "not compiled"
+    ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
+    logger.info(
+        f"{parameter_count(model):,} parameters on {environment['device']}, {environment['precision']}, {kernel} "
+        f"attention, {compiled}; {settings.global_batch_size} sequences a step in micro-batches of "
+        f"{micro_batch_size}{ranks}"
+    )
+
+
 def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> list[Callback]:
-    """Log, evaluate and save, in this order."""
+    """Return what happens between steps, in this order: log, evaluate, save."""
     folder = Path(config.output_dir)
     validation = Batches(
-        prepared.validation_corpus, prepared.validation_plan, prepared.tokenizer, config.data.sequence_length
+        prepared.validation_corpus, prepared.validation_packing, prepared.tokenizer, config.data.sequence_length
     )
     scores = torch.compile(masked_lm_scores, dynamic=False) if runtime.compile else masked_lm_scores
 
@@ -124,7 +131,7 @@ def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runt
 
     return [
         *loggers(folder, runtime),
-        PlateauWatch(config.train, lambda: training_batches(config, prepared).unigram_entropy()),
+        PlateauWatch(config.train, training_batches(config, prepared).unigram_entropy),
         TrainingLog(),
         Evaluation(evaluate_on_validation),
         Checkpoints(folder, prepared.tokenizer, collect_facts(prepared, runtime)),
@@ -133,5 +140,5 @@ def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runt
 
 def collect_facts(prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
     """Return what must be equal for equal results: the text and the machine."""
-    inputs = (prepared.corpus, prepared.plan, prepared.validation_corpus, prepared.validation_plan)
+    inputs = (prepared.corpus, prepared.packing, prepared.validation_corpus, prepared.validation_packing)
     return {"text": [part.folder.name for part in inputs], **runtime.environment()}

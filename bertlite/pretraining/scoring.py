@@ -1,6 +1,6 @@
-"""Sentences as a masked language model scores them: pseudo-perplexity and minimal pairs (Salazar et al. 2020)."""
+"""Scores of sentences by a masked language model: pseudo-perplexity and minimal pairs (Salazar et al. 2020)."""
 
-# Shapes: N sentences, B masked copies that are computed together, T positions, V vocabulary.
+# Shapes: N sentences, B masked copies in a batch, T positions, V vocabulary.
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from bertlite.data.sources import find_source_files, read_documents
 from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.heads import MaskedLanguageModel
 
-SENTENCES_AT_A_TIME = 512
+CHUNK_SIZE = 512  # sentences or documents that are tokenized and sorted by length together
 
 
 class Pair(NamedTuple):
-    """Two sentences that differ in one thing (Warstadt et al. 2020); the first is the acceptable one."""
+    """A minimal pair: an acceptable and an unacceptable sentence that differ in one respect (Warstadt et al. 2020)."""
 
     good: str
     bad: str
@@ -31,26 +31,29 @@ class Pair(NamedTuple):
 
 
 def pseudo_log_likelihoods(
-    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
+    model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, sentences: list[list[int]]
 ) -> Tensor:
-    """How likely the model finds each row of token ids: (N,), in nats, in fp64 (Salazar et al. 2020, section 2).
+    """Score sentences of token ids: (N,), in nats, in fp64 (Salazar et al. 2020, section 2).
 
-    Each token but the first and last, [CLS] and [SEP], is masked in turn, and what the model gives it is summed.
+    Each token between [CLS] and [SEP] is masked in turn, and its log-probabilities are summed. For example,
+    [CLS] a b [SEP] is computed as [CLS] [MASK] b [SEP] and as [CLS] a [MASK] [SEP].
     """
     device = model.head.bias.device
-    tokens, positions, documents = pad(rows, tokenizer.pad_token_id, device)
-    masked = [(row, place) for row, ids in enumerate(rows) for place in range(1, len(ids) - 1)]
-    sums = torch.zeros(len(rows), dtype=torch.float64)
+    ids, positions, documents = pad(sentences, tokenizer.pad_token_id, device)
+    masked = [(number, place) for number, tokens in enumerate(sentences) for place in range(1, len(tokens) - 1)]
+    sums = torch.zeros(len(sentences), dtype=torch.float64)
     with torch.inference_mode():
-        for numbers in batches_by_length([len(rows[row]) for row, _ in masked], device):
-            row, place = torch.tensor([masked[number] for number in numbers]).unbind(1)
-            width = len(rows[row[0]])  # of the longest
-            inputs = tokens[row, :width]  # (B,T), a copy
-            wanted = inputs[torch.arange(len(row)), place]
-            inputs[torch.arange(len(row)), place] = tokenizer.mask_token_id
+        for batch in batches_by_length([len(sentences[number]) for number, _ in masked], device):
+            number, place = torch.tensor([masked[index] for index in batch]).unbind(1)  # (B,) each
+            T = len(sentences[number[0]])  # the longest comes first
+            inputs = ids[number, :T]  # (B,T), a copy
+            copies = torch.arange(len(number))
+            labels = inputs[copies, place]
+            inputs[copies, place] = tokenizer.mask_token_id
             place = place[:, None].to(device)
-            scores = model(inputs, positions[row, :width], documents[row, :width], place)[:, 0]  # (B,V)
-            sums.index_add_(0, row, -F.cross_entropy(scores.float(), wanted, reduction="none").double().cpu())
+            logits = model(inputs, positions[number, :T], documents[number, :T], place)[:, 0]  # (B,V)
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            sums.index_add_(0, number, -losses.double().cpu())
     return sums
 
 
@@ -61,55 +64,57 @@ def pseudo_perplexity(
     document: str,
     sequence_length: int,
 ) -> float:
-    """exp of the mean negative pseudo-log-likelihood of a token; documents are cut into pieces that fit a row."""
+    """Return exp of the mean negative pseudo-log-likelihood of a token. Longer documents are split."""
     texts = (text for source in sources for text in read_documents(source, document, "--data"))
-    room = sequence_length - 2
-    total, count = 0.0, 0
-    for part in chunks(tqdm(texts, disable=None, unit=" documents"), SENTENCES_AT_A_TIME):
-        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        rows = [_framed(ids[start : start + room], tokenizer) for ids in found for start in range(0, len(ids), room)]
-        if rows:
-            total += pseudo_log_likelihoods(model, tokenizer, rows).sum().item()
-            count += sum(len(row) - 2 for row in rows)
-    return math.exp(-total / count) if total > -700 * count else math.inf  # exp(710) is beyond fp64
+    length = sequence_length - 2  # without [CLS] and [SEP]
+    total, num_tokens = 0.0, 0
+    for chunk in chunks(tqdm(texts, disable=None, unit=" documents"), CHUNK_SIZE):
+        documents = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        parts = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
+        if parts:
+            sequences = [_add_special_tokens(ids, tokenizer) for ids in parts]
+            total += pseudo_log_likelihoods(model, tokenizer, sequences).sum().item()
+            num_tokens += sum(map(len, parts))
+    return math.exp(-total / num_tokens) if total > -700 * num_tokens else math.inf  # exp(710) is beyond fp64
 
 
 def minimal_pairs(
     model: MaskedLanguageModel, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Pair]
 ) -> dict[str, Any]:
-    """How often the model finds the acceptable sentence the likelier one: `pairs_accuracy`, and under `phenomena` the
-    accuracy of each and of its paradigms.
+    """Return `pairs_accuracy`, how often the acceptable sentence has the higher score, and `phenomena`, the accuracy of
+    each phenomenon and of its paradigms.
 
     Raises UserError for a sentence that is empty or longer than the model's positions.
     """
-    right: dict[str, dict[str, list[bool]]] = {}
+    correct: dict[str, dict[str, list[bool]]] = {}
     limit = model.config.max_position_embeddings
-    for part in chunks(tqdm(pairs, disable=None, unit=" pairs"), SENTENCES_AT_A_TIME):
-        sentences = [sentence for pair in part for sentence in (pair.good, pair.bad)]
+    for chunk in chunks(tqdm(pairs, disable=None, unit=" pairs"), CHUNK_SIZE):
+        sentences = [sentence for pair in chunk for sentence in (pair.good, pair.bad)]
         ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
-        for sentence, row in zip(sentences, ids, strict=True):
-            if not 0 < len(row) <= limit - 2:
+        for sentence, tokens in zip(sentences, ids, strict=True):
+            if not 0 < len(tokens) <= limit - 2:
                 raise UserError(
-                    f"--pairs: {len(row)} tokens, not 1 to {limit - 2} as the model takes: {sentence[:60]!r}"
+                    f"--pairs: a sentence has {len(tokens)} tokens, not 1 to {limit - 2} as the model takes: "
+                    f"{sentence[:60]!r}"
                 )
-        scores = pseudo_log_likelihoods(model, tokenizer, [_framed(row, tokenizer) for row in ids])
-        for pair, (good, bad) in zip(part, scores.view(-1, 2).tolist(), strict=True):
-            right.setdefault(pair.phenomenon, {}).setdefault(pair.paradigm, []).append(good > bad)
-    if not right:
-        raise UserError("--pairs: there is no pair in it")
+        scores = pseudo_log_likelihoods(model, tokenizer, [_add_special_tokens(tokens, tokenizer) for tokens in ids])
+        for pair, (good, bad) in zip(chunk, scores.view(-1, 2).tolist(), strict=True):
+            correct.setdefault(pair.phenomenon, {}).setdefault(pair.paradigm, []).append(good > bad)
+    if not correct:
+        raise UserError("--pairs: the files contain no pair")
     phenomena = {
         phenomenon: {
-            **_share(*paradigms.values()),
-            "paradigms": {name: _share(choices) for name, choices in sorted(paradigms.items())},
+            **_accuracy(*paradigms.values()),
+            "paradigms": {name: _accuracy(answers) for name, answers in sorted(paradigms.items())},
         }
-        for phenomenon, paradigms in sorted(right.items())
+        for phenomenon, paradigms in sorted(correct.items())
     }
-    everything = (choices for paradigms in right.values() for choices in paradigms.values())
-    return {"pairs_accuracy": _share(*everything)["accuracy"], "phenomena": phenomena}
+    all_answers = (answers for paradigms in correct.values() for answers in paradigms.values())
+    return {"pairs_accuracy": _accuracy(*all_answers)["accuracy"], "phenomena": phenomena}
 
 
 def read_pairs(files: list[str]) -> Iterator[Pair]:
-    """The pairs of JSON lines as BLiMP has them. Raises UserError, naming file and line, for any other."""
+    """Read the pairs of JSON lines in BLiMP's format. Raises UserError, naming file and line, for any other line."""
     for path in (path for file in files for path in find_source_files(Source(path=file), "--pairs")):
         for where, line in read_json_lines(TableFile(path)):
             try:
@@ -122,10 +127,10 @@ def read_pairs(files: list[str]) -> Iterator[Pair]:
             yield Pair(good, bad, str(line.get("linguistics_term") or paradigm), paradigm)
 
 
-def _framed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _add_special_tokens(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
 
 
-def _share(*choices: list[bool]) -> dict[str, Any]:
-    pairs = sum(map(len, choices))
-    return {"accuracy": sum(map(sum, choices)) / pairs, "pairs": pairs}
+def _accuracy(*answers: list[bool]) -> dict[str, Any]:
+    pairs = sum(map(len, answers))
+    return {"accuracy": sum(map(sum, answers)) / pairs, "pairs": pairs}

@@ -21,7 +21,7 @@ from bertlite.training.trainer import Callback, Step, Trainer
 
 
 def loggers(folder: Path, runtime: Runtime) -> list[Callback]:
-    """Where metrics go. They come before the callbacks that log, so that a progress bar shows the step being logged."""
+    """Return the callbacks that metrics go to. A list starts with them, so that their `on_start` comes first."""
     return [MetricsFile(folder), ProgressBar()] if runtime.rank == 0 else []
 
 

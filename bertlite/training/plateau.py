@@ -44,7 +44,10 @@ class PlateauWatch(Callback):
         stays = mean > self.previous_mean - MIN_IMPROVEMENT
         self.previous_mean = mean
         self.loss_sum, self.num_predictions, self.steps = 0.0, 0, 0
-        if stays and -BELOW < mean - (entropy := self.unigram_entropy()) < ABOVE:
+        if not stays:
+            return
+        entropy = self.unigram_entropy()
+        if -BELOW < mean - entropy < ABOVE:
             self.has_warned = True
             logger.warning(
                 f"step {step:,}: the loss stays at {mean:.2f}, which token frequencies alone give ({entropy:.2f}): the "

@@ -1,4 +1,4 @@
-"""Going on from a model that exists: its weights, its vocabulary, and what may not contradict it."""
+"""Continued pretraining: the starting model's weights, its vocabulary, and settings that contradict it."""
 
 import shutil
 from pathlib import Path
@@ -36,14 +36,14 @@ def go_on(write_config, begin):
     return run
 
 
-def test_going_on_begins_with_the_same_weights_and_loss(begin, go_on):
+def test_continued_pretraining_starts_with_the_same_weights_and_loss(begin, go_on):
     on = go_on()
     assert metrics(on)[0]["eval_loss"] == pytest.approx(metrics(begin)[-1]["eval_loss"], abs=1e-9)
     before, after = weights(begin), weights(on)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_going_on_is_better_than_starting_anew(begin, go_on, write_config):
+def test_continued_pretraining_lowers_the_loss(begin, go_on, write_config):
     again = go_on(train__max_steps=60, train__learning_rate=5e-3)
     assert metrics(again)[-1]["eval_loss"] < metrics(begin)[-1]["eval_loss"]
 
@@ -92,7 +92,7 @@ def test_contradictions_are_named(begin, go_on):
         go_on(model={"init_from": "./nowhere"})
 
 
-def test_new_pieces_take_unused_places_first():
+def test_new_tokens_take_unused_places_first():
     vocabulary = {"[PAD]": 0, "[unused0]": 1, "a": 2, "[unused1]": 3, "b": 4}
     assert extend_vocabulary(vocabulary, ["x"]) == {"[PAD]": 0, "x": 1, "a": 2, "[unused1]": 3, "b": 4}
     assert extend_vocabulary(vocabulary, ["x", "y", "z"]) == {"[PAD]": 0, "x": 1, "a": 2, "y": 3, "b": 4, "z": 5}
@@ -104,7 +104,7 @@ def test_padding_a_vocabulary_adds_unused_entries():
     assert pad_vocabulary(vocabulary, 3) == vocabulary
 
 
-def test_old_spelling_is_that_of_the_tokenizer(begin):
+def test_spelling_with_the_old_vocabulary_is_that_of_the_tokenizer(begin):
     tokenizer = load_tokenizer(str(begin / "model"))
     vocabulary = tokenizer.get_vocab()
     for word in ("bacteriology", "unconstitutional", "sociologists", "telescopes"):

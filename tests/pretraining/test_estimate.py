@@ -1,4 +1,4 @@
-"""What `bertlite plan` foretells is what the run then takes."""
+"""The estimates of `bertlite plan` against what runs take."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def test_a_plan_is_what_the_run_takes(write_config, optim):
     assert result["parameters"] == sum(tensor.numel() for tensor in learnt.values())
     assert result["tokens"] == pytest.approx(metrics(folder)[-1]["tokens"], rel=0.01)
     prepared = prepare(load_config(PretrainConfig, path))
-    assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
+    assert result["epochs"] == pytest.approx(12 * 8 / len(prepared.packing), rel=0.02)
     of_a_step = 8 * flops_per_sequence(read_architecture(folder / "model"), 64, max_predictions(64, MaskingSettings()))
     assert result["floating_point_operations"] == 12 * of_a_step
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]  # two checkpoints and the model
@@ -48,10 +48,10 @@ def test_sources_that_keep_no_document_count_nothing(write_config, text_files, t
     copies = [str(shutil.copy(text_files["train"], tmp_path / f"{number}.txt")) for number in range(3)]
     path = write_config(data__train=copies, data__remove_duplicates=True)
     prepared = prepare(load_config(PretrainConfig, path))
-    assert planned(path)["epochs"] == pytest.approx(12 * 8 / len(prepared.plan), rel=0.02)
+    assert planned(path)["epochs"] == pytest.approx(12 * 8 / len(prepared.packing), rel=0.02)
 
 
-def test_nothing_is_left_and_nothing_is_begun(write_config, tmp_path):
+def test_plan_leaves_no_files(write_config, tmp_path):
     path = write_config(data__cache_dir=str(tmp_path / "cache"))
     planned(path, measure=True)
     assert sorted(tmp_path.iterdir()) == [path]
@@ -66,7 +66,7 @@ def test_time_is_measured(write_config):
 
 
 @pytest.mark.parametrize("form", ["plain", "gz", "split"])
-def test_epochs_are_foretold_from_a_part_of_the_text(write_config, tmp_path, monkeypatch, form):
+def test_epochs_are_estimated_from_a_sample(write_config, tmp_path, monkeypatch, form):
     monkeypatch.setattr(planning, "SAMPLE_CHARACTERS", 400_000)
     text = (SAMPLE / "pretrain.txt").read_text()
     names = ["text.txt.gz"] if form == "gz" else ["text.txt"]
@@ -75,10 +75,10 @@ def test_epochs_are_foretold_from_a_part_of_the_text(write_config, tmp_path, mon
     path = write_config(data__train=[str(tmp_path / names[0])], train__max_steps=1000,
                         **({"data__validation": []} if form == "split" else changes))  # fmt: skip
     prepared = prepare(load_config(PretrainConfig, path))
-    assert planned(path)["epochs"] == pytest.approx(8000 / len(prepared.plan), rel=0.2)
+    assert planned(path)["epochs"] == pytest.approx(8000 / len(prepared.packing), rel=0.2)
 
 
-def test_what_cannot_be_told_is_not_made_up(write_config, tmp_path, monkeypatch):
+def test_unknown_epochs_are_none(write_config, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "SAMPLE_CHARACTERS", 1000)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"some words of row {number}"}) for number in range(500)))
@@ -86,7 +86,7 @@ def test_what_cannot_be_told_is_not_made_up(write_config, tmp_path, monkeypatch)
     assert result["epochs"] is None and "an unknown number of epochs" in describe(result)
 
 
-def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
+def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
     huge = ["model.hidden_size=65536", "model.num_hidden_layers=200", "model.intermediate_size=262144"]
     result = planned(write_config(), *huge, measure=True)
     assert result["parameters"] > 10**12 and result["seconds"] is None
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_said_before_memory_is_taken(write_config):
 
 
 @pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
-def test_a_shape_beyond_all_counting_is_a_mistake(write_config, setting):
+def test_a_huge_shape_is_a_user_error(write_config, setting):
     section = "tokenizer" if setting == "vocab_size" else "model"
     with pytest.raises(UserError, match=f"{section}.{setting} is 4000000000000: .* less than or equal to"):
         planned(write_config(), f"{section}.{setting}=4000000000000")
@@ -112,7 +112,7 @@ def test_the_command_prints_lines_or_json(write_config):
     assert re.search(f"parameters +{result['parameters']:,}\n", lines)
 
 
-def test_a_model_to_go_on_from_is_counted(write_config):
+def test_plan_counts_the_parameters_of_the_starting_model(write_config):
     folder = pretrain(write_config("begin"))
     changes = ["model={init_from: " + json.dumps(str(folder)) + "}", "tokenizer={}"]
     assert planned(write_config("on"), *changes)["parameters"] == planned(write_config("begin"))["parameters"]

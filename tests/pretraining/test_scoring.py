@@ -68,7 +68,7 @@ def test_scores_are_those_of_transformers(every_head, model, monkeypatch, positi
     assert scores.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_choices_are_those_of_transformers(every_head, model, pairs_file):
+def test_decisions_on_pairs_are_those_of_transformers(every_head, model, pairs_file):
     result = minimal_pairs(*model, read_pairs([str(pairs_file)]))
     folder = every_head["BertForMaskedLM"]
     right = [reference(folder, good) > reference(folder, bad) for good, bad, *_ in PAIRS]
@@ -112,7 +112,7 @@ PARADIGMS = {
 }
 
 
-def test_choices_on_files_of_blimp_are_those_of_transformers(every_head, model, tmp_path):
+def test_decisions_on_blimp_are_those_of_transformers(every_head, model, tmp_path):
     for number, (paradigm, sentences) in enumerate(PARADIGMS.items()):
         shared = {"field": "syntax", "linguistics_term": f"term {number % 2}", "UID": paradigm}
         shared |= {"simple_LM_method": True, "one_prefix_method": False, "lexically_identical": False}
@@ -137,7 +137,7 @@ def test_pseudo_perplexity_is_that_of_all_tokens(every_head, model, tmp_path):
     assert pseudo_perplexity(*model, [source], "blank-line", 50) == pytest.approx(math.exp(-total / count), rel=1e-5)
 
 
-def test_long_documents_are_cut_into_pieces(every_head, model, tmp_path):
+def test_long_documents_are_split(every_head, model, tmp_path):
     words = "the state of the union and the people"
     (tmp_path / "text.txt").write_text(words)
     ids = model[1](words, add_special_tokens=False)["input_ids"]
@@ -161,13 +161,13 @@ def test_one_pair_without_names_takes_those_of_its_file(model, tmp_path):
         ('{"sentence_good": "a", "sentence_bad": 3}', r"p\.jsonl:1: not a JSON object"),
         ("[1]", r"p\.jsonl:1: not a JSON object"),
         ("", r"p\.jsonl is empty"),
-        ("\n\n", r"--pairs: there is no pair in it"),
+        ("\n\n", r"--pairs: the files contain no pair"),
         ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
         ('{"sentence_good": "a", "sentence_bad": ""}', r"0 tokens, not 1 to 48"),
         (json.dumps({"sentence_good": "a", "sentence_bad": "b " * 49}), r"49 tokens, not 1 to 48.*'b b b"),
     ],
 )
-def test_what_is_no_pair_is_named(model, tmp_path, text, message):
+def test_an_invalid_pair_is_named(model, tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         minimal_pairs(*model, read_pairs([str(tmp_path / "p.jsonl")]))

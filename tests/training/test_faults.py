@@ -1,4 +1,4 @@
-"""Training that notices: losses that are not finite, stalls, vanished text, exhausted memory, signals."""
+"""What may go wrong in a training: losses that are not finite, plateaus, a lost corpus, out of memory, signals."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(write_config
 def test_a_printed_batch_is_what_the_step_trains_on(write_config):
     config = load_config(PretrainConfig, write_config())
     prepared = prepare(config)
-    batch = Batches(prepared.corpus, prepared.plan, prepared.tokenizer, 64, config.masking, config.train).training(
+    batch = Batches(prepared.corpus, prepared.packing, prepared.tokenizer, 64, config.masking, config.train).training(
         16, 8
     )
     rows = batch_of_step(config, 3)
@@ -111,7 +111,7 @@ def test_resuming_is_exact_with_skipped_steps(write_config, tmp_path, bad_steps,
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_weights_that_are_beyond_help_are_not_skipped_for_ever(write_config):
+def test_too_many_skipped_steps_in_a_row_end_the_run(write_config):
     changes = {"train__learning_rate": 1e30, "train__warmup_ratio": 0.0, "train__max_steps": 99}
     with pytest.raises(Failure, match="not finite at step"):
         pretrain(write_config(**changes, train__on_nonfinite_loss="skip"))
@@ -136,7 +136,7 @@ def test_two_ranks_save_by_minutes_together(write_config):
     assert len(list((path.parent / "run" / "checkpoints").iterdir())) == 12
 
 
-def test_the_unigram_level_is_the_entropy_of_the_tokens(write_config):
+def test_unigram_entropy_is_that_of_the_token_frequencies(write_config):
     config = load_config(PretrainConfig, write_config())
     prepared = prepare(config)
     batches = training_batches(config, prepared)
@@ -158,7 +158,7 @@ def test_the_unigram_level_is_the_entropy_of_the_tokens(write_config):
         ([6.5] * 90, False),
     ],
 )
-def test_a_loss_that_stays_at_the_unigram_level_is_named_once(losses, named, capsys):
+def test_a_plateau_at_the_unigram_entropy_is_warned_of_once(losses, named, capsys):
     watch = PlateauWatch(TrainSettings(max_steps=1000, warmup_ratio=0.06), lambda: 6.5)
     noise = np.random.default_rng(0).normal(0, 0.1, len(losses))
     for step, loss in enumerate(losses + noise, 1):
@@ -168,7 +168,7 @@ def test_a_loss_that_stays_at_the_unigram_level_is_named_once(losses, named, cap
     assert not named or ("sinusoidal" in said[0] and "muon" in said[0] and "warmup_ratio" in said[0])
 
 
-def test_a_training_that_stalls_is_named(write_config, capsys):
+def test_a_stalled_training_is_warned_of(write_config, capsys):
     changes = {"train__max_steps": 4 * MIN_WINDOW, "train__learning_rate": 0.1, "train__warmup_ratio": 0.0}
     every = {f"train__{name}_steps": 999 for name in ("logging", "eval", "save")}
     pretrain(write_config(**changes, **every, train__lr_scheduler_type="constant", train__global_batch_size=16))
@@ -177,7 +177,7 @@ def test_a_training_that_stalls_is_named(write_config, capsys):
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
 @pytest.mark.parametrize("file", ["tokens.bin", "plan-*/piece_starts.npy"])
-def test_text_that_vanishes_ends_the_run_with_all_saved(write_config, tmp_path, how, file):
+def test_a_run_whose_corpus_vanishes_saves_and_ends(write_config, tmp_path, how, file):
     changes = {"train__max_steps": 300, "train__save_steps": 300, "train__eval_steps": 300, "train__logging_steps": 1}
     path = write_config("cut", **changes, data__cache_dir=str(tmp_path / "cache"))
     process = start(path)
@@ -195,9 +195,9 @@ def test_text_that_vanishes_ends_the_run_with_all_saved(write_config, tmp_path, 
     assert traces(tmp_path / "cut")[0] == traces(whole)[0]
 
 
-def test_text_that_vanishes_before_an_evaluation(write_config, tmp_path):
+def test_a_corpus_that_vanishes_before_an_evaluation_is_named(write_config, tmp_path):
     prepared = prepare(load_config(PretrainConfig, write_config(data__cache_dir=str(tmp_path / "cache"))))
-    batches = Batches(prepared.validation_corpus, prepared.validation_plan, prepared.tokenizer, 64)
+    batches = Batches(prepared.validation_corpus, prepared.validation_packing, prepared.tokenizer, 64)
     batches.evaluation(0, 1)
     (prepared.validation_corpus.folder / "document_starts.bin").unlink()
     with pytest.raises(DataLost, match=r"document_starts\.bin: vanished"):
@@ -216,7 +216,7 @@ cli.main()
 """
 
 
-def test_exhausted_memory_ends_the_run_with_the_setting_to_change(write_config, tmp_path):
+def test_out_of_memory_ends_the_run_with_the_setting_to_change(write_config, tmp_path):
     changes = {"train__max_steps": 2, "train__save_steps": 1, "train__global_batch_size": 64}
     shape = {"model__num_attention_heads": 8, "data__sequence_length": 256}
     path = write_config("whole", **changes, **shape, train__per_device_train_batch_size=2)

@@ -1,4 +1,4 @@
-"""A disk that fills up: a clear end, and nothing half-written in the way."""
+"""A full disk: a clear message, and no half-written files."""
 
 import subprocess
 

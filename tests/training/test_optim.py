@@ -108,7 +108,7 @@ def test_losses_under_adamw_are_those_of_transformers_under_torch():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_weights_are_updated_as_by_torch_with_query_key_and_value_apart(kind):
+def test_updates_equal_those_of_torch_on_separate_query_key_and_value(kind):
     ours = make_model()
     optimizer = Optimizer(ours, settings(optim=kind))
     weights = {
@@ -225,7 +225,7 @@ def test_state_of_another_model_is_refused():
 def test_state_of_more_or_fewer_weights_is_refused():
     state = {f"{name}.exp_avg": torch.zeros(1) for name in Optimizer(make_model(), settings()).tensors}
     for other in ({**state, "encoder.layers.7.up.weight.exp_avg": torch.zeros(1)}, dict([*state.items()][1:])):
-        with pytest.raises(KeyError, match="the optimizer's state is not that of this model"):
+        with pytest.raises(KeyError, match="the optimizer state belongs to another model"):
             Optimizer(make_model(), settings()).load_state(other)
 
 

@@ -1,4 +1,4 @@
-"""Nothing lost: checkpoints that are whole, and runs that go on exactly where they stopped."""
+"""Checkpoints are valid or ignored, and resumed runs equal uninterrupted runs bit for bit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from bertlite.model.huggingface import load_model
 from bertlite.pretraining.losses import masked_lm_loss
 from bertlite.training.checkpoint import TrainingState, newest_checkpoint, problem, save_checkpoint
 from bertlite.training.optim import OPTIMIZERS
-from bertlite.training.progress import Progress
+from bertlite.training.progress import OLD_NAMES, Progress
 from bertlite.training.run_folder import model_folder, open_run
 
 CASES = {
@@ -67,7 +67,7 @@ def test_two_ranks_train_and_resume_like_one(write_config, tmp_path):
     assert traces(cut) == traces(two)
 
 
-def test_a_resumed_run_computes_as_many_rows_at_a_time_as_before(write_config, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_micro_batch_size(write_config, tmp_path, monkeypatch, capsys):
     """Else what memory happens to be free would decide the last digits."""
     path = write_config("whole", train__save_steps=5)
     with monkeypatch.context() as patch:
@@ -82,7 +82,7 @@ def test_a_resumed_run_computes_as_many_rows_at_a_time_as_before(write_config, t
     assert "threads is 77, but was" in capsys.readouterr().err
 
 
-def test_the_clock_decides_saves_and_goes_on_when_resumed(write_config, tmp_path, monkeypatch):
+def test_saves_by_minutes_and_elapsed_seconds_continue_after_a_resume(write_config, tmp_path, monkeypatch):
     """Steps of 20 seconds and evaluations of 1,000: a clock of our own makes all times those of metrics.jsonl."""
     now, evaluate = [0.0], bertlite.pretraining.pretrain.evaluate
 
@@ -112,7 +112,7 @@ def test_the_clock_decides_saves_and_goes_on_when_resumed(write_config, tmp_path
     assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_a_lost_position_in_the_data_would_be_seen(write_config, tmp_path, monkeypatch):
+def test_a_resume_at_another_position_in_the_data_changes_the_results(write_config, tmp_path, monkeypatch):
     path = write_config("whole", train__save_steps=5)
     whole = pretrain(path)
     cut = crash_after(whole, 5, tmp_path / "cut")
@@ -122,7 +122,7 @@ def test_a_lost_position_in_the_data_would_be_seen(write_config, tmp_path, monke
     assert traces(cut) != traces(whole)
 
 
-def test_other_intervals_and_another_micro_batch_give_the_same_batches(write_config, tmp_path):
+def test_other_intervals_and_micro_batches_give_the_same_batches(write_config, tmp_path):
     path = write_config("whole", train__save_steps=5)
     whole = pretrain(path)
     cut = crash_after(whole, 5, tmp_path / "cut")
@@ -183,7 +183,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_config, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_ignored_and_the_previous_one_used(write_config, tmp_path, capsys):
     folder = pretrain(write_config(train__save_steps=4))
     newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
     files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
@@ -204,7 +204,7 @@ def test_any_damage_to_a_checkpoint_is_seen_and_the_one_before_is_used(write_con
 
 
 @pytest.mark.parametrize("name", ["extra.json", "training/extra", "folder/extra.txt", "link.json", "to-a-folder"])
-def test_a_file_that_was_not_saved_with_a_checkpoint_is_seen(write_config, tmp_path, capsys, name):
+def test_a_checkpoint_with_an_extra_file_is_ignored(write_config, tmp_path, capsys, name):
     folder = pretrain(write_config())
     newest, before = (folder / f"checkpoints/step-{step:08d}" for step in (12, 8))
     (newest / name).parent.mkdir(exist_ok=True)
@@ -234,20 +234,51 @@ def test_every_bit_of_a_manifest_counts(write_config):
 
 
 @pytest.mark.parametrize("state", ["{}", "[]", '{"progress": {"steps": 1}, "facts": {}}', '{"progress": {"step": 8}}'])
-def test_a_state_of_another_form_is_named(write_config, state):
+def test_an_unknown_training_state_is_refused(write_config, state):
     path = write_config()
     folder = pretrain(path)
     shutil.rmtree(folder / "model")
-    training = folder / "checkpoints/step-00000012/training"
-    (training / "state.json").write_text(state)
-    contents = json.loads((training / "manifest.json").read_text())
-    contents["training/state.json"] = {"bytes": len(state), "sha256": sha256(training / "state.json")}
-    (training / "manifest.json").write_text(json.dumps(contents) + "\n")
+    rewrite_state(folder / "checkpoints/step-00000012", state)
     with pytest.raises(UserError, match=r"step-00000012: .*cannot resume"):
         pretrain(path, resume=True)
 
 
-def test_old_checkpoints_go_but_invalid_ones_stay(write_config):
+def rewrite_state(checkpoint: Path, state: str) -> None:
+    """Replace a checkpoint's training state, as another version of bertlite could have written it."""
+    path = checkpoint / "training" / "state.json"
+    path.write_text(state)
+    manifest = checkpoint / "training" / "manifest.json"
+    contents = json.loads(manifest.read_text())
+    contents["training/state.json"] = {"bytes": len(state), "sha256": sha256(path)}
+    manifest.write_text(json.dumps(contents) + "\n")
+
+
+def test_checkpoints_of_version_1_are_resumed(write_config, tmp_path):
+    """Version 1 had no number and other names; what they say must arrive, such as the loss since the last line."""
+    path = write_config("whole", train__save_steps=5, train__logging_steps=3, train__per_device_train_batch_size=3)
+    whole = pretrain(path)
+    cut = crash_after(whole, 5, tmp_path / "cut")
+    checkpoint = cut / "checkpoints/step-00000005"
+    state = json.loads((checkpoint / "training/state.json").read_text())
+    old_names = {new: old for old, new in OLD_NAMES.items()}
+    before = {part: {old_names.get(name, name): value for name, value in state[part].items()} for part in
+              ("progress", "facts")}  # fmt: skip
+    assert before["progress"]["scored"] > 0 and before["facts"]["rows at a time"] == 3
+    rewrite_state(checkpoint, json.dumps(before))
+    pretrain(path, f"output_dir={cut}", resume=True)
+    assert traces(cut) == traces(whole)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(write_config):
+    path = write_config()
+    folder = pretrain(path)
+    shutil.rmtree(folder / "model")
+    rewrite_state(folder / "checkpoints/step-00000012", json.dumps({"version": 99, "progress": {}, "facts": {}}))
+    with pytest.raises(UserError, match=r"step-00000012: cannot resume: .*version 99 is newer than this bertlite"):
+        pretrain(path, resume=True)
+
+
+def test_old_checkpoints_are_removed_but_invalid_ones_stay(write_config):
     path = write_config(train__save_steps=2, train__save_total_limit=2)
     folder = pretrain(path)
     steps = [checkpoint.name for checkpoint in sorted((folder / "checkpoints").iterdir())]
@@ -344,7 +375,7 @@ def test_runs_killed_at_random_moments_end_like_an_undisturbed_one(write_config)
     assert [path.name for path in folder.glob("**/.*")] == [".lock"]
 
 
-def test_a_new_checkpoint_is_never_the_one_that_goes(write_config):
+def test_a_new_checkpoint_is_never_removed(write_config):
     """Not even when it is older by its number than a damaged one."""
     path = write_config(train__save_steps=4, train__save_total_limit=1)
     folder = pretrain(path)
@@ -356,7 +387,7 @@ def test_a_new_checkpoint_is_never_the_one_that_goes(write_config):
     assert newest_checkpoint(folder) == folder / "checkpoints/step-00000012"
 
 
-def test_a_rate_that_became_a_line_is_named(write_config):
+def test_a_constant_rate_that_became_a_schedule_is_refused(write_config):
     path = write_config()
     pretrain(path)
     with pytest.raises(UserError, match=r"masking\.rate.* is .*but the run there has"):

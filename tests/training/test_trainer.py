@@ -1,4 +1,4 @@
-"""Pretraining: the loop against transformers and against itself, and every setting of the YAML."""
+"""The training loop against transformers and against itself, and the effect of every setting."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_accumulation_is_exact(write_config, rows):
         torch.testing.assert_close(weights(parts)[name], weight, atol=2e-4, rtol=0)
 
 
-def test_a_line_means_all_scored_tokens_since_the_line_before(write_config):
+def test_the_loss_is_the_mean_over_all_predictions_since_the_previous_line(write_config):
     each = pretrain(write_config("each", train__logging_steps=1))
     fourth = pretrain(write_config("fourth", train__logging_steps=4))
     config = load_config(PretrainConfig, write_config())
@@ -96,7 +96,7 @@ def test_at_one_step_the_order_is_train_then_evaluation_and_the_last_does_all(wr
     assert (folder / "checkpoints" / "step-00000011").is_dir()
 
 
-def test_no_steps_leave_a_model_that_predicts_tokens_by_how_often_they_occur(write_config):
+def test_a_run_of_no_steps_leaves_a_model_that_predicts_token_frequencies(write_config):
     path = write_config(train__max_steps=0)
     config = load_config(PretrainConfig, path)
     folder = pretrain(path)
@@ -159,7 +159,7 @@ def dropped_units(path: Path, *overrides: str) -> list[bytes]:
     return units
 
 
-def test_dropout_is_another_in_every_step_micro_batch_and_seed(write_config):
+def test_dropout_differs_between_steps_micro_batches_and_seeds(write_config):
     """A resumed run would be the same bit for bit with the same units missing in every step."""
     path = write_config(
         model__hidden_dropout_prob=0.5, train__max_steps=3, train__eval_steps=1, train__per_device_train_batch_size=4
@@ -169,14 +169,14 @@ def test_dropout_is_another_in_every_step_micro_batch_and_seed(write_config):
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_gradient_checkpointing_is_what_its_setting_says(write_config, monkeypatch, enabled):
+def test_gradient_checkpointing_follows_its_setting(write_config, monkeypatch, enabled):
     calls = []
     monkeypatch.setattr("bertlite.model.bert.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
     pretrain(write_config(train__gradient_checkpointing=enabled, train__max_steps=2))
     assert bool(calls) == enabled
 
 
-def test_an_evaluation_is_left_at_once_unless_other_ranks_would_wait(tmp_path):
+def test_a_signal_ends_an_evaluation_unless_other_ranks_would_wait(tmp_path):
     def count(model, batch):
         return {"count": torch.tensor(len(batch))}
 
