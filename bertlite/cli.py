@@ -1,22 +1,23 @@
-"""The command line. Every command imports what it needs when it runs, so that --help is immediate."""
+"""The command line. Each command imports what it needs when it runs, so that --help is immediate."""
 
 import errno
 import json
-import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from bertlite import __version__
+from bertlite.core.distributed import get_rank
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
     from bertlite.config.settings import Section
 
-Kind = TypeVar("Kind", bound="Section")
+Config = TypeVar("Config", bound="Section")
 
 app = typer.Typer(
     add_completion=False,
@@ -29,18 +30,21 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for examples.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as in --set train.max_steps=100; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as in train.max_steps=100; repeatable."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, in place of output_dir.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name, or a run folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest valid checkpoint.")]
-Begin = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="In place of model.init_from.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of output_dir.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name or a run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the newest valid checkpoint.")]
+InitialModel = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
+]
+Column = Annotated[str, typer.Option(help="Column that holds the text, if FILE is a table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="What to compute in.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"bertlite {__version__}")
         raise typer.Exit
 
@@ -48,7 +52,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def bertlite(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Turns a pile of text into a BERT that Hugging Face loads, and proves that it is one."""
@@ -56,27 +60,20 @@ def bertlite(
 
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Make the tokenizer and the corpus of a configuration."""
+    """Train the tokenizer and tokenize the text."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining import prepare as preparing
+    from bertlite.pretraining.prepare import prepare as prepare_data
 
-    preparing.prepare(_settings(PretrainConfig, config, overrides))
+    prepare_data(_load_config(PretrainConfig, config, overrides))
 
 
 @app.command()
-def pretrain(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-) -> None:
-    """Train an encoder on raw text by masked language modelling."""
+def pretrain(config: ConfigFile, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+    """Pretrain a BERT by masked language modelling."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining import pretrain as pretraining
+    from bertlite.pretraining.pretrain import run
 
-    model = pretraining.run(_settings(PretrainConfig, config, overrides, out), resume=resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(model)
+    _print(run(_load_config(PretrainConfig, config, overrides, out), resume=resume))
 
 
 @app.command()
@@ -87,57 +84,55 @@ def plan(
     measure: Annotated[bool, typer.Option(help="Run a few steps to measure the time.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a run will take: memory, tokens, time, disk."""
+    """Estimate memory, time and disk of a pretraining run."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining import estimate as planning
+    from bertlite.pretraining import estimate
 
-    result = planning.plan(_settings(PretrainConfig, config, overrides, out), measure)
-    print(json.dumps(result) if as_json else planning.describe(result))
+    result = estimate.plan(_load_config(PretrainConfig, config, overrides, out), measure)
+    _print_result(result, as_json, estimate.format_plan)
 
 
 @app.command()
 def batch(
     config: ConfigFile,
-    step: Annotated[int, typer.Option(min=1, help="The step that trains on it, counted from 1.")],
+    step: Annotated[int, typer.Option(min=1, help="The step that trains on the batch, counted from 1.")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the batch of one step, and what is hidden in it."""
+    """Print the batch of a step and its masked tokens."""
     from bertlite.config.settings import PretrainConfig
+    from bertlite.data.batches import format_batch
     from bertlite.pretraining.prepare import batch_of_step
 
-    rows = batch_of_step(_settings(PretrainConfig, config, overrides), step)
-    if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
-        return
-    for number, documents in enumerate(rows, 1):
-        print(f"row {number}", *documents, sep="\n  ")
+    _print_result(batch_of_step(_load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
 
 
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Held-out text; may be repeated.")] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Text to evaluate on; repeatable.")] = None,
     pairs: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs as BLiMP has them; may be repeated.")
+        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs in the format of BLiMP; repeatable.")
     ] = None,
     pseudo_perplexity: Annotated[
-        bool, typer.Option("--pseudo-perplexity", help="Also mask every token of the text in turn; takes long.")
+        bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
     ] = False,
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="Positions of a row; as trained if unset.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Positions of a sequence; default: as in pretraining.")
+    ] = None,
     document: Annotated[Literal["blank-line", "line"], typer.Option(help="What ends a document.")] = "blank-line",
-    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
+    column: Column = "text",
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a masked language model on text, or by minimal pairs."""
+    """Evaluate a masked language model on text or minimal pairs."""
     from bertlite.core.errors import UserError
-    from bertlite.pretraining.evaluate import evaluate_text
+    from bertlite.pretraining.evaluate import evaluate_text, format_evaluation
     from bertlite.pretraining.scoring import minimal_pairs, read_pairs
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
-    loaded = _loaded(model, precision)
+    loaded = _load_model(model, precision)
     masked_lm, tokenizer, runtime = loaded.masked_lm, loaded.tokenizer, loaded.runtime
     result: dict[str, Any] = {}
     if data:
@@ -147,117 +142,106 @@ def evaluate(
     if pairs:
         with runtime.autocast():
             result |= minimal_pairs(masked_lm, tokenizer, read_pairs(pairs))
-    if as_json:
-        print(json.dumps(result))
-        return
-    print("\n".join(f"{name:17}  {value:.4f}" for name, value in result.items() if isinstance(value, float)))
-    for phenomenon, counts in result.get("phenomena", {}).items():
-        print(f"\n{phenomenon:50}  {counts['accuracy']:6.1%} of {counts['pairs']:,}")
-        for paradigm, share in counts["paradigms"].items():
-            print(f"  {paradigm:48}  {share['accuracy']:6.1%} of {share['pairs']:,}")
+    _print_result(result, as_json, format_evaluation)
 
 
 @app.command()
 def finetune(
     config: ConfigFile,
-    model: Begin = None,
+    model: InitialModel = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a BERT: labels, numbers, entities, answers."""
+    """Fine-tune a BERT on one or several tasks."""
     from bertlite.config.finetune_settings import FinetuneConfig
     from bertlite.finetuning.finetune import run
     from bertlite.finetuning.results import format_results
 
-    results = run(_settings(FinetuneConfig, config, overrides, out, model), resume=resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(results) if as_json else format_results(results))
+    results = run(_load_config(FinetuneConfig, config, overrides, out, model), resume=resume)
+    _print_result(results, as_json, format_results)
 
 
 @app.command()
 def sweep(
     config: ConfigFile,
-    model: Begin = None,
+    model: InitialModel = None,
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search the best settings of a fine-tuning."""
+    """Search for the best settings of a fine-tuning."""
     from bertlite.config.finetune_settings import SweepConfig
     from bertlite.finetuning.sweep import format_trials
     from bertlite.finetuning.sweep import sweep as run_sweep
 
-    trials = run_sweep(_settings(SweepConfig, config, overrides, out, model), resume=resume)
-    print(json.dumps(trials) if as_json else format_trials(trials))
+    trials = run_sweep(_load_config(SweepConfig, config, overrides, out, model), resume=resume)
+    _print_result(trials, as_json, format_trials)
 
 
 @app.command()
 def predict(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Or standard input's lines.")] = None,
-    file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="A text a line, or a table.")] = None,
-    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
-    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is two, with a tab between.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="How many labels for each text.")] = 1,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: the lines of standard input.")
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
+    column: Column = "text",
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is a pair, separated by a tab.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of labels for each text.")] = 1,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a fine-tuned model predicts."""
+    """Predict labels with a fine-tuned model."""
     from bertlite.core.errors import UserError
     from bertlite.finetuning.predict import format_prediction, read_texts
 
     if texts and file:
         raise UserError("predict reads either TEXT or --file, not both")
-    for result in _loaded(model, precision).predictions(texts or read_texts(file, column), pairs, top_k):
-        print(json.dumps(result, ensure_ascii=False) if as_json else format_prediction(result), flush=True)
+    for prediction in _load_model(model, precision).predictions(texts or read_texts(file, column), pairs, top_k):
+        _print_result(prediction, as_json, format_prediction)
 
 
 @app.command()
 def fill(
     model: Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", help='Such as "Paris is the [MASK] of France."')],
-    top_k: Annotated[int, typer.Option(min=1, help="How many answers for each mask.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of predictions for each [MASK].")] = 5,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a masked language model expects in place of [MASK]."""
-    result = _loaded(model, precision).fill(text, top_k)
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-        return
-    answers = [result] if isinstance(result[0], dict) else result
-    for number, mask in enumerate(answers, 1):
-        if len(answers) > 1:
-            print(f"mask {number}")
-        for answer in mask:
-            print(f"{answer['score']:.4f}  {answer['token_str']:16}  {answer['sequence']}")
+    """Predict the tokens at [MASK]."""
+    from bertlite.inference.fill import format_predictions
+
+    _print_result(_load_model(model, precision).fill(text, top_k), as_json, format_predictions)
 
 
 @app.command()
 def embed(
     model: Model,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A text a line, or a table; compressed or not.")],
-    out: Annotated[Path, typer.Option("--out", metavar="VECTORS.npy", help="The vectors, a row for each text.")],
-    pooling: Annotated[str, typer.Option(help="How a text's vectors become one: mean, cls or max.")] = "mean",
-    layer: Annotated[int, typer.Option(help="Which layer's output; 0 is the embeddings', -1 the last.")] = -1,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Give every vector the length 1.")] = False,
-    sequence_length: Annotated[int | None, typer.Option(min=3, help="Where texts are cut; default as trained.")] = None,
-    column: Annotated[str, typer.Option(help="The column of a table that holds the text.")] = "text",
+    file: Annotated[str, typer.Argument(metavar="FILE", help="One text per line, or a table; may be compressed.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.npy", help="The vectors, in the order of the texts.")],
+    pooling: Annotated[str, typer.Option(help="Vector of a text: mean, cls or max of its tokens.")] = "mean",
+    layer: Annotated[int, typer.Option(help="Layer to take: 0 is the embeddings, -1 the last layer.")] = -1,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=3, help="Tokens after which texts are truncated; default: as in pretraining.")
+    ] = None,
+    column: Column = "text",
     precision: Precision = "fp32",
 ) -> None:
-    """Turn each line of a file into a vector."""
+    """Turn each text of a file into a vector."""
     from bertlite.config.settings import Source
     from bertlite.data.sources import find_source_files, read_file_texts
 
-    loaded = _loaded(model, precision)
+    loaded = _load_model(model, precision)
     files = find_source_files(Source(path=file), "FILE")
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
-        rows, size = embedder.write((text for path in files for text in read_file_texts(path, column)), out)
-    print(f"{out}: {rows:,} vectors of {size}")
+        count, size = embedder.write((text for path in files for text in read_file_texts(path, column)), out)
+    print(f"{out}: {count:,} vectors of {size}")
 
 
 @app.command()
@@ -266,41 +250,30 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     format: Annotated[str, typer.Option(help="hf, onnx or sentence-transformers.")] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="Numbers: for hf fp32, bf16 or fp16; for onnx fp32 or int8, both if unset.")
+        str | None, typer.Option(help="hf: fp32, bf16 or fp16; onnx: fp32 or int8, both by default.")
     ] = None,
-    pooling: Annotated[str | None, typer.Option(help="For sentence-transformers: mean, cls or max.")] = None,
-    licence: Annotated[str, typer.Option("--license", help="What the model card says, as mit.")] = "unknown",
+    pooling: Annotated[str | None, typer.Option(help="sentence-transformers: mean, cls or max.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="License in the model card, such as mit.")] = "unknown",
 ) -> None:
-    """Write a model for other programs, checked, with a card."""
+    """Export a model for other programs, with a model card."""
     from bertlite.export.formats import ExportOptions
-    from bertlite.export.formats import export as write_export
+    from bertlite.export.formats import export as export_model
     from bertlite.training.run_folder import model_folder
 
-    write_export(model_folder(model), out, format, ExportOptions(dtype, pooling, licence))
+    export_model(model_folder(model), out, format, ExportOptions(dtype, pooling, licence))
     print(out)
 
 
 @app.command()
 def verify(model: Model, precision: Precision = "fp32", as_json: AsJson = False) -> None:
-    """Compare a model with Hugging Face's; exit code 1 if it differs."""
-    from bertlite.export.parity import check_parity
+    """Compare a model with transformers; exit code 1 if it differs."""
+    from bertlite.export.parity import check_parity, checks_to_dict, format_checks
     from bertlite.training.run_folder import model_folder
 
     folder = model_folder(model)
     checks = check_parity(folder, precision)
-    ok = all(check.ok for check in checks)
-    if as_json:
-        lines = [{**vars(check), "ok": check.ok} for check in checks]
-        for line in lines:  # JSON has no NaN
-            line["difference"] = line["difference"] if math.isfinite(line["difference"]) else None
-        print(json.dumps({"ok": ok, "model": str(folder), "checks": lines}))
-    else:
-        print(f"{'inputs':8}  {'quantity':30}  {'difference':>10}  {'allowed':>8}")
-        for check in checks:
-            verdict = "ok" if check.ok else "DIFFERS"
-            print(f"{check.inputs:8}  {check.quantity:30}  {check.difference:10.2g}  {check.tolerance:8.0g}  {verdict}")
-        print(f"{folder}: {'equals' if ok else 'DIFFERS FROM'} Hugging Face's model")
-    raise typer.Exit(0 if ok else 1)
+    print(json.dumps(checks_to_dict(folder, checks)) if as_json else format_checks(folder, checks))
+    raise typer.Exit(0 if all(check.ok for check in checks) else 1)
 
 
 @app.command()
@@ -310,63 +283,83 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after the warm-up.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a training here: tokens/s, time, share of peak, memory."""
+    """Measure throughput and memory of pretraining."""
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import bench as benching
 
-    result = benching.bench(_settings(PretrainConfig, config, overrides), steps)
-    print(json.dumps(result) if as_json else benching.describe(result))
+    result = benching.bench(_load_config(PretrainConfig, config, overrides), steps)
+    _print_result(result, as_json, benching.format_bench)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one or two lines and exit code 2, never in a traceback."""
-    from bertlite.core.errors import Failure, UserError
+    """Run the command line. A user's mistake ends with one or two lines and exit code 2, never with a traceback."""
     from bertlite.core.logging import log_to_terminal
     from bertlite.core.signals import Stopped, listen
 
-    # torch's own switch, read when it is imported: large tensors in huge pages, which spares a tenth of a step.
+    # torch reads this when it is imported: large tensors in huge pages make a step about a tenth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     log_to_terminal()
     listen()
     try:
         app()
-    except UserError as error:
-        sys.exit(_say(str(error), 2))
-    except Failure as error:
-        sys.exit(_say(str(error), 1))
-    except (MemoryError, RuntimeError) as error:
+    except (Exception, Stopped) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        message, code = explained
+        if get_rank() == 0 or code == 1:
+            for line in message.splitlines():
+                print(f"bertlite: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """Return the message for an error and the exit code; None for an error in bertlite, which needs its traceback."""
+    from bertlite.core.errors import Failure, UserError
+    from bertlite.core.signals import Stopped
+
+    if isinstance(error, Stopped):
+        return f"stopped by {error}", 128 + error.number
+    if isinstance(error, UserError | Failure):
+        return str(error), 2 if isinstance(error, UserError) else 1
+    if isinstance(error, OSError):  # such as a folder that cannot be written, or a file that disappeared
+        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 1 if disk_full else 2
+    if isinstance(error, MemoryError | RuntimeError):
         from bertlite.core.runtime import is_out_of_memory
 
-        if not is_out_of_memory(error):
-            raise
-        advice = "lower the rows of a step, those computed at a time, or the size of the model"
-        sys.exit(_say(f"the memory is exhausted; {advice}", 1))
-    except OSError as error:  # a folder that cannot be written, a file that vanished
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        sys.exit(_say(f"{error.filename or 'the system'}: {error.strerror or error}", 1 if full else 2))
-    except Stopped as stopped:
-        sys.exit(_say(f"stopped by {stopped}", 128 + stopped.number))
+        if is_out_of_memory(error):
+            return "out of memory; lower the batch size, train.per_device_train_batch_size or the size of the model", 1
+    return None
 
 
-def _settings(
-    kind: type[Kind], config: Path, overrides: list[str] | None, out: Path | None = None, model: str | None = None
-) -> Kind:
-    """The configuration that a command reads, with --set, --out and --model."""
+def _load_config(
+    config_type: type[Config],
+    config: Path,
+    overrides: list[str] | None,
+    out: Path | None = None,
+    model: str | None = None,
+) -> Config:
+    """Load the configuration of a command, with --set, --model and --out."""
     from bertlite.config.loading import load_config
 
-    named = {"model.init_from": model, "output_dir": out and str(out)}
-    changes = [*(overrides or []), *(f"{name}={json.dumps(value)}" for name, value in named.items() if value)]
-    return load_config(kind, config, changes)
+    options = {"model.init_from": model, "output_dir": out and str(out)}
+    changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
+    return load_config(config_type, config, [*(overrides or []), *changes])
 
 
-def _loaded(model: str, precision: str) -> "LoadedModel":
+def _load_model(model: str, precision: str) -> "LoadedModel":
     from bertlite.api import LoadedModel
     from bertlite.core.runtime import initialize_runtime
 
     return LoadedModel(model, initialize_runtime(precision))
 
 
-def _say(text: str, code: int) -> int:
-    for line in text.splitlines() if os.environ.get("RANK", "0") == "0" or code == 1 else ():
-        print(f"bertlite: {line}", file=sys.stderr)
-    return code
+def _print_result(result: Any, as_json: bool, format_text: Callable[[Any], str]) -> None:
+    _print(json.dumps(result, ensure_ascii=False) if as_json else format_text(result))
+
+
+def _print(result: object) -> None:
+    """Print the result of a command; under torchrun, rank 0 does."""
+    if get_rank() == 0:
+        print(result, flush=True)

@@ -296,8 +296,8 @@ def test_precision_changes_the_numbers(bertlite, trained, text_files):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (MemoryError(), 1, "the memory is exhausted; lower the rows"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "the memory is exhausted; lower the rows"),
+        (MemoryError(), 1, "out of memory; lower the batch size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower the batch size"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
     ],
 )

@@ -175,3 +175,11 @@ class Batches:
             spans = self.packing.spans(sequence) if sequence >= 0 else []
             collected.append([np.concatenate([[at_cls], values[start : start + n], [at_sep]]) for start, n in spans])
         return collate(collected, self.sequence_length, at_padding)
+
+
+def format_batch(sequences: list[list[str]]) -> str:
+    """Format what `Batches.describe` returns as numbered sequences with a line for each document."""
+    lines = []
+    for number, documents in enumerate(sequences, 1):
+        lines += [f"sequence {number}", *(f"  {document}" for document in documents)]
+    return "\n".join(lines)

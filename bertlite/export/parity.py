@@ -3,8 +3,9 @@
 # Shapes: B batch, T tokens, D hidden size.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -76,6 +77,26 @@ def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
         for name, difference in differences.items():
             checks.append(Check(inputs_name, name, difference, tolerances.get(name, tolerances["outputs"])))
     return checks
+
+
+def format_checks(folder: Path, checks: list[Check]) -> str:
+    """Format checks as a table that ends with the verdict on the model in `folder`."""
+    lines = [f"{'inputs':8}  {'quantity':30}  {'difference':>10}  {'allowed':>8}"]
+    for check in checks:
+        verdict = "ok" if check.ok else "DIFFERS"
+        values = f"{check.difference:10.2g}  {check.tolerance:8.0g}"
+        lines.append(f"{check.inputs:8}  {check.quantity:30}  {values}  {verdict}")
+    relation = "equals" if all(check.ok for check in checks) else "DIFFERS FROM"
+    return "\n".join([*lines, f"{folder}: {relation} Hugging Face's model"])
+
+
+def checks_to_dict(folder: Path, checks: list[Check]) -> dict[str, Any]:
+    """Return checks in the form of `verify --json`. JSON has no NaN, so that a difference may be None."""
+    entries = [
+        {**vars(check), "difference": check.difference if isfinite(check.difference) else None, "ok": check.ok}
+        for check in checks
+    ]
+    return {"ok": all(check.ok for check in checks), "model": str(folder), "checks": entries}
 
 
 def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:

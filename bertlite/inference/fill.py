@@ -39,3 +39,13 @@ def fill(
             answer = {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence}
             results[-1].append(answer)
     return results[0] if len(results) == 1 else results
+
+
+def format_predictions(result: list[Any]) -> str:
+    """Format what `fill` returns as lines of score, token and sequence."""
+    masks = [result] if isinstance(result[0], dict) else result
+    lines = []
+    for number, predictions in enumerate(masks, 1):
+        lines += [f"mask {number}"] if len(masks) > 1 else []
+        lines += [f"{entry['score']:.4f}  {entry['token_str']:16}  {entry['sequence']}" for entry in predictions]
+    return "\n".join(lines)

@@ -95,7 +95,7 @@ def rehearse(config: PretrainConfig, prepared: Prepared, runtime: Runtime, steps
     return timer.laps
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_bench(result: dict[str, Any]) -> str:
     """Format what `bench` returns as lines for people."""
     step_seconds = result["step_seconds"]
     phases = {phase: result[f"{phase}_seconds"] for phase in PHASES}

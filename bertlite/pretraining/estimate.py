@@ -75,7 +75,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
     return result | {"warnings": _warnings(config, result)}
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_plan(result: dict[str, Any]) -> str:
     """Format what `plan` returns as lines for people."""
     epochs = "an unknown number of"
     if result["epochs"] is not None:

@@ -1,6 +1,7 @@
 """`bertlite evaluate`: the loss and accuracy of a masked language model on a test set."""
 
 import math
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,3 +57,13 @@ def evaluate_text(
         with runtime.autocast():
             result["pseudo_perplexity"] = pseudo_perplexity(model, tokenizer, data.train, document, length)
     return result
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """Format the metrics of `evaluate_text` and `minimal_pairs` as a table."""
+    lines = [f"{name:17}  {value:.4f}" for name, value in result.items() if isinstance(value, float)]
+    for phenomenon, total in result.get("phenomena", {}).items():
+        lines += ["", f"{phenomenon:50}  {total['accuracy']:6.1%} of {total['pairs']:,}"]
+        for paradigm, counts in total["paradigms"].items():
+            lines.append(f"  {paradigm:48}  {counts['accuracy']:6.1%} of {counts['pairs']:,}")
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ from bertlite.data.masking import max_predictions
 from bertlite.model.huggingface import read_architecture
 from bertlite.pretraining import estimate as planning
 from bertlite.pretraining.bench import flops_per_sequence
-from bertlite.pretraining.estimate import describe, plan
+from bertlite.pretraining.estimate import format_plan, plan
 from bertlite.pretraining.prepare import prepare
 
 
@@ -83,7 +83,7 @@ def test_unknown_epochs_are_none(write_config, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"some words of row {number}"}) for number in range(500)))
     result = planned(write_config(data__train=[str(rows)]))
-    assert result["epochs"] is None and "an unknown number of epochs" in describe(result)
+    assert result["epochs"] is None and "an unknown number of epochs" in format_plan(result)
 
 
 def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
@@ -92,7 +92,7 @@ def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
     assert result["parameters"] > 10**12 and result["seconds"] is None
     memory, disk = result["warnings"]
     assert "does not fit into memory" in memory and "do not fit on the disk" in disk and "--out" in disk
-    assert describe(result).count("\nwarning: ") == 2
+    assert format_plan(result).count("\nwarning: ") == 2
 
 
 @pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
