@@ -279,7 +279,7 @@ def test_a_bad_text_file_is_named(bertlite, write_config, tmp_path, content, exp
 def test_a_text_too_short_to_learn_from_is_an_error(bertlite, write_config, tmp_path):
     (tmp_path / "short.txt").write_text("x")
     code, _, err = bertlite("pretrain", write_config(data__train=[str(tmp_path / "short.txt")]))
-    assert code == 2 and "the training text is 3 tokens, too few to hide one of them" in err
+    assert code == 2 and "the training text has 3 tokens, too few to mask one of them" in err
     assert not (tmp_path / "run").exists()
 
 
