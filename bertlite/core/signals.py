@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a process where nothing is lost."""
+"""SIGINT and SIGTERM end a process without losing work."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
-PATIENCE = 5  # seconds until a signal that Python did not get to ends the process
+PATIENCE = 5  # seconds after which a signal that Python could not handle ends the process
 
 
 class Stopped(BaseException):
@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """SIGINT or SIGTERM: raises Stopped at once or, inside `deferred()`, is kept in `number` for the loop to act on."""
+    """Handles SIGINT and SIGTERM: raises Stopped or, inside `deferred()`, sets `number` for the loop to act on."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -30,9 +30,9 @@ class StopRequest:
 
     @contextmanager
     def deferred(self, is_deferred: bool = True) -> Iterator[None]:
-        """Defer signals inside the block; with False, let them end an outer block at once where nothing would be lost.
+        """Defer signals inside the block. With False, raise Stopped at once inside the block, within a deferring one.
 
-        A signal that came before the block is not raised again: test `number`.
+        Leaving the block does not raise for a signal that arrived inside it: test `number`.
         """
         outer, self.is_deferred = self.is_deferred, is_deferred
         try:
@@ -41,6 +41,7 @@ class StopRequest:
             self.is_deferred = outer
 
     def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal, as the function that `signal.signal` takes."""
         self.number = number
         if not self.is_deferred:
             raise Stopped(number)
@@ -50,25 +51,32 @@ stop_request = StopRequest()
 
 
 def listen() -> None:
-    """From now on, SIGINT and SIGTERM go to `stop_request`; a library's long computation does not hold them up."""
-    _watch()
+    """Send SIGINT and SIGTERM to `stop_request`; end the process where a long call into a library blocks them."""
+    if os.name == "posix":
+        _start_watchdog()
     signal.signal(signal.SIGINT, stop_request.receive)
     signal.signal(signal.SIGTERM, stop_request.receive)
 
 
 @cache
-def _watch() -> None:
+def _start_watchdog() -> None:
+    """Start a thread that ends the process when Python has not handled a signal after PATIENCE seconds.
+
+    Python runs signal handlers between its own instructions, thus not before a long call into a library returns. The
+    wakeup descriptor is written to at once.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, whatever Python is waiting for
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
-    def end_when_ignored() -> None:
+    def watch() -> None:
         while True:
             number = os.read(reader, 1)[0]
             time.sleep(PATIENCE)
-            if number in (signal.SIGINT, signal.SIGTERM) and not (stop_request.number or stop_request.is_deferred):
+            handled = stop_request.number or stop_request.is_deferred
+            if number in (signal.SIGINT, signal.SIGTERM) and not handled:
                 print(f"bertlite: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
 
-    threading.Thread(target=end_when_ignored, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
