@@ -366,11 +366,11 @@ def test_a_vocabulary_without_special_tokens_is_named(bertlite, write_config, tm
         (("embed", "{trained}", "{text}", "--out", "{new}", "--pooling", "sum"), "--pooling is 'sum'"),
         (("fill", "org/name", "a [MASK]"), "org/name"),
         (("pretrain", "nowhere.yaml"), "nowhere.yaml"),
-        (("batch", "{trained}/config.yaml", "--step", "99999"), "--step is 99999, but the run goes from 1 to"),
+        (("batch", "{trained}/config.yaml", "--step", "99999"), "--step is 99999, but the steps are 1 to"),
         (("pretrain", "{trained}/config.yaml", "--out", "{text}"), "is a file; name another folder with --out"),
-        (("pretrain", "{trained}/config.yaml", "--out", "{text}/run"), "run: cannot be made or written: Not a dir"),
-        (("pretrain", "{trained}/config.yaml", "--out", "{encoder}"), "encoder: holds other things and no run"),
-        (("fill", "{begun}", "a [MASK]"), "begun: a run folder without a valid checkpoint yet"),
+        (("pretrain", "{trained}/config.yaml", "--out", "{text}/run"), "run: cannot be created or written: Not a dir"),
+        (("pretrain", "{trained}/config.yaml", "--out", "{encoder}"), "encoder: is not empty and holds no run"),
+        (("fill", "{begun}", "a [MASK]"), "begun: this run has no valid checkpoint yet"),
     ],
 )
 def test_a_wrong_argument_is_named(bertlite, trained, tmp_path, text_files, arguments, expected):
@@ -392,7 +392,9 @@ def test_what_the_hub_answers_is_told_in_one_line(bertlite):
     with pytest.raises(OSError) as caught:
         snapshot_download("org/name")
     code, _, err = bertlite("fill", "org/name", "a [MASK]")
-    assert code == 2 and err.endswith(f"none came from the hub: {str(caught.value).strip().splitlines()[0]}\n")
+    assert code == 2 and err.endswith(
+        f"no such folder, and the hub gave none: {str(caught.value).strip().splitlines()[0]}\n"
+    )
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_path):
@@ -406,5 +408,5 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_p
     for command in (("fill", "a [MASK]"), ("export", tmp_path / "out"),
                     ("embed", tmp_path / "text.txt", "--out", tmp_path / "v.npy")):  # fmt: skip
         code, _, err = bertlite(command[0], tmp_path / "small", *command[1:])
-        assert code == 2 and "1,000 pieces" in err and "900" in err
+        assert code == 2 and "1,000 tokens" in err and "900" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "v.npy").exists()
