@@ -113,7 +113,7 @@ def describe_run(source: Path, task: str) -> tuple[list[str], list[EvalResult]]:
 def _describe_pretraining(
     source: Path, run: Path, config: dict[str, Any], task: str
 ) -> tuple[list[str], list[EvalResult]]:
-    """Describe data, tokens and validation loss, with about CURVE_LINES evaluations, the last one included."""
+    """Describe the data, the tokens seen, and the validation loss by about CURVE_LINES evaluations and the last."""
     training, validation = (_source_names(config["data"][split]) for split in ("train", "validation"))
     validation = validation or "a held-out share of it"
     paragraphs = [f"## Data\n\nTrained on {training}; validated on {validation}."]

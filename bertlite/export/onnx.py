@@ -91,7 +91,7 @@ def _write_graphs(graph: Graph, fp32_path: Path, int8_path: Path) -> None:
     example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)
     positions = graph.model.config.max_position_embeddings
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=positions)}
-    logging.disable(logging.WARNING)  # torch and onnxruntime warn about themselves
+    logging.disable(logging.WARNING)  # torch and onnxruntime warn about their own internals
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -148,17 +148,17 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """How transformers trains a model with this head, and reads its outputs.
+    """How transformers trains a model with this head, and what other programs read from its outputs.
 
-    `make_targets` makes up targets for a batch from its token ids (B,T) and other token ids (B,T), IGNORED at most
-    places. `loss` is transformers' own, of its outputs by name, such targets, and which tokens are real (B,T).
+    `make_targets` makes up targets from the model, token ids (B,T), and token labels (B,T): token ids, or IGNORED.
+    `loss` is transformers' own, of its outputs by name, such targets, and which tokens are real (B,T).
     """
 
     pipeline: str  # Hugging Face's name of the task
-    example: str  # what its pipeline may be called with, as Python
     make_targets: Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
     loss: Callable[[Tensors, Tensors, Tensor], Tensor]
     decide: Callable[[list[NDArray[Any]]], NDArray[Any]] | None  # from outputs to decisions, if there are any
+    example: str = '"A sentence."'  # what the pipeline may be called with, as Python
     unseen_biases: tuple[str, ...] = ()  # that the loss does not depend on, as softmax ignores what all scores share
 
 
@@ -175,34 +175,24 @@ def label_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
     return F.cross_entropy(outputs["logits"].flatten(0, -2), targets["labels"].flatten(), ignore_index=IGNORED)
 
 
-def multi_label_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
-    """Binary cross entropy in nats, averaged over all labels."""
-    return F.binary_cross_entropy_with_logits(outputs["logits"], targets["labels"])
-
-
-def regression_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
-    """The mean squared error."""
-    return F.mse_loss(outputs["logits"], targets["labels"])
-
-
 def answer_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
     """Cross entropy in nats among the tokens of a sequence, the mean of the answer's start and end."""
     start = F.cross_entropy(outputs["start_logits"], targets["start_positions"])
     return (start + F.cross_entropy(outputs["end_logits"], targets["end_positions"])) / 2
 
 
-def sequence_targets(model: Classifier, input_ids: Tensor, modulus: int) -> Tensor:
+def make_scores(model: Classifier, input_ids: Tensor, modulus: int) -> dict[str, Tensor]:
     """Make up numbers (B,L) below `modulus`, in the model's dtype."""
     numbers = input_ids[:, :1] + torch.arange(len(model.labels))
-    return (numbers % modulus).to(model.classifier.weight.dtype)
+    return {"labels": (numbers % modulus).to(model.classifier.weight.dtype)}
 
 
-def token_targets(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
+def make_token_labels(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
     """Make up a label for each token that is not IGNORED."""
     return {"labels": torch.where(token_labels == IGNORED, IGNORED, token_labels % len(model.labels))}
 
 
-def answer_targets(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
+def make_answers(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
     """Make up where each answer starts and ends."""
     positions = input_ids % input_ids.shape[1]
     return {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
@@ -215,31 +205,38 @@ def choose_highest(outputs: list[NDArray[Any]]) -> NDArray[Any]:
 
 # Keys are a model's `head_name`: the pipeline of transformers or, of a sequence classifier, the problem type.
 HEADS = {
-    "feature-extraction": Head(
-        "feature-extraction", '"A sentence."', lambda *_: {}, encoder_loss, decide=None
-    ),
+    "feature-extraction": Head("feature-extraction", lambda *_: {}, encoder_loss, decide=None),
     "fill-mask": Head(
-        "fill-mask", '"A [MASK] of words."',
-        lambda model, input_ids, token_labels: {"labels": token_labels}, label_loss, choose_highest,
+        "fill-mask",
+        make_targets=lambda model, input_ids, token_labels: {"labels": token_labels},
+        loss=label_loss,
+        decide=choose_highest,
+        example='"A [MASK] of words."',
     ),
     "single_label_classification": Head(
-        "text-classification", '"A sentence."',
-        lambda model, input_ids, _: {"labels": input_ids[:, 0] % len(model.labels)}, label_loss, choose_highest,
+        "text-classification",
+        make_targets=lambda model, input_ids, _: {"labels": input_ids[:, 0] % len(model.labels)},
+        loss=label_loss,
+        decide=choose_highest,
     ),
     "multi_label_classification": Head(
-        "text-classification", '"A sentence."',
-        lambda model, input_ids, _: {"labels": sequence_targets(model, input_ids, 2)}, multi_label_loss,
+        "text-classification",
+        make_targets=lambda model, input_ids, _: make_scores(model, input_ids, 2),
+        loss=lambda outputs, targets, _: F.binary_cross_entropy_with_logits(outputs["logits"], targets["labels"]),
         decide=lambda outputs: outputs[0] > 0,
     ),
     "regression": Head(
-        "text-classification", '"A sentence."',
-        lambda model, input_ids, _: {"labels": sequence_targets(model, input_ids, 5)}, regression_loss, decide=None,
+        "text-classification",
+        make_targets=lambda model, input_ids, _: make_scores(model, input_ids, 5),
+        loss=lambda outputs, targets, _: F.mse_loss(outputs["logits"], targets["labels"]),
+        decide=None,
     ),
-    "token-classification": Head(
-        "token-classification", '"A sentence."', token_targets, label_loss, choose_highest
-    ),
+    "token-classification": Head("token-classification", make_token_labels, label_loss, choose_highest),
     "question-answering": Head(
-        "question-answering", "", answer_targets, answer_loss, choose_highest,
+        "question-answering",
+        make_answers,
+        answer_loss,
+        choose_highest,
         unseen_biases=("classifier.bias", "encoder.layers.{last}.norm.bias"),
     ),
-}  # fmt: skip
+}

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,6 +32,15 @@ from bertlite.model.heads import (
 from bertlite.model.layers import ACTIVATIONS
 
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+
+
+class SavedModel(NamedTuple):
+    """What a model folder holds: its path, config.json, the encoder's configuration in it, and the weights by name."""
+
+    folder: Path
+    hf_config: dict[str, Any]
+    config: Architecture
+    weights: dict[str, Tensor]
 
 
 def hf_class(model: Model) -> str:
@@ -86,7 +95,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -
 
 def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json: the architecture and the labels, under Hugging Face's keys."""
-    values = {
+    hf_config = {
         "architectures": [hf_class(model)],
         "model_type": model.config.model_type,
         **model.config.model_dump(),
@@ -94,10 +103,10 @@ def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) 
         "dtype": str(dtype).removeprefix("torch."),
     }
     if isinstance(model, Classifier):
-        values["id2label"] = {str(number): label for number, label in enumerate(model.labels)}
-        values["label2id"] = {label: number for number, label in enumerate(model.labels)}
-        values["problem_type"] = model.problem_type
-    text = json.dumps(values, indent=2, ensure_ascii=False)
+        hf_config["id2label"] = {str(number): label for number, label in enumerate(model.labels)}
+        hf_config["label2id"] = {label: number for number, label in enumerate(model.labels)}
+        hf_config["problem_type"] = model.problem_type
+    text = json.dumps(hf_config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -106,17 +115,17 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
 
     Raises UserError, naming the file, for a folder that holds no model of a known architecture.
     """
-    values, config, weights = _read_folder(folder)
-    model_class = _find_model_class(values, config, weights)
+    saved = _read_folder(folder)
+    config, weights, prefix = saved.config, saved.weights, ARCHITECTURES[saved.config.model_type].weight_prefix
+    model_class = _find_model_class(saved)
     model: Model
     with torch.device("meta"):
         if issubclass(model_class, Classifier):
-            labels = _read_labels(values, config, model_class, weights, folder)
-            model = model_class(config, labels, kernel, values.get("problem_type"))
+            labels = _read_labels(saved, model_class)
+            model = model_class(config, labels, kernel, saved.hf_config.get("problem_type"))
         elif issubclass(model_class, MaskedLanguageModel):
             model = MaskedLanguageModel(config, kernel)
         else:
-            prefix = ARCHITECTURES[config.model_type].weight_prefix
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
             model = build_encoder(config, kernel, pooler="pooler.dense.weight" in weights)
     model.load_state_dict(_from_hf(model, weights, folder)[0], assign=True)
@@ -129,19 +138,18 @@ def load_weights_for(model_class: type[Classifier], labels: list[str], folder: P
     The head's weights are used only if the folder has the same head for the same labels. Raises UserError, naming the
     file, when the folder holds no encoder of this architecture.
     """
-    values, config, weights = _read_folder(folder)
-    architecture = ARCHITECTURES[config.model_type]
-    saved_class = _find_model_class(values, config, weights)
+    saved = _read_folder(folder)
+    architecture, saved_class = ARCHITECTURES[saved.config.model_type], _find_model_class(saved)
+    weights, prefix = saved.weights, architecture.weight_prefix
     if saved_class is Encoder:
-        prefix = architecture.weight_prefix
         weights = {prefix + name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     with torch.device("meta"):
-        model = model_class(config, labels)
-    same_head = saved_class is model_class and _read_labels(values, config, saved_class, weights, folder) == labels
-    heads = tuple(f"{_hf_classifier(config, head)}." for head in (SequenceClassifier, QuestionAnswerer))
-    usable = (architecture.weight_prefix, *heads) if same_head else (architecture.weight_prefix,)
+        model = model_class(saved.config, labels)
+    same_head = saved_class is model_class and _read_labels(saved, model_class) == labels
+    heads = tuple(f"{_hf_classifier(architecture, head)}." for head in (SequenceClassifier, QuestionAnswerer))
+    usable = (prefix, *heads) if same_head else (prefix,)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(usable)}
-    pooler = f"{architecture.weight_prefix}pooler."
+    pooler = f"{prefix}pooler."
     converted, missing = _from_hf(model, weights, folder, may_lack=(pooler, *heads))
     if missing:
         parts = dict.fromkeys("pooler" if name.startswith(pooler) else "head" for name in missing)
@@ -179,9 +187,9 @@ def local_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder, and the hub gave none: {reason}") from None
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tensor]]:
-    """Read config.json, the encoder's configuration in it, and all weights, and check that they belong together."""
-    values, config = _read_config(folder)
+def _read_folder(folder: Path) -> SavedModel:
+    """Read config.json and all weights, and check that they belong together."""
+    hf_config, config = _read_config(folder)
     weights = _read_weights(folder)
     architecture = ARCHITECTURES[config.model_type]
     layer_number = re.compile(re.escape(architecture.layer_prefix).replace(r"\{number\}", r"(\d+)"))
@@ -195,7 +203,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, 
     for name, tied in architecture.tied.items():
         if name in weights and tied in weights and not torch.equal(weights[name], weights[tied]):
             raise UserError(f"{folder}: {name} differs from {tied}, to which bertlite ties it")
-    return values, config, weights
+    return SavedModel(folder, hf_config, config, weights)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
@@ -204,23 +212,23 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     if folder.is_dir():
         check_model_folder(folder)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{folder}: not a model folder (it has no readable config.json)") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON") from None
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = hf_config.get("model_type") if isinstance(hf_config, dict) else None
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(f"{path}: model_type is {model_type!r}; bertlite has {', '.join(ARCHITECTURES)}")
-    return values, _validate_config(path, values, ARCHITECTURES[model_type])
+    return hf_config, _validate_config(path, hf_config, ARCHITECTURES[model_type])
 
 
-def _validate_config(path: Path, values: dict[str, Any], architecture: EncoderArchitecture) -> Architecture:
+def _validate_config(path: Path, hf_config: dict[str, Any], architecture: EncoderArchitecture) -> Architecture:
     for key, allowed in architecture.required.items():
-        if values.get(key) not in allowed:
-            raise UserError(f"{path}: {key} is {values[key]!r}, which bertlite does not have")
+        if hf_config.get(key) not in allowed:
+            raise UserError(f"{path}: {key} is {hf_config[key]!r}, which bertlite does not have")
     defaults = architecture.hf_config()
-    settings = {name: values.get(name, getattr(defaults, name)) for name in architecture.config.model_fields}
+    settings = {name: hf_config.get(name, getattr(defaults, name)) for name in architecture.config.model_fields}
     if str(settings["hidden_act"]) not in ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {settings['hidden_act']!r}; bertlite has {', '.join(ACTIVATIONS)}")
     if settings["pad_token_id"] is None:
@@ -233,41 +241,38 @@ def _validate_config(path: Path, values: dict[str, Any], architecture: EncoderAr
         raise UserError(f"{path}: {place}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _find_model_class(values: dict[str, Any], config: Architecture, weights: dict[str, Tensor]) -> type[Model]:
-    """Tell from the names of the weights, and from config.json where these are the same, which model they are of."""
-    architecture = ARCHITECTURES[config.model_type]
+def _find_model_class(saved: SavedModel) -> type[Model]:
+    """Find which model the weights are of, by their names, and by config.json where two models share the names."""
+    architecture, weights = ARCHITECTURES[saved.config.model_type], saved.weights
     masked_lm = f"{architecture.heads[MaskedLanguageModel.class_suffix]['head'][0]}."
     if any(name.startswith(masked_lm) for name in weights):
         return MaskedLanguageModel
-    if f"{_hf_classifier(config, QuestionAnswerer)}.weight" in weights:
+    if f"{_hf_classifier(architecture, QuestionAnswerer)}.weight" in weights:
         return QuestionAnswerer
-    if f"{_hf_classifier(config, SequenceClassifier)}.weight" not in weights:
+    if f"{_hf_classifier(architecture, SequenceClassifier)}.weight" not in weights:
         return Encoder
     has_pooler = f"{architecture.weight_prefix}pooler.dense.weight" in weights
-    for_tokens = values.get("architectures") == [architecture.class_prefix + TokenClassifier.class_suffix]
+    for_tokens = saved.hf_config.get("architectures") == [architecture.class_prefix + TokenClassifier.class_suffix]
     return SequenceClassifier if has_pooler and not for_tokens else TokenClassifier
 
 
-def _hf_classifier(config: Architecture, model_class: type[Classifier]) -> str:
+def _hf_classifier(architecture: EncoderArchitecture, model_class: type[Classifier]) -> str:
     """Return Hugging Face's name of the linear layer on top of the encoder."""
-    return ARCHITECTURES[config.model_type].heads[model_class.class_suffix]["classifier"][0]
+    return architecture.heads[model_class.class_suffix]["classifier"][0]
 
 
-def _read_labels(
-    values: dict[str, Any],
-    config: Architecture,
-    model_class: type[Classifier],
-    weights: dict[str, Tensor],
-    folder: Path,
-) -> list[str]:
+def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
     """Read the labels from id2label; without it they are Hugging Face's LABEL_0, LABEL_1, …"""
-    name = f"{_hf_classifier(config, model_class)}.weight"
-    if weights[name].ndim != 2 or not weights[name].numel():
-        raise UserError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, which is no head's")
-    numbers = [str(number) for number in range(len(weights[name]))]
-    labels = values.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
+    name = f"{_hf_classifier(ARCHITECTURES[saved.config.model_type], model_class)}.weight"
+    weight = saved.weights[name]
+    if weight.ndim != 2 or not weight.numel():
+        raise UserError(f"{saved.folder}: {name} has shape {tuple(weight.shape)}, which is no head's")
+    numbers = [str(number) for number in range(len(weight))]
+    labels = saved.hf_config.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
     if not isinstance(labels, dict) or labels.keys() != set(numbers):
-        raise UserError(f"{folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}")
+        raise UserError(
+            f"{saved.folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}"
+        )
     return [str(labels[number]) for number in numbers]
 
 

@@ -2,17 +2,23 @@
 
 import pytest
 import torch
-from tiny_models import HEADS, change_config
+from tiny_models import HEADS as CLASSES
+from tiny_models import change_config
 
 from bertlite.export import parity
 from bertlite.export.parity import check_parity, compare, load_reference, make_inputs
+from bertlite.model.heads import HEADS
 from bertlite.model.huggingface import load_model
 
-FINE_TUNED = [name for name in HEADS if name not in ("BertModel", "BertForMaskedLM")]
+FINE_TUNED = [name for name in CLASSES if name not in ("BertModel", "BertForMaskedLM")]
+
+
+def test_every_record_of_a_head_is_that_of_a_tested_model(every_head):
+    assert {load_model(folder).head_name for folder in every_head.values()} == set(HEADS)
 
 
 @pytest.mark.parametrize("precision", parity.TOLERANCES)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CLASSES)
 def test_every_head_equals_that_of_transformers(every_head, head, precision):
     checks = check_parity(every_head[head], precision)
     assert [check for check in checks if not check.ok] == []
