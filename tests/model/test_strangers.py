@@ -255,7 +255,7 @@ def test_a_manifest_that_names_other_places_is_no_checkpoint(folder, tmp_path, n
     (folder / "link").symlink_to(tmp_path / "secret")
     entry = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
     (folder / "training" / "manifest.json").write_text(json.dumps({name: entry}) + "\n")
-    assert problem(folder) == f"{name} is outside of the folder"
+    assert problem(folder) == f"{name} is outside the folder"
 
 
 ODD = st.recursive(
