@@ -1,4 +1,4 @@
-"""Tokenizers: train WordPiece from text, or load one; always a Hugging Face tokenizer with the five special tokens."""
+"""Load, train, extend and pad tokenizers: always Hugging Face tokenizers with BERT's five special tokens."""
 
 import json
 import re
@@ -23,20 +23,20 @@ from bertlite.data.masking import Vocabulary
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
-UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT's vocabularies leave for their users
-CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] rather than take room in the vocabulary
+UNUSED = re.compile(r"\[unused\d+\]")  # tokens that BERT's vocabularies reserve for their users
+CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] and leave their places to longer tokens
 
 
 def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     """Load `vocab.txt`, `tokenizer.json`, a Hugging Face folder or a hub name.
 
-    `lowercase` counts for a bare `vocab.txt` alone: the others say it themselves. Raises UserError when there is no
-    such tokenizer, or it lacks a special token or the fast form.
+    `lowercase` is used for a `vocab.txt` only; the other files hold this setting. Raises UserError when there is no
+    such tokenizer, when it lacks a special token, or when it is not a fast tokenizer.
     """
     path, local = Path(name), Path(name).is_dir()
     if local:
         check_model_folder(path)
-    if local and not (path / "tokenizer_config.json").exists():  # AutoTokenizer would not know what it is
+    if local and not (path / "tokenizer_config.json").exists():  # which AutoTokenizer needs
         path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     if not path.exists() and (path.suffix in (".txt", ".json") or path.is_absolute() or name.startswith(".")):
         advice = "no tokenizer in it; put its tokenizer.json or vocab.txt there"
@@ -50,9 +50,13 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
             if local and "fast_tokenizer_files" in (path / "tokenizer_config.json").read_text(encoding="utf-8"):
                 raise UserError(f"{path / 'tokenizer_config.json'}: fast_tokenizer_files names other files; remove it")
             # Some versions of transformers would read the tokenizer_file that tokenizer_config.json names, anywhere.
-            own = {"tokenizer_file": str(path / "tokenizer.json")} if (path / "tokenizer.json").exists() else {}
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local, **own)
-        tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # odd settings show themselves at use
+            tokenizer_file = (
+                {"tokenizer_file": str(path / "tokenizer.json")} if (path / "tokenizer.json").exists() else {}
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False, local_files_only=local, **tokenizer_file
+            )
+        tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # some wrong settings raise only here
         if tokenizer.model_max_length < 8:
             raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
     except UserError:
@@ -63,7 +67,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
-        raise UserError(f"{name}: the numbers of its pieces have gaps; they should be 0 to {len(tokenizer) - 1}")
+        raise UserError(f"{name}: the ids of its tokens have gaps; they should be 0 to {len(tokenizer) - 1}")
     missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(f"{name}: the tokenizer lacks {', '.join(missing)}, which masked language modelling needs")
@@ -75,46 +79,49 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
 def prepare_tokenizer(
     settings: TokenizerSettings, base: str | None, documents: Callable[[], Iterable[str]], digest: Any, cache: Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings mean: trained on the documents, or `base`, extended and padded as they say.
+    """Train a tokenizer on the documents or load `base`; extend and pad it as configured.
 
-    What is made is kept in the cache by fingerprint; `digest` stands for the documents there.
-    Raises UserError when `base` cannot be loaded, or cannot be changed as the settings say.
+    A tokenizer that was trained or changed is cached by fingerprint; `digest` stands for the documents in it. Raises
+    UserError when `base` cannot be loaded, or cannot be changed.
     """
-    old = None if base is None else load_tokenizer(base, settings.lowercase)
-    if old is not None and not settings.extend and not settings.pad_to_multiple_of:
-        return old
-    given = None if old is None else [old.backend_tokenizer.to_str(), settings.extend]
-    size = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
-    folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, given, size])
+    loaded = None if base is None else load_tokenizer(base, settings.lowercase)
+    if loaded is not None and not settings.extend and not settings.pad_to_multiple_of:
+        return loaded
+    base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend]
+    training_key = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, base_key, training_key])
     with lock(folder):
         if not folder.exists():
-            with atomic_folder(folder) as aside:
-                _make(aside, old, documents, settings)
+            with atomic_folder(folder) as unfinished:
+                _save_tokenizer(unfinished, loaded, documents, settings)
     tokenizer = load_tokenizer(str(folder))
-    logger.info(f"tokenizer: {len(tokenizer):,} pieces ({folder})")
+    logger.info(f"tokenizer: vocabulary of {len(tokenizer):,} ({folder})")
     return tokenizer
 
 
 def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
-    """All documents, or a random part of them of at most `limit` characters; the same part every time."""
+    """Choose documents of at most `limit` characters together at random, the same every time; all of them if they fit.
+
+    A document is kept while its random number is below a threshold, which is halved whenever too many are kept.
+    """
     kept: list[tuple[int, str]] = []
-    share, characters = 1 << 32, 0
+    threshold, characters = 1 << 32, 0
     for random, text in zip(_random_numbers(), documents, strict=False):
-        if random < share:
+        if random < threshold:
             kept.append((random, text))
             characters += len(text)
         while characters > limit and len(kept) > 1:
-            share //= 2
-            kept = [one for one in kept if one[0] < share] or [min(kept)]
+            threshold //= 2
+            kept = [pair for pair in kept if pair[0] < threshold] or [min(kept)]
             characters = sum(len(text) for _, text in kept)
     return [text[:limit] for _, text in kept]
 
 
 def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Train WordPiece as BERT has it (Devlin et al. 2018, section 3), the same in every process.
+    """Train a WordPiece vocabulary (Devlin et al. 2018, section 3), the same in every process.
 
-    The library numbers the pieces that continue a word in the order of a hash map, and breaks ties by these numbers.
-    So they are given to it beforehand, sorted, as if they were special tokens.
+    The library numbers the tokens that continue a word in the order of a hash map, and breaks ties by these numbers.
+    Passing them as special tokens, sorted, makes their order certain.
     """
     alphabet = _alphabet(documents, vocab_size, lowercase)
     continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
@@ -131,30 +138,32 @@ def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> 
             show_progress=False,
         ),
     )
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return build_word_piece({piece: number for number, (piece, _) in enumerate(pieces)}, lowercase)
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return build_word_piece({token: number for number, (token, _) in enumerate(tokens)}, lowercase)
 
 
-def extend_vocabulary(vocabulary: dict[str, int], pieces: list[str]) -> dict[str, int]:
-    """A vocabulary with new pieces in the places of its [unusedN] entries, in their order, and then at its end."""
-    by_number = {number: piece for piece, number in vocabulary.items()}
-    unused = sorted(number for number, piece in by_number.items() if UNUSED.fullmatch(piece))
-    places = [*unused, *range(len(by_number), len(by_number) + len(pieces))]
-    by_number |= dict(zip(places, pieces, strict=False))
-    return {by_number[number]: number for number in sorted(by_number)}
+def extend_vocabulary(vocabulary: dict[str, int], new_tokens: list[str]) -> dict[str, int]:
+    """Replace [unusedN] tokens, in order of their ids, by new tokens, and append the others."""
+    by_id = {number: token for token, number in vocabulary.items()}
+    unused_ids = sorted(number for number, token in by_id.items() if UNUSED.fullmatch(token))
+    new_ids = [*unused_ids, *range(len(by_id), len(by_id) + len(new_tokens))]
+    by_id |= dict(zip(new_ids, new_tokens, strict=False))
+    return {by_id[number]: number for number in sorted(by_id)}
 
 
 def pad_vocabulary(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
-    """A vocabulary with [unusedN] entries added up to a multiple, so that tokenizer and embedding agree."""
+    """Append [unusedN] tokens up to a multiple, so that tokenizer and embedding have the same size."""
     names = (f"[unused{number}]" for number in count_up() if f"[unused{number}]" not in vocabulary)
-    return vocabulary | {
-        next(names): number for number in range(len(vocabulary), -(-len(vocabulary) // multiple) * multiple)
-    }
+    padded_size = -(-len(vocabulary) // multiple) * multiple
+    return vocabulary | {next(names): number for number in range(len(vocabulary), padded_size)}
 
 
-def spell_token(piece: str, vocabulary: dict[str, int]) -> list[int]:
-    """The ids that a vocabulary without `piece` spells it with, longest match first, as WordPiece does; [] if none."""
-    text, prefix, ids = piece.removeprefix("##"), "##" if piece.startswith("##") else "", []
+def spell_token(token: str, vocabulary: dict[str, int]) -> list[int]:
+    """Split a token that a vocabulary lacks into ids that it has, longest match first; [] if that is impossible.
+
+    Example: with `un` and `##it` in the vocabulary, `unit` gives the ids of these two.
+    """
+    text, prefix, ids = token.removeprefix("##"), "##" if token.startswith("##") else "", []
     while text:
         end = next((end for end in range(len(text), 0, -1) if prefix + text[:end] in vocabulary), 0)
         if not end:
@@ -165,7 +174,7 @@ def spell_token(piece: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
-    """BERT's own pipeline around a vocabulary: clean, split off Chinese characters and punctuation, WordPiece."""
+    """BERT's tokenizer for a vocabulary: clean, split at punctuation and around Chinese characters, WordPiece."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -174,12 +183,12 @@ def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    """The same tokenizer as transformers' class, which saves what AutoTokenizer reads."""
+    """Wrap a tokenizer into transformers' class, which saves what AutoTokenizer reads."""
     return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
 
 
 def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What masking needs of the tokenizer; [UNK] counts as special, as with Hugging Face."""
+    """What masking needs to know about a tokenizer. [UNK] is a special token, as in Hugging Face."""
     special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
     ordinary = np.setdiff1d(np.arange(len(tokenizer), dtype=np.int64), special)
     if not len(ordinary):
@@ -187,57 +196,58 @@ def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     return Vocabulary(len(tokenizer), tokenizer.mask_token_id, special, ordinary)
 
 
-def _make(
+def _save_tokenizer(
     folder: Path,
-    old: PreTrainedTokenizerBase | None,
+    loaded: PreTrainedTokenizerBase | None,
     documents: Callable[[], Iterable[str]],
     settings: TokenizerSettings,
 ) -> None:
-    (_train(documents(), settings) if old is None else old).save_pretrained(folder)
-    if old is not None and settings.extend:
-        _change_vocabulary(folder, lambda vocabulary: _extended(vocabulary, old, documents(), settings))
+    """Save the loaded or else a trained tokenizer, and change its vocabulary in the files."""
+    tokenizer = _train(documents(), settings) if loaded is None else loaded
+    tokenizer.save_pretrained(folder)
+    if loaded is not None and settings.extend:
+        _change_vocabulary(folder, lambda vocabulary: _extend_by_text(vocabulary, loaded, documents(), settings))
     if multiple := settings.pad_to_multiple_of:
         _change_vocabulary(folder, lambda vocabulary: pad_vocabulary(vocabulary, multiple))
 
 
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
-    logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,} pieces")
+    logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,}")
     sample = sample_documents(documents, settings.train_characters)
     tokenizer = wrap_tokenizer(train_word_piece(sample, settings.vocab_size, settings.lowercase))
     if len(tokenizer) < settings.vocab_size:
-        logger.info(f"tokenizer: the text has no more than {len(tokenizer):,} pieces")
+        logger.info(f"tokenizer: the text gives only {len(tokenizer):,} tokens")
     return tokenizer
 
 
-def _extended(
-    vocabulary: dict[str, int], old: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
+def _extend_by_text(
+    vocabulary: dict[str, int], loaded: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
 ) -> dict[str, int]:
-    """The vocabulary with the new pieces that a tokenizer trained on the documents would use most often."""
-    logger.info(f"tokenizer: extending {len(vocabulary):,} pieces by {settings.extend:,}")
+    """Add the new tokens that a tokenizer trained on the documents uses most often."""
+    logger.info(f"tokenizer: extending a vocabulary of {len(vocabulary):,} by {settings.extend:,}")
     sample = sample_documents(documents, settings.train_characters)
-    lowercase = getattr(old.backend_tokenizer.normalizer, "lowercase", False)
-    domain = train_word_piece(sample, len(vocabulary), lowercase)
+    lowercase = getattr(loaded.backend_tokenizer.normalizer, "lowercase", False)
+    trained = train_word_piece(sample, len(vocabulary), lowercase)
     uses: Counter[str] = Counter()
     for text in sample:
-        uses.update(domain.encode(text, add_special_tokens=False).tokens)
-    new = [piece for piece, _ in _most_frequent_first(uses) if piece not in vocabulary]
-    if len(new) < settings.extend:
-        logger.info(f"tokenizer: the text has no more than {len(new):,} pieces that are new")
-    return extend_vocabulary(vocabulary, new[: settings.extend])
+        uses.update(trained.encode(text, add_special_tokens=False).tokens)
+    new_tokens = [token for token, _ in _most_frequent_first(uses) if token not in vocabulary]
+    if len(new_tokens) < settings.extend:
+        logger.info(f"tokenizer: the text gives only {len(new_tokens):,} new tokens")
+    return extend_vocabulary(vocabulary, new_tokens[: settings.extend])
 
 
 def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-    """Rewrite the vocabulary of a saved WordPiece tokenizer."""
+    """Change the vocabulary of a saved WordPiece tokenizer."""
     path = folder / "tokenizer.json"
-    about = json.loads(path.read_text(encoding="utf-8"))
-    if about["model"]["type"] != "WordPiece":
-        raise UserError(
-            f"tokenizer: a {about['model']['type']} vocabulary cannot be extended or padded, only WordPiece"
-        )
-    added = {token["content"]: token["id"] for token in about["added_tokens"]}
-    about["model"]["vocab"] = change(about["model"]["vocab"] | added)
-    path.write_text(json.dumps(about, ensure_ascii=False, indent=2), encoding="utf-8")
-    (folder / "vocab.txt").unlink(missing_ok=True)  # would contradict it
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    if model["type"] != "WordPiece":
+        raise UserError(f"tokenizer: a {model['type']} vocabulary cannot be extended or padded, only WordPiece")
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    model["vocab"] = change(model["vocab"] | added)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / "vocab.txt").unlink(missing_ok=True)  # it would hold the old vocabulary
 
 
 def _random_numbers() -> Iterator[int]:
@@ -246,17 +256,17 @@ def _random_numbers() -> Iterator[int]:
 
 
 def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
-    """The most frequent characters that cover the text and fit the vocabulary, sorted."""
+    """The most frequent characters that cover the text and fit into the vocabulary, sorted."""
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(normalizer.normalize_str(document))
     counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
     alphabet: list[str] = []
-    room, remaining = vocab_size - len(SPECIAL_TOKENS), counts.total()
+    free, remaining = vocab_size - len(SPECIAL_TOKENS), counts.total()
     for character, count in _most_frequent_first(counts):
-        room -= 1 + _continues_words(character, lowercase)
-        if room < 0 or remaining <= counts.total() * (1 - CHARACTER_COVERAGE):
+        free -= 1 + _continues_words(character, lowercase)
+        if free < 0 or remaining <= counts.total() * (1 - CHARACTER_COVERAGE):
             break
         alphabet.append(character)
         remaining -= count
@@ -268,13 +278,13 @@ def _most_frequent_first(counts: Counter[str]) -> list[tuple[str, int]]:
 
 
 def _continues_words(character: str, lowercase: bool) -> bool:
-    """Whether BERT's splitting ever leaves this character inside a word: not so for punctuation and Chinese."""
+    """Whether a character may continue a word: punctuation and Chinese characters are words of their own."""
     text = normalizers.BertNormalizer(lowercase=lowercase).normalize_str("a" + character)
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer.json of any kind, with BERT's special tokens."""
+    """Load a tokenizer.json of any model type, with BERT's special tokens."""
     tokenizer = Tokenizer.from_file(str(path))
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
@@ -294,13 +304,14 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
-        pieces = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}: the vocabulary is not UTF-8") from None
-    missing = [token for token in SPECIAL_TOKENS if token not in pieces]
+    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
-        raise UserError(f"{path}: {len(pieces):,} pieces, without {', '.join(missing)}; add them, one a line")
-    if len(set(pieces)) < len(pieces):
-        piece = next(piece for piece, count in Counter(pieces).items() if count > 1)
-        raise UserError(f"{path}: the piece {piece!r} stands there twice")
-    return {piece: number for number, piece in enumerate(pieces)}
+        raise UserError(f"{path}: {len(tokens):,} tokens, without {', '.join(missing)}; add them, one a line")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        token = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise UserError(f"{path}: duplicate token {token!r}")
+    return vocabulary

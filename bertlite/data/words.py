@@ -1,4 +1,4 @@
-"""Where words begin, for masking whole ones: by the vocabulary, or by a segmenter for text without spaces."""
+"""Where words start, for whole-word masking: by the vocabulary, or by a segmenter for text without spaces."""
 
 import json
 from collections.abc import Callable
@@ -11,23 +11,23 @@ from bertlite.core.packages import require
 
 
 def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """For every id of the vocabulary (V,), whether its piece begins a word.
+    """Mark the tokens of the vocabulary that start a word: (V,).
 
-    WordPiece marks the pieces that go on (Schuster and Nakajima 2012; BERT writes ##); SentencePiece and byte-level
-    BPE mark those that begin (▁ and Ġ). Where no piece is marked, each is a word.
+    WordPiece marks the tokens that continue a word (Schuster and Nakajima 2012; BERT writes ##); SentencePiece and
+    byte-level BPE mark those that start one (▁ and Ġ). In a vocabulary without marks, each token is a word.
     """
     model = json.loads(tokenizer.to_str())["model"]
     starts = np.ones(tokenizer.get_vocab_size(), dtype=bool)
-    for piece, number in tokenizer.get_vocab().items():
+    for token, number in tokenizer.get_vocab().items():
         if model["type"] == "WordPiece":
-            starts[number] = not piece.startswith(model["continuing_subword_prefix"])
+            starts[number] = not token.startswith(model["continuing_subword_prefix"])
         else:
-            starts[number] = piece.startswith(("▁", "Ġ"))
+            starts[number] = token.startswith(("▁", "Ġ"))
     return starts if starts.any() else ~starts
 
 
 def segment_with_jieba(text: str) -> list[str]:
-    """Chinese words by jieba (github.com/fxsjy/jieba), as in Chinese BERT with whole word masking (Cui et al. 2019)."""
+    """Segment Chinese text by jieba (github.com/fxsjy/jieba) (Cui et al. 2019)."""
     require("data.segmenter: jieba", "chinese", "jieba")
     import jieba
 
@@ -35,17 +35,17 @@ def segment_with_jieba(text: str) -> list[str]:
     return list(jieba.cut(text))
 
 
-# A segmenter cuts text into words that, one after the other, are the text.
+# A segmenter splits text into words; joined, they are the text again.
 SEGMENTERS: dict[str, Callable[[str], list[str]]] = {"jieba": segment_with_jieba}
 
 
 def mark_segmented_words(
     text: str, offsets: list[tuple[int, int]], segment: Callable[[str], list[str]]
 ) -> NDArray[np.uint8]:
-    """For each token, given by its place in the text, whether a word of the segmenter begins there."""
-    first = np.zeros(len(text) + 1, dtype=np.uint8)
-    at = 0
+    """Mark the tokens, given by their offsets in the text, that start a word of the segmenter."""
+    starts_word = np.zeros(len(text) + 1, dtype=np.uint8)  # of each character
+    position = 0
     for word in segment(text):
-        first[at] = 1
-        at += len(word)
-    return first[[start for start, _ in offsets]] if offsets else np.zeros(0, np.uint8)
+        starts_word[position] = 1
+        position += len(word)
+    return starts_word[[start for start, _ in offsets]] if offsets else np.zeros(0, np.uint8)

@@ -1,4 +1,4 @@
-"""Which documents share a row, and batches as a pure function: complete, full, the same however they are asked for."""
+"""Packing is complete and fills the sequences; batches are a pure function of the configuration and the step."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from paths import SHARED
+from paths import SAMPLE
 from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, MaskingSettings, Source, TrainSettings
@@ -19,7 +19,7 @@ from bertlite.data.batches import Batch, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.masking import IGNORED, max_predictions
 from bertlite.data.packing import Packing, choose_validation_documents, pack_corpus, pack_documents, pack_lengths
-from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, load_tokenizer, wrap_tokenizer
+from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, wrap_tokenizer
 from bertlite.data.words import segment_with_jieba
 
 WORDS = 6000
@@ -42,7 +42,7 @@ def word(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def make_corpus(tokenizer, tmp_path_factory):
-    """A corpus with documents of these lengths, in which no token comes twice."""
+    """A corpus with documents of these lengths, in which each token occurs once."""
 
     def make(lengths):
         assert sum(lengths) <= WORDS
@@ -61,7 +61,7 @@ def make_corpus(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(make_corpus):
-    """120 documents of 1 to 60 tokens: some are longer than a row of 32 positions."""
+    """120 documents of 1 to 60 tokens: some are longer than a sequence of 32 positions."""
     return make_corpus(np.random.default_rng(0).integers(1, 61, 120).tolist())
 
 
@@ -81,8 +81,8 @@ def joined(batches: list[Batch]) -> Batch:
     return Batch(*(torch.cat(tensors) for tensors in zip(*(vars(batch).values() for batch in batches), strict=True)))
 
 
-def pieces_of(batch: Batch) -> list[list[int]]:
-    """Check how every row is built, and return the tokens of its pieces, [CLS] and [SEP] taken off."""
+def spans_of(batch: Batch) -> list[list[int]]:
+    """Check how each sequence is built, and return the tokens of its spans, without [CLS] and [SEP]."""
     pieces = []
     for ids, positions, documents in zip(
         original_ids(batch).tolist(), batch.position_ids.tolist(), batch.document_ids.tolist(), strict=True
@@ -104,7 +104,7 @@ def pieces_of(batch: Batch) -> list[list[int]]:
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """The plain algorithm: the longest piece first, each into the fullest row that still has room. Counts the rows."""
+    """Count the sequences of the simple algorithm: longest item first, each into the fullest sequence with room."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -133,13 +133,13 @@ def test_packing_is_complete_and_as_good_as_plain_best_fit(data, capacity, seed)
     ("lengths", "capacity", "rows"),
     [([7, 5, 3], 10, 2), ([10] * 4, 10, 4), ([3] * 10, 9, 4), ([3], 512, 1), ([8, 8, 4, 4, 4, 4], 16, 2)],
 )
-def test_packing_of_a_few_pieces(lengths, capacity, rows):
+def test_packing_of_a_few_items(lengths, capacity, rows):
     _, starts = pack_lengths(np.array(lengths), capacity)
     assert len(starts) - 1 == rows
 
 
-def test_pieces_of_one_length_meet_mates_from_anywhere():
-    """Neighbours in the text do not share rows more often than others do."""
+def test_documents_of_one_length_are_paired_at_random():
+    """Neighbours in the text share a sequence no more often than other documents."""
     pieces, starts = pack_lengths(np.full(10_000, 50), 100)
     assert np.array_equal(starts, np.arange(0, 10_001, 2))
     distance = np.abs(pieces[0::2] - pieces[1::2])
@@ -147,23 +147,23 @@ def test_pieces_of_one_length_meet_mates_from_anywhere():
     assert abs(distance.mean() / 10_000 - 1 / 3) < 0.02
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
-@pytest.mark.parametrize(("length", "share"), [(128, 0.995), (512, 0.995)])
-def test_wikipedia_fills_the_rows(length, share, tmp_path):
-    tokenizer = load_tokenizer(str(SHARED / "vocab" / "bert-base-uncased" / "vocab.txt"))
-    data = DataSettings(train=[str(SHARED / "pretrain" / "enwiki_valid.txt")], cache_dir=str(tmp_path))
-    corpus = prepare_corpus(data.train, tokenizer, data, "data.train")
-    packing = pack_corpus(corpus, length)
-    assert packing.span_lengths.sum() == len(corpus.tokens)
-    assert packing.tokens() / (len(packing) * length) >= share
+@pytest.mark.parametrize("length", [128, 512])
+def test_real_text_fills_the_sequences(length):
+    """The sample's documents, counted in words and punctuation."""
+    texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")
+    lengths = np.array([len(re.findall(r"\w+|[^\w\s]", text)) for text in texts])
+    _, span_lengths, sequence_starts = pack_documents(np.cumsum([0, *lengths])[:-1], lengths, length)
+    assert span_lengths.sum() == lengths.sum()
+    used = (span_lengths + 2).sum() / ((len(sequence_starts) - 1) * length)
+    assert used >= 0.995
 
 
-# Cutting
+# Splitting long documents
 
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40), T=st.integers(12, 70))
-def test_rows_hold_whole_documents_where_they_fit_and_cut_the_others(lengths, T):
+def test_documents_that_fit_stay_whole_and_longer_ones_are_split(lengths, T):
     starts = np.cumsum([0, *lengths])
     piece_starts, piece_lengths, row_starts = pack_documents(starts[:-1], np.array(lengths), T)
     pieces = sorted(zip(piece_starts.tolist(), piece_lengths.tolist(), strict=True))
@@ -176,8 +176,8 @@ def test_rows_hold_whole_documents_where_they_fit_and_cut_the_others(lengths, T)
     assert (np.diff(row_starts) > 0).all() and row_starts[-1] == len(pieces) and sums.max() <= T
 
 
-def test_long_documents_leave_no_room():
-    """They are cut where a row ends: all rows but the last few are full, to less than a piece worth having."""
+def test_long_documents_fill_the_sequences():
+    """They are split where a sequence ends, so at most one sequence has room for another span."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 300, 500)
     _, piece_lengths, row_starts = pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 64)
@@ -186,7 +186,7 @@ def test_long_documents_leave_no_room():
 
 
 @pytest.mark.parametrize(("room", "rows"), [(7, 3), (8, 2), (9, 2)])
-def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
+def test_a_span_of_a_long_document_has_at_least_eight_tokens(room, rows):
     lengths = np.array([28 - room, 30 + room])  # the first leaves that room in its row of 32
     assert len(pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 32)[2]) - 1 == rows
 
@@ -197,7 +197,7 @@ def test_a_part_of_a_long_document_takes_a_room_for_eight_tokens(room, rows):
     length=st.sampled_from([8, 16, 33, 128]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_corpus, tokenizer):
+def test_every_token_is_in_one_sequence_of_an_epoch(lengths, length, seed, make_corpus, tokenizer):
     corpus = make_corpus(lengths)
     packing = pack_corpus(corpus, length)
     starts, sizes, _ = pack_documents(corpus.starts[:-1], np.diff(corpus.starts), length)
@@ -206,12 +206,12 @@ def test_every_token_stands_in_one_row_of_an_epoch(lengths, length, seed, make_c
     for epoch in (0, 3):
         batch = batches.training(epoch * len(packing), len(packing))
         assert batch.input_ids.shape == (len(packing), length)
-        assert sorted(pieces_of(batch)) == expected
+        assert sorted(spans_of(batch)) == expected
         assert batch.tokens() == packing.tokens() == len(corpus.tokens) + 2 * len(expected)
-    assert sorted(pieces_of(batches.evaluation(0, len(packing)))) == expected
+    assert sorted(spans_of(batches.evaluation(0, len(packing)))) == expected
 
 
-def test_a_plan_is_made_once(corpus):
+def test_a_corpus_is_packed_once(corpus):
     pack_corpus(corpus, 32)
     before = {path: path.stat().st_mtime_ns for path in corpus.folder.glob("plan-*/*")}
     pack_corpus(corpus, 32)
@@ -222,14 +222,14 @@ def test_a_plan_is_made_once(corpus):
 
 
 @pytest.mark.parametrize("name", ["piece_starts.npy", "row_starts.npy", "groups.json"])
-def test_a_plan_that_was_cut_is_named(name, make_corpus):
+def test_a_truncated_packing_is_named(name, make_corpus):
     folder = pack_corpus(make_corpus([5, 9, 30]), 16).folder
     os.truncate(folder / name, 1)
     with pytest.raises(DataLost, match=f"{folder}: damaged .*; remove it, and it will be rebuilt"):
         Packing(folder)
 
 
-# Holding out
+# Validation split
 
 
 @settings(deadline=None, max_examples=30)
@@ -239,13 +239,13 @@ def test_a_plan_that_was_cut_is_named(name, make_corpus):
 )
 @example(lengths=[5, 5], share=1e-9)
 @example(lengths=[5, 5, 5], share=1 - 1e-9)
-def test_held_out_documents_are_whole_and_no_others_are_left_out(lengths, share, make_corpus, tokenizer):
+def test_the_splits_hold_whole_documents_and_nothing_is_lost(lengths, share, make_corpus, tokenizer):
     corpus = make_corpus(lengths)
     tokens = {}
     for part in ("train", "validation"):
         packing = pack_corpus(corpus, 16, None, share, part)
         batch = Batches(corpus, packing, tokenizer, 16).evaluation(0, len(packing))
-        tokens[part] = [token for piece in pieces_of(batch) for token in piece]
+        tokens[part] = [token for piece in spans_of(batch) for token in piece]
     assert tokens["train"] and tokens["validation"]
     assert sorted(tokens["train"] + tokens["validation"]) == sorted(corpus.tokens.tolist())
     held_out = choose_validation_documents(corpus, share)
@@ -255,7 +255,7 @@ def test_held_out_documents_are_whole_and_no_others_are_left_out(lengths, share,
     assert np.array_equal(held_out, choose_validation_documents(corpus, share))
 
 
-def test_the_held_out_share_is_as_asked_and_spread_over_the_text(make_corpus):
+def test_the_validation_share_is_as_configured_and_spread_over_the_text(make_corpus):
     corpus = make_corpus([1] * 5000)
     for share in (0.02, 0.2, 0.5):
         held_out = choose_validation_documents(corpus, share)
@@ -264,7 +264,7 @@ def test_the_held_out_share_is_as_asked_and_spread_over_the_text(make_corpus):
         assert abs(held_out[:2500].sum() - 2500 * share) < 5 * spread
 
 
-def test_one_document_cannot_be_held_out(make_corpus):
+def test_one_document_cannot_be_split(make_corpus):
     corpus = make_corpus([50])
     for part in ("train", "validation"):
         with pytest.raises(UserError, match=r"data\.train.*one document.*data\.validation"):
@@ -282,8 +282,8 @@ def batches(corpus, tokenizer):
 
 @settings(deadline=None, max_examples=30)
 @given(first=st.integers(0, 10_000), count=st.integers(1, 24), data=st.data())
-def test_a_batch_does_not_depend_on_how_it_is_asked_for(batches, first, count, data):
-    """Whole, in the shares of ranks, row by row, or in any other parts: also where an epoch ends within."""
+def test_a_sample_is_the_same_in_any_batch(batches, first, count, data):
+    """All at once, in the shares of ranks, sequence by sequence or otherwise; also across the end of an epoch."""
     whole = batches.training(first, count)
     assert len(whole) == count
     assert equal(joined([batches.training(first + row, 1) for row in range(count)]), whole)
@@ -300,7 +300,7 @@ def test_equal_arguments_make_equal_batches(batches, tokenizer):
 
 
 def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
-    """Else a run that is resumed by a newer version would see other text, or other masks."""
+    """Otherwise a run that a newer version resumes would see other text or other masks."""
     corpus = make_corpus([9, 1, 14, 3, 22, 5, 2, 8])
     packing, masking = pack_corpus(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
     stream = Batches(corpus, packing, tokenizer, 16, masking, TrainSettings(seed=7))
@@ -321,7 +321,7 @@ def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     assert stream.select_sequences(np.arange(14)).tolist() == [3, 2, 5, 4, 4, 0, 5, 3, 3, 5, 2, 4, 2, 2]
 
 
-def test_every_epoch_is_all_rows_in_a_new_order(batches):
+def test_every_epoch_is_all_sequences_in_a_new_order(batches):
     rows = len(batches.packing)
     epochs = [original_ids(batches.training(epoch * rows, rows)).tolist() for epoch in (0, 1, 2, 1000)]
     for epoch in epochs:
@@ -332,7 +332,7 @@ def test_every_epoch_is_all_rows_in_a_new_order(batches):
     assert in_order not in epochs and sorted(in_order) == sorted(epochs[0])
 
 
-def test_a_row_has_other_masks_in_every_epoch(batches):
+def test_a_sequence_has_other_masks_in_every_epoch(batches):
     rows = len(batches.packing)
     masks = []
     for epoch in range(4):
@@ -363,8 +363,8 @@ def test_training_masks_at_the_configured_rate(batches, tokenizer, rate):
     assert batch.labels.shape == batch.prediction_positions.shape == (len(batch), max_predictions(32, masking))
 
 
-def test_evaluation_is_the_same_whatever_training_is_like(batches, tokenizer):
-    """Held-out losses compare between runs: no seed, no masking setting, no grouping reaches the masks."""
+def test_evaluation_masks_do_not_depend_on_the_training_settings(batches, tokenizer):
+    """So validation losses are comparable between runs. The grouping does not matter either."""
     rows = len(batches.packing)
     whole = batches.evaluation(0, rows)
     assert equal(whole, batches.evaluation(0, rows))
@@ -390,7 +390,7 @@ def test_evaluation_masks_share_nothing_with_training_masks(corpus, tokenizer):
     assert same < 0.3 * min(map(len, masks))
 
 
-def test_past_the_last_row_evaluation_is_empty(batches):
+def test_evaluation_is_empty_past_the_last_sequence(batches):
     rows = len(batches.packing)
     batch = batches.evaluation(rows - 2, 5)
     assert equal(batch.slice(0, 2), batches.evaluation(rows - 2, 2))
@@ -404,7 +404,7 @@ def test_past_the_last_row_evaluation_is_empty(batches):
 def test_tokens_are_all_positions_but_padding(batches):
     batch = batches.training(0, 20)
     assert batch.tokens() == int((original_ids(batch) != PAD).sum())
-    assert batch.tokens() == sum(len(piece) + 2 for piece in pieces_of(batch))
+    assert batch.tokens() == sum(len(piece) + 2 for piece in spans_of(batch))
     assert batch.tokens() == sum(batch.slice(row, row + 1).tokens() for row in range(20))
 
 
@@ -457,7 +457,7 @@ def test_the_rate_goes_in_a_straight_line_from_the_first_step_to_the_last(corpus
         ordinary = (original_ids(batch) > MASK).sum(1).tolist()
         counts.append((batch.labels != IGNORED).sum(1).tolist())
         assert counts[-1] == [round(rate * count) for count in ordinary]
-        assert batch.labels.shape == (8, max_predictions(32, batches.masking)), "as many slots at every step"
+        assert batch.labels.shape == (8, max_predictions(32, batches.masking)), "as many predictions at every step"
         assert (original_ids(batch)[batch.input_ids == MASK] > MASK).all(), "what is hidden is to be predicted"
     sums = [sum(count) for count in counts[:steps]]
     assert sums == sorted(sums, reverse=start > end) and len(set(sums)) > 5
@@ -472,8 +472,8 @@ def test_a_run_without_a_second_step_masks_at_the_first_rate(corpus, tokenizer, 
 
 @settings(deadline=None, max_examples=20)
 @given(step=st.integers(0, 30), first=st.integers(0, 8), count=st.integers(1, 16))
-def test_a_row_is_masked_at_the_rate_of_its_step_in_whatever_share(step, first, count, corpus, tokenizer):
-    """A share of a rank or a micro-batch may begin within a step, or reach into the next."""
+def test_a_sample_is_masked_at_the_rate_of_its_step_in_any_batch(step, first, count, corpus, tokenizer):
+    """The share of a rank or a micro-batch may start within a step, and continue in the next."""
     batches = scheduled(corpus, tokenizer, 0.9, 0.1, 20)
     first += 8 * step
     whole = joined(
@@ -483,8 +483,8 @@ def test_a_row_is_masked_at_the_rate_of_its_step_in_whatever_share(step, first, 
 
 
 @pytest.mark.parametrize(("start", "end", "length"), [(0.1, 0.5, 15), (0.03, 0.3, 17), (0.03, 0.29, 252)])
-def test_slots_are_enough_where_the_rate_arrives_at_its_end(start, end, length, make_corpus, tokenizer):
-    """Rate times tokens lies halfway between two counts: a rate that is rounded up would need one slot more."""
+def test_no_masked_token_lacks_a_prediction_at_the_last_rate(start, end, length, make_corpus, tokenizer):
+    """Rate times tokens lies halfway between two counts: a rate that is rounded up would need one prediction more."""
     assert end * (length - 2) % 1 == 0.5
     batch = scheduled(make_corpus([length - 2] * 20), tokenizer, start, end, 2, length, 20).training(20, 20)
     assert not (original_ids(batch) == MASK).any(), "a token is hidden that is not to be predicted"
@@ -563,8 +563,8 @@ def test_words_are_masked_whole(language, segmenter, strategy, whole, tmp_path, 
     assert missed.min() >= 0 and missed.max() < max(map(len, chain(*documents)))
 
 
-def test_words_of_a_cut_document_stay_words(tmp_path, character_tokenizer):
-    """Also where the cut goes through a word: its two ends are masked each for itself."""
+def test_words_of_a_split_document_are_masked_whole(tmp_path, character_tokenizer):
+    """Also where the cut goes through a word: each part of it is masked as a word."""
     (tmp_path / "text.txt").write_text("hopelessness " * 50)
     data = DataSettings(train=[{"path": str(tmp_path / "text.txt")}], cache_dir=str(tmp_path / "cache"))
     corpus = prepare_corpus(data.train, character_tokenizer, data, "data.train")
@@ -595,7 +595,7 @@ def weighted_corpus(tmp_path, tokenizer, documents: list[int]):
     return prepare_corpus(data.train, tokenizer, data, "data.train")
 
 
-def test_sources_of_one_weight_share_a_plan_as_if_there_were_no_weights(tmp_path, tokenizer):
+def test_sources_of_equal_weight_are_packed_as_without_weights(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30])
     plain, equal_weights = pack_corpus(corpus, 66), pack_corpus(corpus, 66, [3.0, 3.0])
     assert plain.groups == [[1.0, 25]] and equal_weights.groups == [[3.0, 25]]
@@ -606,7 +606,7 @@ def test_sources_of_one_weight_share_a_plan_as_if_there_were_no_weights(tmp_path
     ).all()
 
 
-def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_path, tokenizer):
+def test_weights_change_neither_the_validation_split_nor_mix_sources_in_a_sequence(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
     held_out = choose_validation_documents(corpus, 0.3)
     packing = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
@@ -628,8 +628,8 @@ def test_weights_change_neither_the_rows_of_a_source_nor_what_is_held_out(tmp_pa
     seed=st.integers(0, 2**32 - 1),
     data=st.data(),
 )
-def test_rows_are_seen_as_often_as_their_weight_says(groups, epochs, seed, data, batches, tokenizer):
-    """A group has its turns in every epoch, and sees all of its rows before one comes again."""
+def test_sequences_are_sampled_in_proportion_to_their_weight(groups, epochs, seed, data, batches, tokenizer):
+    """Each group has a fixed number of samples per epoch, and shows all of its sequences before one is repeated."""
     twin = Batches(
         batches.corpus,
         SimpleNamespace(groups=groups, folder=batches.packing.folder),

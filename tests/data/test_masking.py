@@ -1,4 +1,4 @@
-"""An audit of masking: what is chosen, what replaces it, what is to be predicted, and that it can be made again."""
+"""Masking: what is chosen, what replaces it, what is predicted, and that it can be recomputed."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ RATE = st.floats(0.01, 0.99)
 
 
 @st.composite
-def packed_rows(draw, length=None):
-    """Rows (R,T) of documents `[CLS] … [SEP]` one after the other, then padding; some words are [UNK] or [MASK]."""
+def packed_sequences(draw, length=None):
+    """Sequences (B,T) of documents `[CLS] … [SEP]` and padding; some words are [UNK] or [MASK]."""
     length = length or draw(st.integers(8, 80))
     randomness = np.random.default_rng(draw(WORD))
     rows = []
@@ -35,20 +35,20 @@ def packed_rows(draw, length=None):
     return np.array(rows, dtype=np.int64)
 
 
-def word_beginnings(ids, seed, share=0.5):
-    """Beginnings of words (R,T) anywhere, also at special tokens and missing behind them, as in a cut document."""
+def random_word_starts(ids, seed, share=0.5):
+    """Random word starts (B,T), also at special tokens and missing behind them, as in a split document."""
     return np.random.default_rng(seed).random(ids.shape) < share
 
 
-def masked(ids, samples, strategy, rate, key, begins_word=None):
-    """Mask at one rate, with just the slots that it may need, every token a word unless said otherwise."""
-    begins_word = np.ones(ids.shape, dtype=bool) if begins_word is None else begins_word
-    slots = max_predictions(ids.shape[1], MaskingSettings(rate=rate))
-    return mask_tokens(ids, begins_word, samples, VOCABULARY, strategy, np.full(len(ids), rate), slots, key)
+def masked(ids, samples, strategy, rate, key, word_starts=None):
+    """Mask at one rate, with as many predictions as it may need; every token is a word by default."""
+    word_starts = np.ones(ids.shape, dtype=bool) if word_starts is None else word_starts
+    num_predictions = max_predictions(ids.shape[1], MaskingSettings(rate=rate))
+    return mask_tokens(ids, word_starts, samples, VOCABULARY, strategy, np.full(len(ids), rate), num_predictions, key)
 
 
 def chosen_tokens(positions, labels, length):
-    """Which tokens (R,T) are to be predicted, as the prediction slots say."""
+    """Which tokens (B,T) are to be predicted."""
     chosen = np.zeros((len(positions), length), dtype=int)
     for row, position in zip(*np.nonzero(labels != IGNORED), strict=True):
         chosen[row, positions[row, position]] += 1
@@ -56,11 +56,11 @@ def chosen_tokens(positions, labels, length):
     return chosen.astype(bool)
 
 
-def many_rows(count, words, strategy="token", rate=0.15, seed=0, begins_word=None):
-    """Mask `count` rows that all hold the same words, and return what `mask_tokens` does."""
+def many_sequences(count, words, strategy="token", rate=0.15, seed=0, word_starts=None):
+    """Mask `count` sequences of the same words; return the ids and what `mask_tokens` returns."""
     ids = np.tile(np.array(words, dtype=np.int64), (count, 1))
-    begins_word = None if begins_word is None else np.tile(begins_word, (count, 1))
-    return ids, *masked(ids, np.arange(count), strategy, rate, (seed, 3), begins_word)
+    word_starts = None if word_starts is None else np.tile(word_starts, (count, 1))
+    return ids, *masked(ids, np.arange(count), strategy, rate, (seed, 3), word_starts)
 
 
 def assert_uniform(counts):
@@ -78,12 +78,12 @@ def assert_share(count, total, share):
     assert abs(count - total * share) < 5 * np.sqrt(total * share * (1 - share)), (count / total, share)
 
 
-def words_of_row(maskable, begins_word):
+def find_words(maskable, word_starts):
     """Positions of the tokens of each word: it ends before a token that is not maskable or begins another word."""
     words: list[list[int]] = []
     inside = False
     for position in range(len(maskable)):
-        if maskable[position] and inside and not begins_word[position]:
+        if maskable[position] and inside and not word_starts[position]:
             words[-1].append(position)
         elif maskable[position]:
             words.append([position])
@@ -93,19 +93,19 @@ def words_of_row(maskable, begins_word):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(deadline=None)
-@given(ids=packed_rows(), rate=st.tuples(RATE, RATE), seed=WORD, first=st.integers(0, 2**40))
-def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
-    """Also where each row has a rate of its own."""
-    begins_word, samples = word_beginnings(ids, seed), np.arange(first, first + len(ids))
+@given(ids=packed_sequences(), rate=st.tuples(RATE, RATE), seed=WORD, first=st.integers(0, 2**40))
+def test_every_sequence_is_masked_correctly(strategy, ids, rate, seed, first):
+    """Also where each sequence has its own rate."""
+    word_starts, samples = random_word_starts(ids, seed), np.arange(first, first + len(ids))
     rates = np.linspace(*rate, len(ids))
     length = ids.shape[1]
-    slots = max_predictions(length, MaskingSettings(rate={"start": rate[0], "end": rate[1]}))
-    arguments = ids, begins_word, samples, rates
+    num_predictions = max_predictions(length, MaskingSettings(rate={"start": rate[0], "end": rate[1]}))
+    arguments = ids, word_starts, samples, rates
     before = [argument.copy() for argument in arguments]
-    inputs, positions, labels = mask_tokens(*arguments[:3], VOCABULARY, strategy, rates, slots, (seed, 3))
+    inputs, positions, labels = mask_tokens(*arguments[:3], VOCABULARY, strategy, rates, num_predictions, (seed, 3))
     assert all(map(np.array_equal, arguments, before)), "an argument was changed"
     assert inputs.shape == ids.shape and inputs.dtype == positions.dtype == labels.dtype == np.int64
-    assert positions.shape == labels.shape == (len(ids), slots)
+    assert positions.shape == labels.shape == (len(ids), num_predictions)
     assert positions.min() >= 0 and positions.max() < length
 
     used = labels != IGNORED
@@ -113,7 +113,7 @@ def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
     special = np.isin(ids, SPECIAL)
     assert not (chosen & special).any(), "a special token is to be predicted"
     assert np.array_equal(labels[used], np.take_along_axis(ids, positions, axis=1)[used]), "labels are the originals"
-    assert not positions[~used].any(), "unused slots point at position 0"
+    assert not positions[~used].any(), "unused predictions have position 0"
     assert np.array_equal(inputs[~chosen], ids[~chosen]), "what is not chosen stays"
     assert np.isin(inputs[chosen], [MASK, *VOCABULARY.ordinary_ids]).all(), "a special token came in"
 
@@ -123,41 +123,41 @@ def test_every_row_passes_the_audit(strategy, ids, rate, seed, first):
     else:
         assert (chosen.sum(1) <= budget).all()
         for row in range(len(ids)):
-            for word in words_of_row(~special[row], begins_word[row]):
+            for word in find_words(~special[row], word_starts[row]):
                 assert len(set(chosen[row, word])) == 1, "a word is masked in part"
 
 
 @pytest.mark.parametrize("length", [32, 512])  # 15 % of both, without [CLS] and [SEP], is a half above a whole number
-def test_no_rounding_hides_more_tokens_than_there_are_slots_for(length):
+def test_rounding_never_masks_more_tokens_than_there_are_predictions(length):
     ids = np.full((1, length), VOCABULARY.ordinary_ids[0])
     ids[0, [0, -1]] = SPECIAL[0]
-    slots = max_predictions(length, MaskingSettings())
+    num_predictions = max_predictions(length, MaskingSettings())
     rates = np.nextafter([0.15], 1)
     inputs, positions, labels = mask_tokens(
-        ids, np.ones_like(ids, bool), np.arange(1), VOCABULARY, "token", rates, slots, (0, 3)
+        ids, np.ones_like(ids, bool), np.arange(1), VOCABULARY, "token", rates, num_predictions, (0, 3)
     )
     assert set(np.flatnonzero(inputs != ids)) <= set(positions[labels != IGNORED].tolist())
-    assert (labels != IGNORED).sum() == slots
+    assert (labels != IGNORED).sum() == num_predictions
 
 
 @settings(deadline=None)
 @given(rate=RATE, length=st.integers(8, 300), data=st.data())
-def test_prediction_slots_are_enough_for_any_number_of_documents_in_a_full_row(rate, length, data):
+def test_predictions_are_enough_for_any_number_of_documents_in_a_full_sequence(rate, length, data):
     documents = data.draw(st.integers(1, length // 3))
     ends = np.linspace(0, length, documents + 1).astype(int)
     ids = np.full((1, length), 5)
     ids[0, ends[:-1]], ids[0, ends[1:] - 1] = CLS, SEP
     _, positions, labels = masked(ids, np.array([data.draw(WORD)]), "token", rate, (0, 3))
     assert (labels != IGNORED).sum() == round(rate * (length - 2 * documents))
-    if documents == 1:  # the head runs on no slot in vain
+    if documents == 1:  # no prediction is unused
         assert positions.shape[1] == max(1, (labels != IGNORED).sum())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_of_the_chosen_80_percent_are_hidden_10_random_10_stay(strategy):
+def test_of_the_chosen_80_percent_become_mask_10_random_10_stay(strategy):
     """Each token for itself: also among the tokens of one word."""
     words = [CLS, *VOCABULARY.ordinary_ids[:50], SEP]
-    ids, inputs, positions, labels = many_rows(10_000, words, strategy, begins_word=np.arange(52) % 2 == 1)
+    ids, inputs, positions, labels = many_sequences(10_000, words, strategy, word_starts=np.arange(52) % 2 == 1)
     chosen = chosen_tokens(positions, labels, ids.shape[1])
     total = chosen.sum()
     assert total > 50_000
@@ -178,7 +178,7 @@ def test_of_the_chosen_80_percent_are_hidden_10_random_10_stay(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_random_tokens_are_any_ordinary_token_with_equal_chance(strategy):
     word = int(VOCABULARY.ordinary_ids[7])
-    _, inputs, _, _ = many_rows(20_000, [CLS, *[word] * 30, SEP], strategy)
+    _, inputs, _, _ = many_sequences(20_000, [CLS, *[word] * 30, SEP], strategy)
     counts = np.bincount(inputs[:, 1:-1].ravel(), minlength=VOCABULARY.size)
     assert not counts[[PAD, CLS, UNK, SEP]].any()
     others = np.setdiff1d(VOCABULARY.ordinary_ids, [word])
@@ -188,16 +188,16 @@ def test_random_tokens_are_any_ordinary_token_with_equal_chance(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_ordinary_token_is_equally_likely_to_be_chosen(strategy):
-    """Also beside special tokens, at the ends of the row, and in the second document of a row."""
+    """Also beside special tokens, at the ends of a sequence, and in its second document."""
     words = [5, CLS, 6, UNK, 7, 8, SEP, CLS, 9, 10, SEP, 11, PAD, 12]
-    ids, _, positions, labels = many_rows(20_000, words, strategy, rate=0.34)
+    ids, _, positions, labels = many_sequences(20_000, words, strategy, rate=0.34)
     chosen = chosen_tokens(positions, labels, ids.shape[1])
     assert_uniform(chosen.sum(0)[~np.isin(words, SPECIAL)])
 
 
 def test_token_strategy_chooses_every_pair_equally_often():
     """A choice without neighbourhoods: pairs of positions come together as often as drawing without replacement."""
-    ids, _, positions, labels = many_rows(20_000, [CLS, *range(4, 14), SEP], rate=0.2)
+    ids, _, positions, labels = many_sequences(20_000, [CLS, *range(4, 14), SEP], rate=0.2)
     chosen = chosen_tokens(positions, labels, ids.shape[1])[:, 1:-1].astype(int)
     assert (chosen.sum(1) == 2).all()
     together = chosen.T @ chosen
@@ -206,14 +206,14 @@ def test_token_strategy_chooses_every_pair_equally_often():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(deadline=None)
-@given(ids=packed_rows(length=24), seed=WORD, first=st.integers(0, 2**40), data=st.data())
-def test_a_row_is_masked_alike_in_whatever_company_and_order(strategy, ids, seed, first, data):
+@given(ids=packed_sequences(length=24), seed=WORD, first=st.integers(0, 2**40), data=st.data())
+def test_the_masks_of_a_sample_do_not_depend_on_the_batch(strategy, ids, seed, first, data):
     samples = np.arange(first, first + len(ids))
-    begins_word = word_beginnings(ids, seed)
-    whole = masked(ids, samples, strategy, 0.3, (seed, 3), begins_word)
+    word_starts = random_word_starts(ids, seed)
+    whole = masked(ids, samples, strategy, 0.3, (seed, 3), word_starts)
     order = data.draw(st.permutations(range(len(ids))))
     order = np.array(order[: data.draw(st.integers(1, len(ids)))])
-    part = masked(ids[order], samples[order], strategy, 0.3, (seed, 3), begins_word[order])
+    part = masked(ids[order], samples[order], strategy, 0.3, (seed, 3), word_starts[order])
     for all_of_it, of_part in zip(whole, part, strict=True):
         assert np.array_equal(all_of_it[order], of_part)
 
@@ -230,7 +230,7 @@ def test_other_samples_seeds_and_purposes_give_other_masks(strategy):
 def test_two_samples_choose_independently(strategy):
     """Of 9 tokens chosen among 30, two samples share 2.7 in the mean."""
     words = [CLS, *VOCABULARY.ordinary_ids[:30], SEP]
-    ids, _, positions, labels = many_rows(10_000, words, strategy, rate=0.3)
+    ids, _, positions, labels = many_sequences(10_000, words, strategy, rate=0.3)
     chosen = chosen_tokens(positions, labels, ids.shape[1])
     expected = chosen.sum(1).mean() ** 2 / 30
     shared = (chosen[:-1] & chosen[1:]).sum(1).mean()
@@ -238,7 +238,7 @@ def test_two_samples_choose_independently(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_without_ordinary_tokens_stay_as_they_are(strategy):
+def test_sequences_without_ordinary_tokens_are_unchanged(strategy):
     ids = np.array([[PAD] * 8, [CLS, UNK, UNK, SEP, CLS, UNK, SEP, PAD], [CLS, MASK, MASK, SEP, PAD, PAD, PAD, PAD]])
     inputs, positions, labels = masked(ids, np.arange(3), strategy, 0.99, (0, 3))
     assert np.array_equal(inputs, ids)
@@ -249,7 +249,7 @@ def test_rows_without_ordinary_tokens_stay_as_they_are(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_have_rates_of_their_own(strategy):
+def test_each_sequence_has_its_own_rate(strategy):
     ids = np.tile([CLS, *[5] * 40, SEP], (5, 1))
     rates = np.array([0.05, 0.1, 0.25, 0.5, 0.9])
     arguments = ids, np.ones(ids.shape, dtype=bool), np.arange(5), VOCABULARY, strategy, rates
@@ -263,26 +263,26 @@ def test_rows_have_rates_of_their_own(strategy):
 
 @settings(deadline=None)
 @given(start=RATE, end=RATE, length=st.integers(8, 512))
-def test_slots_are_those_of_the_highest_rate(start, end, length):
-    slots = max_predictions(length, MaskingSettings(rate={"start": start, "end": end}))
-    assert slots == max(max_predictions(length, MaskingSettings(rate=rate)) for rate in (start, end))
-    assert slots == max(1, round(max(start, end) * (length - 2)))
+def test_predictions_are_those_of_the_highest_rate(start, end, length):
+    num_predictions = max_predictions(length, MaskingSettings(rate={"start": start, "end": end}))
+    assert num_predictions == max(max_predictions(length, MaskingSettings(rate=rate)) for rate in (start, end))
+    assert num_predictions == max(1, round(max(start, end) * (length - 2)))
 
 
 # Whole words
 
 
-def whole_words(maskable, begins_word, random, count):
+def whole_words(maskable, word_starts, random, count):
     """Words in the order of their random number, until the next would not fit; and the size of that one.
 
     Behind a special token a word goes by that token's number if it does not begin there itself.
     """
 
     def number(word):
-        return random[word[0]] if begins_word[word[0]] or word[0] == 0 else random[word[0] - 1]
+        return random[word[0]] if word_starts[word[0]] or word[0] == 0 else random[word[0] - 1]
 
     chosen: list[int] = []
-    for word in sorted(words_of_row(maskable, begins_word), key=number):
+    for word in sorted(find_words(maskable, word_starts), key=number):
         if len(chosen) + len(word) > count:
             return chosen, len(word)
         chosen += word
@@ -290,22 +290,22 @@ def whole_words(maskable, begins_word, random, count):
 
 
 @settings(deadline=None, max_examples=300)
-@given(ids=packed_rows(), seed=WORD, share=st.floats(0, 1), rate=st.floats(0, 1))
-def test_whole_words_are_those_of_the_plain_algorithm(ids, seed, share, rate):
+@given(ids=packed_sequences(), seed=WORD, share=st.floats(0, 1), rate=st.floats(0, 1))
+def test_whole_words_are_those_of_a_simple_algorithm(ids, seed, share, rate):
     maskable = ~np.isin(ids, SPECIAL)
-    begins_word = word_beginnings(ids, seed, share)
+    word_starts = random_word_starts(ids, seed, share)
     random = np.random.default_rng(seed).integers(0, 2**32, ids.shape, dtype=np.uint64)
     count = np.rint(rate * maskable.sum(1)).astype(np.int64)
-    chosen = choose_whole_words(maskable, count, random, begins_word)
+    chosen = choose_whole_words(maskable, count, random, word_starts)
     for row in range(len(ids)):
-        expected, next_word = whole_words(maskable[row], begins_word[row], random[row], count[row])
+        expected, next_word = whole_words(maskable[row], word_starts[row], random[row], count[row])
         assert np.flatnonzero(chosen[row]).tolist() == sorted(expected)
         missed = count[row] - chosen[row].sum()
         assert missed == 0 if next_word is None else 0 <= missed < next_word
 
 
 @settings(deadline=None)
-@given(ids=packed_rows(), rate=RATE, seed=WORD)
+@given(ids=packed_sequences(), rate=RATE, seed=WORD)
 def test_where_every_token_is_a_word_the_strategies_are_the_same(ids, rate, seed):
     first, second = (masked(ids, np.arange(len(ids)), strategy, rate, (seed, 3)) for strategy in STRATEGIES)
     assert all(map(np.array_equal, first, second))
@@ -314,8 +314,8 @@ def test_where_every_token_is_a_word_the_strategies_are_the_same(ids, rate, seed
 def test_words_of_one_length_are_equally_likely():
     """Also at the ends of documents, and where a special token cuts words apart."""
     words = [CLS, 5, 5, 5, 5, SEP, CLS, 6, 6, UNK, 7, 7, SEP, 8, 8, PAD, 9, 9]
-    begins_word = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=bool)
-    ids, _, positions, labels = many_rows(20_000, words, "whole-word", 0.34, begins_word=begins_word)
+    word_starts = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=bool)
+    ids, _, positions, labels = many_sequences(20_000, words, "whole-word", 0.34, word_starts=word_starts)
     chosen = chosen_tokens(positions, labels, ids.shape[1])
     assert (chosen.sum(1) == 4).all()
     first = [1, 3, 7, 10, 13, 16]
@@ -323,8 +323,8 @@ def test_words_of_one_length_are_equally_likely():
     assert_uniform(chosen[:, first].sum(0))
 
 
-def test_a_word_longer_than_the_count_is_left_alone():
+def test_a_word_longer_than_the_count_is_not_masked():
     ids = np.array([[CLS, *[5] * 30, SEP]])
-    begins_word = np.arange(32)[None] == 1
-    inputs, positions, labels = masked(ids, np.arange(1), "whole-word", 0.5, (0, 3), begins_word)
+    word_starts = np.arange(32)[None] == 1
+    inputs, positions, labels = masked(ids, np.arange(1), "whole-word", 0.5, (0, 3), word_starts)
     assert np.array_equal(inputs, ids) and (labels == IGNORED).all() and not positions.any()

@@ -1,4 +1,4 @@
-"""Text in whatever form it lies, and what is said about text that cannot be read."""
+"""Sources of text in every format, and messages about text that cannot be read."""
 
 import csv
 import gzip
@@ -14,7 +14,8 @@ import pytest
 
 from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import UserError
-from bertlite.data.corpus import BATCH_CHARACTERS, prepare_corpus
+from bertlite.data import corpus as corpus_module
+from bertlite.data.corpus import prepare_corpus
 from bertlite.data.packing import pack_corpus
 from bertlite.data.sources import digest_source, find_source_files, read_documents, read_file_texts
 from bertlite.data.tokenizer import load_tokenizer
@@ -71,7 +72,7 @@ def prepare(tmp_path, tokenizer, train, **data):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_form_gives_the_same_documents(tmp_path, name):
+def test_every_format_gives_the_same_documents(tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert documents(tmp_path / name, column="body") == DOCUMENTS
 
@@ -82,18 +83,18 @@ def test_names_may_be_in_capitals(tmp_path):
     assert documents(tmp_path / "ROWS.CSV.GZ", column="body") == DOCUMENTS
 
 
-def test_a_row_without_any_text_is_still_a_row(tmp_path):
+def test_a_record_with_an_empty_text_is_kept(tmp_path):
     for name, sign in {"a.tsv": "\t", "a.csv": ","}.items():
         (tmp_path / name).write_text(f"text{sign}label\n1{sign}a\n{sign}\n3{sign}b\n")
         assert list(read_file_texts(tmp_path / name, "text")) == ["1", "", "3"]
 
 
-def test_text_that_can_be_read_but_once_is_refused(tmp_path, tokenizer):
+def test_text_that_can_be_read_only_once_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match=f"{os.devnull}: not a regular file, so it cannot be read twice"):
         prepare(tmp_path, tokenizer, [os.devnull])
 
 
-def test_a_line_of_a_table_with_nothing_on_it_is_passed_over(tmp_path):
+def test_blank_lines_of_a_table_are_skipped(tmp_path):
     for name, content in {
         "a.tsv": "text\none\n\t\n \n\nthree\n",
         "a.csv": "text,label\none,1\n   \n\nthree,2\n",
@@ -107,7 +108,7 @@ def test_lines_of_a_json_file_are_read_too(tmp_path):
     assert documents(tmp_path / "rows.json", column="body") == DOCUMENTS
 
 
-def test_what_a_table_says_is_left_as_it_stands(tmp_path):
+def test_values_of_a_table_are_not_interpreted(tmp_path):
     """No quotes in .tsv, as GLUE has it, and no guesses at types: NA, numbers and dates are texts."""
     texts = ['Hello "there', 'third" one', "NA", "null", "007", "2026-01-01", '"']
     (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *(f"{text}\t1" for text in texts)]))
@@ -119,7 +120,7 @@ def test_what_a_table_says_is_left_as_it_stands(tmp_path):
     assert documents(tmp_path / "a.jsonl") == texts
 
 
-def test_half_a_character_is_replaced(tmp_path):
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": "cut \ud83d"}) + "\n" + json.dumps({"text": "whole \U0001f600"})
     )
@@ -137,7 +138,7 @@ def test_a_name_with_brackets_is_a_name_first(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
 @pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_compressed_forms_too(tmp_path, name, suffix, compress):
+def test_compressed_formats(tmp_path, name, suffix, compress):
     WRITERS[name](tmp_path / name)
     packed = tmp_path / (name + suffix)
     packed.write_bytes(compress((tmp_path / name).read_bytes()))
@@ -175,7 +176,7 @@ def test_a_dataset_is_another_text_when_its_files_or_settings_are_others(tmp_pat
     assert digest() != before
 
 
-def test_rows_without_text_are_counted(tmp_path, tokenizer):
+def test_records_without_text_are_counted(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": " "}\n{"text": null}\n')
     summary = prepare(tmp_path, tokenizer, [str(tmp_path / "a.jsonl")]).summary
     assert (summary.read, summary.documents, summary.empty) == (3, 1, 2)
@@ -188,7 +189,7 @@ def test_a_folder_means_its_files_in_order_without_hidden_ones(tmp_path):
     assert documents(tmp_path / "texts") == ["a.txt", "b.txt", "inner/c.txt"]
 
 
-def test_sources_of_all_forms_in_one_list(tmp_path, tokenizer):
+def test_sources_of_all_formats_in_one_list(tmp_path, tokenizer):
     for name, write in WRITERS.items():
         write(tmp_path / name)
     train = [{"path": str(tmp_path / name), "column": "body"} for name in WRITERS]
@@ -208,7 +209,7 @@ def test_duplicates_and_lengths_are_dropped_and_counted(tmp_path, tokenizer):
     assert summary.source_documents == [1, 1]
     everything = prepare(tmp_path, tokenizer, train).summary
     assert (everything.documents, everything.source_documents) == (6, [4, 2])
-    assert "2 duplicates" in summary.text() and "dropped" not in everything.text()
+    assert "2 duplicates" in summary.describe() and "dropped" not in everything.describe()
 
 
 def test_the_summary_counts_words_bytes_and_unknown_tokens(tmp_path, tokenizer):
@@ -224,16 +225,16 @@ def test_the_summary_counts_words_bytes_and_unknown_tokens(tmp_path, tokenizer):
         ("ab cd e fg hi " * 20, None),  # 1.8 tokens a word
         (
             "abc def ghi jkl " * 20,
-            "data.train: warning: 3.0 tokens a word, where 1 to 2 are usual; the vocabulary is too small",
+            "data.train: warning: 3.0 tokens per word, where 1 to 2 are usual; the vocabulary is too small",
         ),
         (
             "a b c d e f g h i 中 " * 20,
-            "data.train: warning: 10.0% of the tokens are unknown ones; the vocabulary is too small",
+            "data.train: warning: 10.0% of the tokens are unknown; the vocabulary is too small",
         ),
         ("a b c d e f g h i j " * 20 + "中", None),
     ],
 )
-def test_a_vocabulary_that_is_not_the_texts_is_told_of(tmp_path, tokenizer, capsys, text, doubt):
+def test_a_vocabulary_that_does_not_fit_is_warned_of(tmp_path, tokenizer, capsys, text, doubt):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     prepare(tmp_path, tokenizer, [str(tmp_path / "a.txt")])
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
@@ -246,26 +247,26 @@ def test_oddities_of_text_files(tmp_path):
     assert documents(tmp_path / "a.txt", "line") == ["one", "two", "th\0ree"]
 
 
-def test_a_huge_line_is_cut_for_the_tokenizer_and_gives_the_same_ids(tmp_path, tokenizer):
-    words = random.Random(0).choices(["alpha", "beta", "c", "delta9"], k=BATCH_CHARACTERS // 2)
-    text = " ".join(words)
-    assert len(text) > 2 * BATCH_CHARACTERS
+def test_a_long_line_is_split_for_the_tokenizer_and_gives_the_same_ids(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 10_000)
+    text = " ".join(random.Random(0).choices(["alpha", "beta", "c", "delta9"], k=5000))
+    assert len(text) > 2 * corpus_module.BATCH_CHARACTERS
     (tmp_path / "a.txt").write_text(text)
     corpus = prepare(tmp_path, tokenizer, [str(tmp_path / "a.txt")])
     assert corpus.document(0).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_changed_part_is_named(tmp_path, tokenizer, capsys):
+def test_what_changed_is_logged(tmp_path, tokenizer, capsys):
     path = tmp_path / "a.txt"
     path.write_text("some text\n\nmore text")
     prepare(tmp_path, tokenizer, [str(path)])
     capsys.readouterr()
     prepare(tmp_path, tokenizer, [str(path)], document="line")
-    assert "for the first time with the settings as now\n" in capsys.readouterr().err
+    assert "because of changes in the settings\n" in capsys.readouterr().err
     path.write_text("other text")
     prepare(tmp_path, tokenizer, [str(path)], document="line")
     errors = capsys.readouterr().err
-    assert f"{path} has changed since it was last prepared" in errors and "with the text as now\n" in errors
+    assert f"{path} has changed since it was last prepared" in errors and "because of changes in the text\n" in errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tables in every form: what people have loads, and what cannot be read is named."""
+"""Labelled tables in every format, and messages about those that cannot be read."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def read(path: Path | str, **settings) -> list[dict]:
 
 
 WANTED = [{"text": 'He said "no', "label": "1"}, {"text": "fine, thanks", "label": "0"}]
-FORMS = {
+FORMATS = {
     "a.tsv": ('text\tlabel\nHe said "no\t1\nfine, thanks\t0\n', {}),
     "b.csv": ('text,label\r\n"He said ""no",1\r\n"fine, thanks",0\r\n', {}),
     "c.txt": ('1 He said "no\n0 fine, thanks\n', {"columns": ["label", "text"], "delimiter": " "}),
@@ -36,9 +36,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_the_same_rows_from_every_form(name, tmp_path):
-    text, settings = FORMS[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_records(name, tmp_path):
+    text, settings = FORMATS[name]
     for opener, ending in ((open, ""), (gzip.open, ".gz"), (lzma.open, ".xz")):
         with opener(tmp_path / (name + ending), "wb") as file:
             file.write(text.encode())
@@ -84,7 +84,7 @@ def test_conll_columns(tmp_path):
         read(tmp_path / "a.conll", type="token-classification", columns=["text", "tag"])
 
 
-def test_squad_becomes_flat_rows(tmp_path):
+def test_squad_becomes_flat_records(tmp_path):
     question = {"id": "q", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
     document = {"data": [{"title": "t", "paragraphs": [{"context": "Ada did.", "qas": [question]}]}]}
     (tmp_path / "a.json").write_text(json.dumps(document))
@@ -97,7 +97,7 @@ def test_squad_becomes_flat_rows(tmp_path):
         read(tmp_path / "a.json", type="question-answering")
 
 
-def test_the_sample_has_three_parts():
+def test_the_sample_has_three_splits():
     task = TaskSettings.model_validate({"train": "sample"})
     sizes = [len(read_records(task.train, task, f"task.{part}")) for part in ("train", "validation", "test")]
     assert sizes == [1330, 280, 560]

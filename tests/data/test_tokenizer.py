@@ -1,4 +1,4 @@
-"""Tokenizers: the same in every process, the same as Hugging Face's, loaded from whatever people have."""
+"""Tokenizers are the same in every process and the same as Hugging Face's, from every kind of file."""
 
 import hashlib
 import os
@@ -97,11 +97,11 @@ from bertlite.config.settings import Source
 from bertlite.data.sources import read_documents
 from bertlite.data.tokenizer import train_word_piece
 
-documents = list(islice(read_documents(Source(path="sample"), "blank-line", "data.train"), 20))
+documents = list(islice(read_documents(Source(path="sample"), "blank-line", "data.train"), 8))
 for lowercase in (True, False):
-    print(hashlib.sha256(train_word_piece(documents, 3000, lowercase).to_str().encode()).hexdigest())
+    print(hashlib.sha256(train_word_piece(documents, 800, lowercase).to_str().encode()).hexdigest())
 """
-    here = [train_word_piece(first_of_the_sample(), 3000, lowercase).to_str() for lowercase in (True, False)]
+    here = [train_word_piece(first_of_the_sample()[:8], 800, lowercase).to_str() for lowercase in (True, False)]
     assert here[0] != here[1]
     for seed, threads in [("1", "1"), ("2", "4")]:
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
@@ -131,11 +131,14 @@ def test_saved_folder_gives_the_same_ids_with_auto_tokenizer(trained, tmp_path):
 
 
 def test_trained_vocabulary_gives_the_same_ids_with_bert_tokenizer(trained, tmp_path):
-    """Google's and Hugging Face's own splitting, from nothing but the list of pieces."""
+    """Google's and Hugging Face's own splitting, from the list of tokens alone; ours loads it as a file and as a folder."""
     tokenizer, lowercase = trained
     pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    same_ids(tokenizer, BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase))
+    reference = BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase)
+    same_ids(tokenizer, reference)
+    same_ids(load_tokenizer(str(tmp_path), lowercase), reference)
+    same_ids(load_tokenizer(str(tmp_path / "vocab.txt"), lowercase), reference)
 
 
 def test_case_is_kept_or_not(trained):
@@ -144,7 +147,7 @@ def test_case_is_kept_or_not(trained):
     assert tokenizer.tokenize("the") == ["the"]
 
 
-def test_training_text_is_covered_and_pieces_are_used(trained):
+def test_the_vocabulary_covers_its_text_and_is_used(trained):
     tokenizer, _ = trained
     ids = [number for text in tokenizer(first_of_the_sample())["input_ids"] for number in text]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 0.001
@@ -160,6 +163,7 @@ def test_chinese_characters_are_tokens_of_their_own():
     assert not any(piece.startswith("##") and piece[2:] in text for piece in tokenizer.get_vocab())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "pretrain" / "zhwiki_valid.txt").exists(), reason="needs ../shared/data")
 def test_chinese_wikipedia_has_few_unknown_tokens():
     train, valid = (SHARED / "pretrain" / f"zhwiki_{name}" for name in ("train.txt.xz", "valid.txt"))
@@ -195,7 +199,7 @@ def test_any_text_trains_a_vocabulary_of_at_most_that_size(documents, size, lowe
     assert trained.to_str() == train_word_piece(documents, size, lowercase).to_str()
 
 
-def test_frequent_characters_get_the_room():
+def test_frequent_characters_come_first():
     text = "e " * 100 + "q " * 3 + "t " * 50
     pieces = train_word_piece([text], 9, True).get_vocab()
     assert set(pieces) == {*SPECIAL_TOKENS, "e", "##e", "t", "##t"}
@@ -296,7 +300,7 @@ def test_a_tokenizer_json_of_any_kind_is_saved_as_it_is(make, tmp_path):
         assert saved(text, add_special_tokens=False)["input_ids"] == ids
 
 
-def test_windows_line_ends_in_vocab_txt_are_no_part_of_the_pieces(tmp_path):
+def test_windows_line_ends_in_vocab_txt_are_not_part_of_the_tokens(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_bytes("\r\n".join([*SPECIAL_TOKENS, "the", "##s", ""]).encode())
     assert load_tokenizer(str(path))("thes the")["input_ids"] == [2, 5, 6, 5, 3]
@@ -592,8 +596,8 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (written("vocab.txt", "[PAD]\n[CLS]\n[SEP]\n[MASK]\nthe\n"), "[UNK]"),
         (written("vocab.txt", "the\na\n"), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
         (written("vocab.txt", ""), "[PAD], [UNK], [CLS], [SEP], [MASK]"),
-        (written("vocab.txt", f"{ALL}\nthe\na\nthe\n"), "'the' stands there twice"),
-        (written("vocab.txt", f"{ALL}\nthe\n[MASK]\n"), "'[MASK]' stands there twice"),
+        (written("vocab.txt", f"{ALL}\nthe\na\nthe\n"), "duplicate token 'the'"),
+        (written("vocab.txt", f"{ALL}\nthe\n[MASK]\n"), "duplicate token '[MASK]'"),
         (written("vocab.txt", f"{ALL}\ncafé".encode("latin-1")), "not UTF-8"),
         (written("tokenizer.json", '{"version": "1.0", "mod'), "no tokenizer could be loaded"),
         (written("tokenizer.json", "{}"), "no tokenizer could be loaded"),
@@ -601,13 +605,13 @@ ALL = "\n".join(SPECIAL_TOKENS)
         (written("tokenizer.json", b"\xff\xfe\x00"), "no tokenizer could be loaded"),
         (broken_folder, "no tokenizer could be loaded"),
         (json_without_mask, "mask"),
-        (json_with_a_gap, "the numbers of its pieces have gaps; they should be 0 to 6"),
+        (json_with_a_gap, "the ids of its tokens have gaps; they should be 0 to 6"),
         (folder_without_mask, "mask"),
         (folder_of_a_slow_tokenizer, "tokenizer.json"),
         (folder_for_short_texts, "model_max_length is 7; it should be 8 or more"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
+def test_what_is_not_a_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = make(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -617,7 +621,7 @@ def test_what_is_no_tokenizer_is_named(make, reason, tmp_path, monkeypatch):
     assert len(message.splitlines()) == 1
 
 
-def test_pieces_that_begin_words_are_told_by_the_marks_of_each_kind():
+def test_tokens_that_start_words_are_recognized_by_the_marks_of_each_model():
     pieces = ["Ġthe", "the", "▁a", "##b", "[UNK]"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     byte_pairs, word_pieces = models.BPE(vocabulary, []), models.WordPiece(vocabulary, unk_token="[UNK]")

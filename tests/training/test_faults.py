@@ -187,7 +187,7 @@ def test_a_run_whose_corpus_vanishes_saves_and_ends(write_config, tmp_path, how,
         found.unlink() if how == "gone" else os.truncate(found, 10)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Traceback" not in errors, errors
-    assert re.search(r"bertlite: \S+: vanished or was cut; remove ", errors)
+    assert re.search(r"bertlite: \S+: missing or truncated; remove ", errors)
     assert int(newest_checkpoint(tmp_path / "cut").name[-8:]) >= 5
     shutil.rmtree(tmp_path / "cache")
     pretrain(path, resume=True)
