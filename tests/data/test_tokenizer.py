@@ -131,7 +131,7 @@ def test_saved_folder_gives_the_same_ids_with_auto_tokenizer(trained, tmp_path):
 
 
 def test_trained_vocabulary_gives_the_same_ids_with_bert_tokenizer(trained, tmp_path):
-    """Google's and Hugging Face's own splitting, from the list of tokens alone; ours loads it as a file and as a folder."""
+    """Google's and Hugging Face's own splitting, from the list of tokens; as a file and as a folder."""
     tokenizer, lowercase = trained
     pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
