@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from processes import Command
 from safetensors.torch import load_file
 
 from bertlite.config.loading import load_config
@@ -58,11 +57,10 @@ def optimizer_state(folder: Path, step: int):
     return load_file(folder / f"checkpoints/step-{step:08d}/training/optimizer.safetensors")
 
 
-def start(path: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bertlite", "pretrain", str(path), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def start(path: Path, *arguments: str) -> Command:
+    return Command("pretrain", path, *arguments)
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: Command) -> None:
     while not condition() and process.poll() is None:
         time.sleep(0.01)

@@ -1,8 +1,6 @@
 """What a training step costs: counted as the literature does, and measured on a real run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -25,16 +23,12 @@ def test_operations_are_those_of_the_matrix_products(T, P):
     assert flops_per_sequence(architecture, T, P) == 3 * (layers * key_and_value + queries * per_query + head)
 
 
-def test_bench_measures_a_run_and_leaves_nothing(write_config, tmp_path):
+def test_bench_measures_a_run_and_leaves_nothing(bertlite, write_config, tmp_path):
     path = write_config()
     before = set(tmp_path.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-m", "bertlite", "bench", str(path), "--steps", "3", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
+    code, out, _ = bertlite("bench", path, "--steps", "3", "--json")
+    assert code == 0
+    result = json.loads(out)
     assert set(tmp_path.rglob("*")) == before
     phases = sum(result[f"{phase}_seconds"] for phase in PHASES)
     assert phases == pytest.approx(result["step_seconds"], rel=0.5)

@@ -4,8 +4,6 @@ import gzip
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,13 +100,13 @@ def test_a_huge_shape_is_a_user_error(write_config, setting):
         planned(write_config(), f"{section}.{setting}=4000000000000")
 
 
-def test_the_command_prints_lines_or_json(write_config):
-    command = [sys.executable, "-m", "bertlite", "plan", str(write_config()), "--no-measure"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_command_prints_lines_or_json(bertlite, write_config):
+    command = ("plan", write_config(), "--no-measure")
+    _, lines, _ = bertlite(*command)
     assert [line.split()[0] for line in lines.splitlines()] == [
         "parameters", "tokens", "operations", "memory", "disk", "time",
     ]  # fmt: skip
-    result = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    result = json.loads(bertlite(*command, "--json")[1])
     assert re.search(f"parameters +{result['parameters']:,}\n", lines)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT, SAMPLE
+from processes import Command, run_ranks
 from tiny_runs import crash_after, metrics, optimizer_state, pretrain, start, traces, wait_for
 
 import bertlite.pretraining.pretrain
@@ -48,7 +49,7 @@ def bad_steps(monkeypatch):
     return choose
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(write_config, bad_steps):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(write_config, bad_steps, bertlite):
     path = write_config()
     bad_steps(path, 6)
     with pytest.raises(Failure) as failure:
@@ -56,8 +57,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(write_config
     folder = path.parent / "run"
     command = re.search(r"bertlite (batch \S+ --step 6)\n", str(failure.value))[1].split()
     assert "--set train.on_nonfinite_loss=skip" in str(failure.value)
-    printed = subprocess.run([sys.executable, "-m", "bertlite", *command, "--json"], capture_output=True, check=True)
-    assert json.loads(printed.stdout) == batch_of_step(load_config(PretrainConfig, path), 6)
+    code, printed, _ = bertlite(*command, "--json")
+    assert code == 0 and json.loads(printed) == batch_of_step(load_config(PretrainConfig, path), 6)
     assert newest_checkpoint(folder).name == "step-00000004"
     pretrain(path, "train.on_nonfinite_loss=skip", resume=True)  # as the message says
     assert metrics(folder)[-1]["step"] == 12
@@ -131,8 +132,7 @@ def test_saving_by_minutes_changes_no_result(write_config):
 
 def test_two_ranks_save_by_minutes_together(write_config):
     path = write_config(train__save_steps=99, train__save_minutes=1e-9, train__save_total_limit=99)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, "-m", "bertlite", "pretrain", path], check=True, capture_output=True, timeout=200)
+    run_ranks("pretrain", path)
     assert len(list((path.parent / "run" / "checkpoints").iterdir())) == 12
 
 
@@ -178,7 +178,7 @@ def test_a_stalled_training_is_warned_of(write_config, capsys):
 @pytest.mark.parametrize("how", ["gone", "cut"])
 @pytest.mark.parametrize("file", ["tokens.bin", "plan-*/piece_starts.npy"])
 def test_a_run_whose_corpus_vanishes_saves_and_ends(write_config, tmp_path, how, file):
-    changes = {"train__max_steps": 300, "train__save_steps": 300, "train__eval_steps": 300, "train__logging_steps": 1}
+    changes = {"train__max_steps": 100, "train__save_steps": 100, "train__eval_steps": 100, "train__logging_steps": 1}
     path = write_config("cut", **changes, data__cache_dir=str(tmp_path / "cache"))
     process = start(path)
     log = tmp_path / "cut" / "metrics.jsonl"
@@ -252,8 +252,7 @@ def test_a_signal_during_the_preparation(write_config, tmp_path):
     changes = {"data__train": [str(tmp_path / "text.txt")], "data__cache_dir": str(tmp_path / "cache")}
     path = write_config(**changes, tokenizer__vocab_size=8000)
     for moment in ("tokenizers", "corpora/*/tokens.bin"):
-        command = [sys.executable, "-m", "bertlite", "prepare", str(path)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = Command("prepare", path)
         wait_for(lambda place=moment: list((tmp_path / "cache").glob(place)), process)
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
