@@ -248,7 +248,7 @@ def test_a_signal_during_a_save_finishes_it(write_config, number):
 def test_a_signal_during_the_preparation(write_config, tmp_path):
     """While the tokenizer is trained, and while the text is tokenised; then it goes on to the same bytes."""
     sample = SAMPLE / "pretrain.txt"
-    (tmp_path / "text.txt").write_text(sample.read_text() * 6)
+    (tmp_path / "text.txt").write_text(sample.read_text() * 2)
     changes = {"data__train": [str(tmp_path / "text.txt")], "data__cache_dir": str(tmp_path / "cache")}
     path = write_config(**changes, tokenizer__vocab_size=8000)
     for moment in ("tokenizers", "corpora/*/tokens.bin"):
