@@ -1,10 +1,14 @@
 """Tables and tiny models of each type of task."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from paths import SAMPLE
+from safetensors.torch import load_file
 from tiny_models import randomize
 from transformers import (
     BertConfig,
@@ -14,6 +18,10 @@ from transformers import (
     BertModel,
 )
 
+from bertlite.config.finetune_settings import FinetuneConfig
+from bertlite.core.runtime import initialize_runtime
+from bertlite.data.masking import IGNORED
+from bertlite.finetuning.experiment import Experiment, prepare
 from bertlite.finetuning.tasks import TASKS
 
 SENTENCES = [line.split("\t") for line in (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
@@ -70,3 +78,35 @@ def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
     config.problem_type = TASKS[kind].problem_type if kind in TASKS else None
     randomize(theirs(config), std).save_pretrained(out)
     return out
+
+
+def prepared(config: FinetuneConfig) -> Experiment:
+    return prepare(config, config.task, initialize_runtime("fp32"))
+
+
+def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
+    lines = map(json.loads, (Path(folder) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
+    """transformers' own loss of one example by itself, and how many it is the mean of."""
+    target = torch.as_tensor(np.asarray(examples.targets[member]))
+    inputs = {
+        "input_ids": torch.tensor([examples.encodings[member].ids]),
+        "token_type_ids": torch.tensor([examples.encodings[member].type_ids]),
+    }
+    if kind == "question-answering":
+        return model(**inputs, start_positions=target[:1], end_positions=target[1:]).loss, 1
+    if kind == "classification":
+        target = target.view(1)
+    elif kind == "regression":
+        target = target.view(1, 1)
+    else:
+        target = target[None]
+    scored = int((target != IGNORED).sum()) if kind == "token-classification" else 1
+    return model(**inputs, labels=target).loss, scored

@@ -17,18 +17,16 @@ from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSetti
 from bertlite.config.settings import Architecture, OptimizationSettings, TrainSettings
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
-from bertlite.core.files import fingerprint, write_json
+from bertlite.core.files import write_json
 from bertlite.core.logging import logger
-from bertlite.core.random import choose_validation
 from bertlite.core.runtime import Runtime
-from bertlite.data.formats import Record
-from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
-from bertlite.finetuning.evaluation import ComputeScores, EvaluationResult, Split, evaluate_split
+from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
-from bertlite.finetuning.labels import list_some
 from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
-from bertlite.finetuning.results import write_reports
+from bertlite.finetuning.outputs import ComputeScores, compute_outputs
+from bertlite.finetuning.results import EvaluationResult, write_reports
+from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier
@@ -75,11 +73,14 @@ class Experiment:
     def measured_on(self) -> str:
         return "test" if "test" in self.splits else "validation"
 
-    def evaluate(self, model: Classifier, split: str) -> EvaluationResult:
-        """Evaluate a model on a split."""
-        return evaluate_split(
-            model, self.splits[split], self.task, self.labels, self.settings, self.runtime, self.compute_scores
-        )
+    def evaluate(self, model: Classifier, split_name: str) -> EvaluationResult:
+        """Compute all metrics of a split, and the loss without class weights."""
+        split, task = self.splits[split_name], self.task
+        scores, losses, loss = compute_outputs(model, split.batches, self.runtime, self.compute_scores, task.loss)
+        predictions = task.decode(Outputs(scores, split.examples, self.labels, self.settings))
+        references = split.examples.references
+        metrics = {name: metric(references, predictions) for name, metric in task.metrics.items()}
+        return EvaluationResult({**metrics, "loss": loss}, predictions, losses)
 
 
 def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) -> Experiment:
@@ -94,21 +95,8 @@ def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) ->
     check_fit(config, settings, architecture)
     trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
     labels, records = read_tables(task, settings)
-    splits: dict[str, Split] = {}
-    for name, split_records in records.items():
-        examples = task.make_examples(split_records, labels, tokenizer, settings)
-        sequence_length = splits["train"].batches.sequence_length if splits else 0
-        batches = ExampleBatches(examples, tokenizer.pad_token_id, sequence_length=sequence_length)
-        splits[name] = Split(split_records, examples, batches)
-        if max(max(encoding.type_ids) for encoding in examples.encodings) >= architecture.type_vocab_size:
-            raise UserError(f"task.text: {starting_model} cannot read pairs of texts: its type_vocab_size is 1")
-        log_split(name, splits[name], task, labels, settings)
-    longest = max(int(split.batches.lengths.max()) for split in splits.values())
-    if longest > trained_length:
-        logger.warning(
-            f"examples have up to {longest} tokens, but {starting_model} was trained on {trained_length}: it learns "
-            "the later positions from this task alone; lower task.max_length to truncate the examples"
-        )
+    splits = tokenize_splits(records, task, labels, tokenizer, settings)
+    check_examples(splits, config, architecture, trained_length)
     torch.compiler.reset()  # each task has its own shapes, and torch compiles few shapes of one function
     return Experiment(
         config=config,
@@ -139,49 +127,20 @@ def check_fit(config: FinetuneConfig, settings: TaskSettings, architecture: Arch
         )
 
 
-def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str, list[Record]]]:
-    """Read the tables of a task: the labels of the training table, and the records of each split.
-
-    Without `task.validation`, a share of the training records becomes the validation split.
-    """
-    records = {"train": read_records(settings.train, settings, "task.train")}
-    labels = task.output_labels(records["train"], settings)
-    for name, table in {"validation": settings.validation, "test": settings.test}.items():
-        if table is not None:
-            records[name] = read_records(table, settings, f"task.{name}")
-    if settings.validation is None:
-        if len(records["train"]) < 2:
-            raise UserError("task.train holds one example, too few to split off validation; set task.validation")
-        chosen = choose_validation(len(records["train"]), settings.validation_split)
-        pairs = list(zip(records["train"], chosen, strict=True))
-        records["validation"] = [record for record, is_chosen in pairs if is_chosen]
-        records["train"] = [record for record, is_chosen in pairs if not is_chosen]
-    return labels, records
-
-
-def log_split(name: str, split: Split, task: Task, labels: list[str], settings: TaskSettings) -> None:
-    """Log the size of a split, and warn of labels that none of its examples has."""
-    num_truncated, padding = split.examples.num_truncated, split.batches.padding
-    truncated = f"; {num_truncated:,} truncated to task.max_length {settings.max_length}" if num_truncated else ""
-    logger.info(f"{name}: {len(split.records):,} examples, {padding:.1%} of the positions are padding{truncated}")
-    if task.single_label:
-        absent = [label for index, label in enumerate(labels) if index not in split.examples.targets]
-        if absent:
-            consequence = "learned" if name == "train" else "measured"
-            logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")
-
-
-def fingerprint_data(splits: dict[str, Split]) -> str:
-    """Return a digest of all examples of a run: a resumed run must read the same ones."""
-    return fingerprint(
-        [
-            [
-                [encoding.ids for encoding in split.examples.encodings],
-                [np.asarray(target).tolist() for target in split.examples.targets],
-            ]
-            for split in splits.values()
-        ]
-    )
+def check_examples(
+    splits: dict[str, Split], config: FinetuneConfig, architecture: Architecture, trained_length: int
+) -> None:
+    """Raise UserError for pairs of texts that the starting model cannot read; warn of untrained positions."""
+    starting_model = config.model.init_from
+    encodings = [encoding for split in splits.values() for encoding in split.examples.encodings]
+    if max(max(encoding.type_ids) for encoding in encodings) >= architecture.type_vocab_size:
+        raise UserError(f"task.text: {starting_model} cannot read pairs of texts: its type_vocab_size is 1")
+    longest = max(map(len, encodings))
+    if longest > trained_length:
+        logger.warning(
+            f"examples have up to {longest} tokens, but {starting_model} was trained on {trained_length}: it learns "
+            "the later positions from this task alone; lower task.max_length to truncate the examples"
+        )
 
 
 def training_settings(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:

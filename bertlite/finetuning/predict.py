@@ -15,8 +15,8 @@ from bertlite.data.formats import decode_line
 from bertlite.data.sources import read_file_texts
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
-from bertlite.finetuning.evaluation import compute_outputs
 from bertlite.finetuning.losses import compute_scores, no_loss
+from bertlite.finetuning.outputs import compute_outputs
 from bertlite.finetuning.tasks import task_of
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier

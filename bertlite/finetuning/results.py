@@ -2,16 +2,26 @@
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertlite.core.files import write_text
-from bertlite.finetuning.evaluation import EvaluationResult, Split
+from bertlite.finetuning.splits import Split
 from bertlite.finetuning.tasks import Task
 
 NUM_WORST = 100  # examples with the largest loss that worst.jsonl holds
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a model achieves on a split: its metrics and mean loss, a prediction per record, a loss per example."""
+
+    scores: dict[str, float]
+    predictions: list[Any]
+    losses: list[float]
 
 
 def summarize_seeds(seeds: dict[str, dict[str, float]], metric: str, measured_on: str) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""The splits of a task: train, validation and perhaps test, read from its tables and tokenized."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.core.errors import UserError
+from bertlite.core.files import fingerprint
+from bertlite.core.logging import logger
+from bertlite.core.random import choose_validation
+from bertlite.data.formats import Record
+from bertlite.data.tables import read_records
+from bertlite.finetuning.batches import ExampleBatches
+from bertlite.finetuning.examples import Examples
+from bertlite.finetuning.labels import list_some
+from bertlite.finetuning.tasks import Task
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a task (train, validation or test): its records, their examples, and batches of those."""
+
+    records: list[Record]
+    examples: Examples
+    batches: ExampleBatches
+
+
+def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str, list[Record]]]:
+    """Read the tables of a task: the labels of the training table, and the records of each split.
+
+    Without `task.validation`, a share of the training records becomes the validation split.
+    """
+    records = {"train": read_records(settings.train, settings, "task.train")}
+    labels = task.output_labels(records["train"], settings)
+    for name, table in {"validation": settings.validation, "test": settings.test}.items():
+        if table is not None:
+            records[name] = read_records(table, settings, f"task.{name}")
+    if settings.validation is None:
+        if len(records["train"]) < 2:
+            raise UserError("task.train holds one example, too few to split off validation; set task.validation")
+        chosen = choose_validation(len(records["train"]), settings.validation_split)
+        pairs = list(zip(records["train"], chosen, strict=True))
+        records["validation"] = [record for record, is_chosen in pairs if is_chosen]
+        records["train"] = [record for record, is_chosen in pairs if not is_chosen]
+    return labels, records
+
+
+def tokenize_splits(
+    records: dict[str, list[Record]],
+    task: Task,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TaskSettings,
+) -> dict[str, Split]:
+    """Make the examples and batches of each split, with sequences of the training split's length where they fit."""
+    splits: dict[str, Split] = {}
+    for name, split_records in records.items():
+        examples = task.make_examples(split_records, labels, tokenizer, settings)
+        sequence_length = splits["train"].batches.sequence_length if splits else 0
+        batches = ExampleBatches(examples, tokenizer.pad_token_id, sequence_length=sequence_length)
+        splits[name] = Split(split_records, examples, batches)
+        log_split(name, splits[name], task, labels, settings)
+    return splits
+
+
+def log_split(name: str, split: Split, task: Task, labels: list[str], settings: TaskSettings) -> None:
+    """Log the size of a split, and warn of labels that none of its examples has."""
+    num_truncated, padding = split.examples.num_truncated, split.batches.padding
+    truncated = f"; {num_truncated:,} truncated to task.max_length {settings.max_length}" if num_truncated else ""
+    logger.info(f"{name}: {len(split.records):,} examples, {padding:.1%} of the positions are padding{truncated}")
+    if task.single_label:
+        absent = [label for index, label in enumerate(labels) if index not in split.examples.targets]
+        if absent:
+            consequence = "learned" if name == "train" else "measured"
+            logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")
+
+
+def fingerprint_data(splits: dict[str, Split]) -> str:
+    """Return a digest of all examples of a run: a resumed run must read the same ones."""
+    return fingerprint(
+        [
+            [
+                [encoding.ids for encoding in split.examples.encodings],
+                [np.asarray(target).tolist() for target in split.examples.targets],
+            ]
+            for split in splits.values()
+        ]
+    )

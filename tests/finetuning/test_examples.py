@@ -1,0 +1,153 @@
+"""Labels and examples of records, and what is wrong with them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_tasks import prepared, rows_of
+
+from bertlite.config.finetune_settings import TaskSettings
+from bertlite.core.errors import UserError
+from bertlite.core.random import choose_validation
+from bertlite.data.formats import Record
+from bertlite.data.masking import IGNORED
+from bertlite.data.tokenizer import load_tokenizer
+from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.examples import context_offsets
+from bertlite.finetuning.finetune import run
+from bertlite.finetuning.labels import read_label, read_label_list
+
+
+def bad_rows(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
+    rows = rows_of(kind)
+    rows[number] |= changes
+    return rows
+
+
+C, R, T, Q = "classification", "regression", "token-classification", "question-answering"
+
+
+BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
+    "label in dev alone": (C, bad_rows(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
+    "one class": (C, [row | {"label": "a"} for row in rows_of(C)], {}, r"all 96 examples have the label 'a'"),
+    "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
+    "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
+    "empty": (C, bad_rows(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
+    "no label": (C, bad_rows(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
+    "NaN": (R, bad_rows(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
+    "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', not a finite number"),
+    "no number that fp32 has": (R, bad_rows(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
+    "a number of many digits": (R, bad_rows(R, 30, label=10**400), {}, r"not a finite number"),
+    "a list": (C, bad_rows(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\], not a single text"),
+    "tags": (T, bad_rows(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
+    "words": (T, bad_rows(T, 30, text="Ada spoke"), {}, r"train\.jsonl:7: .* should be lists of words and of tags"),
+    "no words": (T, bad_rows(T, 30, text=[], label=[]), {}, r"train\.jsonl:7: the sentence is empty"),
+    "no labels": ("multilabel", [row | {"label": ""} for row in rows_of("multilabel")], {}, "no example has a label"),
+    "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is not a tag"),
+    "no entity": (T, [row | {"label": ["O"] * len(row["text"])} for row in rows_of(T)], {}, "all tags .* are O"),
+    "answers": (Q, bad_rows(Q, 30, answers="x"), {}, r"answers should hold the lists text and answer_start"),
+    "stride": (Q, None, {"task__doc_stride": 62}, r"task\.doc_stride is 62, which leaves no room"),
+    "length": (C, None, {"task__max_length": 200}, r"task\.max_length is 200, more than the 128 positions"),
+    "type": (
+        C,
+        None,
+        {"task__type": "klassification"},
+        r"task\.type is 'klassification'.* Did you mean classification",
+    ),
+    "metric": (C, None, {"task__metric": "pearson"}, r"task\.metric is 'pearson', which is not one of accuracy"),
+    "weights": (R, None, {"task__class_weights": "balanced"}, r"task\.class_weights .* regression does not use it"),
+    "weight": (C, None, {"task__class_weights": {"x": 2}}, r"task\.class_weights: 'x' is not a label"),
+    "smoothing": (R, None, {"train__label_smoothing_factor": 0.1}, r"regression does not use it"),
+    "layers": (C, None, {"train__frozen_layers": 5}, r"train\.frozen_layers is 5; the model has 2"),
+    "texts": (T, None, {"task__text": ["a", "b"]}, r"task\.text names 2 columns; token-classification reads 1"),
+    "model": (C, None, {"model__init_from": None}, r"no model to start from: give it by --model"),
+    "no model": (C, None, {"model__init_from": "/nowhere"}, r"/nowhere: no such model folder"),
+    "one row": (
+        R,
+        rows_of(R)[:25],
+        {"task__validation": None},
+        r"task\.train holds one example, too few to split",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_invalid_input_is_named_and_no_run_is_written(name, write, tmp_path):
+    kind, rows, changes, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        run(write(kind, rows, **changes))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
+
+
+def test_labels_are_stripped():
+    settings = TaskSettings.model_validate({"train": "x", "type": "multilabel"})
+    assert read_label(Record("", {"label": " a "}), settings) == "a"
+    for value, wanted in {0: ["0"], 1: ["1"], "": [], "a, b": ["a", "b"]}.items():
+        assert read_label_list(Record("", {"label": value}), settings) == wanted
+
+
+def test_doc_stride_and_max_answer_length(write):
+    counts = []
+    for stride in (1, 12):
+        work = prepared(write(Q, task__max_length=32, task__doc_stride=stride))
+        counts.append(len(work.splits["train"].examples.encodings))
+    assert 96 < counts[0] < counts[1]
+    examples = work.splits["train"].examples
+    scores = [np.outer(np.arange(len(encoding)), [-1.0, 1.0]) for encoding in examples.encodings]
+    for most in (1, 3):
+        settings = work.settings.model_copy(update={"max_answer_length": most})
+        answers = work.task.decode(Outputs(scores, examples, work.labels, settings))
+        assert max(len(work.tokenizer.tokenize(answer)) for answer in answers) == most
+
+
+def test_answers_missing_from_their_context_are_logged_and_ignored(write, capsys):
+    rows = rows_of(Q)
+    for number in (30, 31):
+        rows[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
+    config = write(Q, rows)
+    work = prepared(config)
+    assert "2 of 96 questions have no answer at their answer_start, such as" in capsys.readouterr().err
+    examples = work.splits["train"].examples
+    pairs = list(zip(examples.record_indices, examples.targets, strict=True))
+    ignored = {record for record, target in pairs if target[0] == IGNORED}
+    assert ignored == {6, 7}
+    texts = {number: row["answers"]["text"][0] for number, row in enumerate(rows[24:])}
+    found = set()
+    for encoding, (record, target) in zip(examples.encodings, pairs, strict=True):
+        if target[0] > 0:
+            offsets = context_offsets(encoding)
+            covered = rows[24 + record]["context"][offsets[target[0], 0] : offsets[target[1], 1]]
+            assert texts[record] in covered and len(encoding) >= target[1]
+            found.add(record)
+    assert len(found) > 80
+
+
+def test_labels_without_examples_and_untrained_positions_are_logged(write, vocabulary, capsys):
+    rows = rows_of("classification")
+    labels = sorted({row["label"] for row in rows})
+    other = next(row for row in rows if row["label"] != labels[0])
+    config = write("classification", [row if row["label"] != labels[0] else other for row in rows[:24]] + rows[24:])
+    prepared(config)
+    told = capsys.readouterr().err
+    assert f"validation: no example has the label {labels[0]}, so it is not measured" in told
+    assert (
+        "has the label" not in told.replace("validation: no example has the label", "")
+        and "later positions" not in told
+    )
+
+    train = [
+        {**row, "label": "rare" if out else row["label"]}
+        for row, out in zip(rows[24:], choose_validation(len(rows[24:]), 0.1), strict=True)
+    ]
+    prepared(write("classification", rows[:24] + train, task__validation=None))
+    assert "train: no example has the label rare, so it is not learned" in capsys.readouterr().err
+
+    tokenizer = load_tokenizer(str(config.model.init_from))
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(str(config.model.init_from))
+    longest = int(max(part.batches.lengths.max() for part in prepared(config).splits.values()))
+    assert longest > 16
+    assert f"examples have up to {longest} tokens, but {config.model.init_from} was trained on 16" in (
+        capsys.readouterr().err
+    )

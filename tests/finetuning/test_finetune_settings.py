@@ -1,0 +1,124 @@
+"""Every setting of fine-tuning changes something."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_tasks import log, prepared, weights
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from bertlite.config.finetune_settings import FinetuneTrainSettings, TaskSettings
+from bertlite.finetuning.experiment import initial_model, layerwise_decay, training_settings
+from bertlite.finetuning.finetune import run
+from bertlite.training.optim import Optimizer
+
+CHANGES: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "max_steps": 7,
+    "global_batch_size": 16,
+    "gradient_checkpointing": None,
+    "optim": "muon",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 1e-2,
+    "warmup_ratio": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.01,
+    "precision": "bf16",
+    "seeds": [3],
+    "label_smoothing_factor": 0.3,
+    "layerwise_lr_decay": 0.5,
+    "frozen_layers": 1,
+    "class_weights": "balanced",
+    "hidden_dropout_prob": 0.5,
+    "attention_probs_dropout_prob": 0.5,
+    "max_length": 16,
+    "validation_split": 0.5,
+}
+
+
+@pytest.fixture
+def usual(write) -> list[float]:
+    config = write(
+        "token-classification", name="usual", train__max_steps=None, train__num_train_epochs=0.5, task__validation=None
+    )
+    run(config)
+    return log(config.output_dir)
+
+
+def test_every_setting_changes_the_training(write, usual):
+    for name, value in CHANGES.items():
+        if value is None:  # which may change no number
+            continue
+        section = "task" if name in ("class_weights", "max_length", "validation_split") else "train"
+        section = "model" if "dropout" in name else section
+        changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
+        config = write("token-classification", name=name, **(changes | {f"{section}__{name}": value}))
+        run(config)
+        assert log(config.output_dir, seed=3 if name == "seeds" else 0) != usual, name
+    untested = FinetuneTrainSettings.model_fields.keys() - CHANGES.keys()
+    assert untested == {"per_device_train_batch_size", "muon_learning_rate", "compile", "logging_steps", "eval_steps",
+                        "early_stopping_patience"}  # fmt: skip
+
+
+def test_settings_that_may_leave_the_loss_unchanged(write, usual, monkeypatch):
+    changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
+    still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    config = write(name="still", **changes, **still)
+    run(config)
+    calls = []
+    monkeypatch.setattr("bertlite.model.bert.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
+    counters.clear()
+    for name, value in {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "compile": True}.items():
+        other = write(name=name, **changes, **still, **{f"train__{name}": value})
+        run(other)
+        assert log(other.output_dir) == pytest.approx(log(config.output_dir), rel=1e-4), name
+        assert bool(calls) == (name == "gradient_checkpointing")
+        assert bool(counters["stats"]["unique_graphs"]) == (name == "compile")
+        calls.clear()
+    config = write(name="muon", **changes, train__optim="muon")
+    faster = write(name="faster", **changes, train__optim="muon", train__muon_learning_rate=0.1)
+    run(config), run(faster)
+    assert log(config.output_dir) != log(faster.output_dir)
+    config = write(name="intervals", train__logging_steps=2, train__eval_steps=2, train__max_steps=4)
+    run(config)
+    assert len(log(config.output_dir)) == len(log(config.output_dir, "eval_accuracy")) == 2
+
+
+def test_class_weights_of_numeric_labels():
+    settings = TaskSettings.model_validate({"train": "x", "class_weights": {0: 1.0, "1": 2.0}})
+    assert settings.class_weights == {"0": 1.0, "1": 2.0}
+
+
+def test_layerwise_rates_and_frozen_layers(write):
+    config = write(train__frozen_layers=1, train__max_steps=2)
+    run(config)
+    before, after = load_file(Path(str(config.model.init_from)) / "model.safetensors"), weights(config.output_dir)
+    for name, weight in before.items():
+        frozen = name.startswith(("embeddings.", "encoder.layer.0."))
+        assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
+    work = prepared(config)
+    model = initial_model(work, "sdpa", 0)
+    optimizer = Optimizer(
+        model, training_settings(config.train, work.splits["train"].batches, 0), layerwise_decay(0.5, 2)
+    )
+    rates = {
+        name: group["lr"] / 1e-3
+        for part in optimizer.parts
+        for group in part.param_groups
+        for name, tensor in optimizer.tensors.items()
+        if any(tensor is one for one in group["params"])
+    }
+    for start_of_name, rate in {"encoder.embeddings.word": 0.125, "encoder.layers.0.attention.qkv.weight.q": 0.25,
+                                "encoder.layers.1.norm.bias": 0.5, "encoder.pooler": 1, "classifier": 1,
+                                }.items():  # fmt: skip
+        found = {value for name, value in rates.items() if name.startswith(start_of_name)}
+        assert {round(one, 9) for one in found} == {rate}, start_of_name
+    assert rates.keys() == optimizer.tensors.keys()
+    optimizer.step(1.0)
+    assert optimizer.learning_rate() == pytest.approx(1e-3)
