@@ -34,7 +34,7 @@ SUBJECTS = sorted({label for label, _ in SENTENCES})
 
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
-    """Tables of each type of task, out of the sample's sentences."""
+    """The records of a table for a type of task, made of the sample's sentences."""
     rows: list[dict[str, Any]] = []
     for number, (label, text) in enumerate(SENTENCES[:120]):
         words = text.split()[:15]
@@ -60,7 +60,7 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-# What transformers' configuration says of each, so that our head is its head.
+# transformers' class and configuration for each type of task.
 HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classification": (BertForSequenceClassification, {"id2label": dict(enumerate(SUBJECTS))}),
     "multilabel": (BertForSequenceClassification, {"id2label": {0: "a", 1: "of", 2: "the"}}),
@@ -71,7 +71,7 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
-    """A tiny BERT of random weights as transformers' class for a type of task, with a tokenizer."""
+    """Save a tiny BERT of random weights, of transformers' class for a type of task, with a tokenizer."""
     shutil.copytree(vocabulary, out, dirs_exist_ok=True)
     theirs, labels = HEADS.get(kind, (BertModel, {}))
     config = BertConfig(**TINY, vocab_size=1000, max_position_embeddings=128, **labels)
@@ -81,20 +81,23 @@ def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
 
 
 def prepared(config: FinetuneConfig) -> Experiment:
+    """Prepare the task of a configuration."""
     return prepare(config, config.task, initialize_runtime("fp32"))
 
 
 def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
+    """The values of a metric in a run's metrics.jsonl."""
     lines = map(json.loads, (Path(folder) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines())
     return [line[key] for line in lines if key in line]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's final model."""
     return load_file(Path(folder) / "model" / "model.safetensors")
 
 
 def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
-    """transformers' own loss of one example by itself, and how many it is the mean of."""
+    """transformers' own loss of one example by itself, and the number of tokens or examples it is the mean of."""
     target = torch.as_tensor(np.asarray(examples.targets[member]))
     inputs = {
         "input_ids": torch.tensor([examples.encodings[member].ids]),

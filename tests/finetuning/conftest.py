@@ -1,4 +1,4 @@
-"""Fine-tunings of seconds."""
+"""Configurations of fine-tuning runs that take seconds."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from bertlite.data.tokenizer import train_word_piece, wrap_tokenizer
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory) -> Path:
-    """A folder with a tokenizer of a thousand pieces."""
+    """A folder with a tokenizer of a thousand tokens."""
     folder = tmp_path_factory.mktemp("vocabulary")
     texts = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")[:60]
     wrap_tokenizer(train_word_piece(texts, 1000, True)).save_pretrained(folder)
@@ -25,19 +25,19 @@ def vocabulary(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def write(vocabulary, tmp_path):
-    """Write the tables and the YAML of a run of seconds, with changes by dotted names; return the configuration."""
+    """Write the tables and the YAML of a short run; changes are named section__setting. Returns the configuration."""
 
     def make(kind: str = "classification", rows: list[dict[str, Any]] | None = None, name: str = "run", **changes):
         rows = rows_of(kind) if rows is None else rows
-        for part, these in {"train": rows[24:], "validation": rows[:24]}.items():
-            lines = "".join(json.dumps(row) + "\n" for row in these)
-            (tmp_path / f"{part}.jsonl").write_text(lines)
+        for split, records in {"train": rows[24:], "validation": rows[:24]}.items():
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (tmp_path / f"{split}.jsonl").write_text(lines)
         model = tmp_path / "bert"
         if not model.exists():
             with_head(vocabulary, "", model)
         values: dict[str, Any] = {
             "model": {"init_from": str(model)},
-            "task": {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+            "task": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
             | {"type": kind, "max_length": 48 if kind != "question-answering" else 64, "doc_stride": 16},
             "train": {"max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"},
             "output_dir": str(tmp_path / name),

@@ -66,13 +66,13 @@ def test_every_setting_changes_the_training(write, usual):
                         "early_stopping_patience"}  # fmt: skip
 
 
-def test_settings_that_may_leave_the_loss_unchanged(write, usual, monkeypatch):
+def test_settings_that_may_leave_the_loss_unchanged(write, monkeypatch):
     changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
     still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
     config = write(name="still", **changes, **still)
     run(config)
     calls = []
-    monkeypatch.setattr("bertlite.model.bert.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
+    monkeypatch.setattr("bertlite.model.encoder.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
     counters.clear()
     for name, value in {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "compile": True}.items():
         other = write(name=name, **changes, **still, **{f"train__{name}": value})
