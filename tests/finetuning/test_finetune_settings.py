@@ -104,21 +104,19 @@ def test_layerwise_rates_and_frozen_layers(write):
         assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
     work = prepared(config)
     model = initial_model(work, "sdpa", 0)
-    optimizer = Optimizer(
-        model, training_settings(config.train, work.splits["train"].batches, 0), layerwise_decay(0.5, 2)
-    )
+    settings = training_settings(config.train, work.splits["train"].batches, 0)
+    optimizer = Optimizer(model, settings, layerwise_decay(0.5, 2))
     rates = {
         name: group["lr"] / 1e-3
-        for part in optimizer.parts
-        for group in part.param_groups
+        for group in optimizer.groups
         for name, tensor in optimizer.tensors.items()
-        if any(tensor is one for one in group["params"])
+        if any(tensor is weight for weight in group["params"])
     }
     for start_of_name, rate in {"encoder.embeddings.word": 0.125, "encoder.layers.0.attention.qkv.weight.q": 0.25,
                                 "encoder.layers.1.norm.bias": 0.5, "encoder.pooler": 1, "classifier": 1,
                                 }.items():  # fmt: skip
-        found = {value for name, value in rates.items() if name.startswith(start_of_name)}
-        assert {round(one, 9) for one in found} == {rate}, start_of_name
+        matching = {round(value, 9) for name, value in rates.items() if name.startswith(start_of_name)}
+        assert matching == {rate}, start_of_name
     assert rates.keys() == optimizer.tensors.keys()
     optimizer.step(1.0)
     assert optimizer.learning_rate() == pytest.approx(1e-3)

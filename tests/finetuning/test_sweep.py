@@ -35,7 +35,13 @@ def write_sweep(write, tmp_path):
     return make
 
 
-def test_a_sweep_leaves_a_table_a_plot_and_the_best_configuration(write_sweep, tmp_path):
+@pytest.fixture
+def no_plot(monkeypatch) -> None:
+    """Plots take most of a sweep's time; they are drawn in the tests of what a sweep writes."""
+    monkeypatch.setattr("bertlite.finetuning.sweep.draw_trials", lambda *_: None)
+
+
+def test_a_sweep_writes_a_table_a_plot_and_the_best_configuration(write_sweep, tmp_path):
     rows = sweep(write_sweep())
     assert len(rows) == 3 and rows == sorted(rows, key=lambda row: -row["value"])
     for row in rows:
@@ -58,7 +64,7 @@ def test_a_sweep_leaves_a_table_a_plot_and_the_best_configuration(write_sweep, t
     assert len(lines) == 4 and lines[0].split() == ["trial", "value", *sorted(SPACE)]
 
 
-def test_a_resumed_sweep_equals_one_that_was_not_stopped(write_sweep, tmp_path):
+def test_a_resumed_sweep_equals_one_that_was_not_stopped(write_sweep, no_plot, tmp_path):
     whole = sweep(write_sweep("whole"))
     sweep(write_sweep("cut", trials=1))
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'cut' / 'study.db'}")
@@ -68,7 +74,7 @@ def test_a_resumed_sweep_equals_one_that_was_not_stopped(write_sweep, tmp_path):
     assert sweep(write_sweep("cut"), resume=True) == whole
 
 
-def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, tmp_path, monkeypatch):
+def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, no_plot, tmp_path, monkeypatch):
     def killed(folder, study, *_):
         if study.trials:
             raise KeyboardInterrupt
@@ -94,7 +100,7 @@ def test_a_full_disk_ends_a_sweep_without_a_failed_trial(write_sweep, tmp_path, 
     assert not any(trial.state.is_finished() for trial in study.trials)
 
 
-def test_a_trial_that_fails_does_not_end_the_sweep(write_sweep, capsys):
+def test_a_trial_that_fails_does_not_end_the_sweep(write_sweep, no_plot, capsys):
     with pytest.raises(Failure, match="all trials failed"):
         sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
     assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
