@@ -1,4 +1,4 @@
-"""Packages that only some commands need; pip installs them with an extra of bertlite."""
+"""Packages that only some commands need, and that may be missing."""
 
 from importlib.util import find_spec
 
@@ -7,10 +7,10 @@ from bertlite.core.errors import UserError
 _PIP_NAMES = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-transformers"}
 
 
-def require(user: str, extra: str, *packages: str) -> None:
-    """Raise UserError, naming the extra to install, if a package is missing that `user`, such as a command, needs."""
+def require(user: str, install: str, *packages: str) -> None:
+    """Raise UserError, naming what to install by pip, if a package is missing that `user`, such as a command, needs."""
     missing = [_PIP_NAMES.get(package, package) for package in packages if find_spec(package) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         names = ", ".join(missing)
-        raise UserError(f"{user} needs {names}, which {verb} not installed: pip install 'bertlite[{extra}]'")
+        raise UserError(f"{user} needs {names}, which {verb} not installed: pip install '{install}'")

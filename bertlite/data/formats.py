@@ -280,7 +280,7 @@ def _split_quoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[
 
 def read_parquet(table: TableFile) -> Iterator[Record]:
     """Read a Parquet file. Raises UserError for any other file."""
-    require(f"{table.path}: Parquet", "datasets", "pyarrow")
+    require(f"{table.path}: Parquet", "pyarrow", "pyarrow")
     import pyarrow.parquet
 
     try:

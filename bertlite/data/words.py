@@ -28,7 +28,7 @@ def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
 
 def segment_with_jieba(text: str) -> list[str]:
     """Segment Chinese text by jieba (github.com/fxsjy/jieba) (Cui et al. 2019)."""
-    require("data.segmenter: jieba", "chinese", "jieba")
+    require("data.segmenter: jieba", "bertlite[chinese]", "jieba")
     import jieba
 
     jieba.setLogLevel("ERROR")

@@ -113,7 +113,7 @@ def export(source: Path, out: Path, format: str, options: ExportOptions = Export
         value = getattr(options, option)
         if value is not None and value not in allowed:
             raise UserError(f"--{option} is {value!r}; --format {format} has {', '.join(allowed) or f'no {option}'}")
-    require(f"--format {format}", format, *target.packages)
+    require(f"--format {format}", f"bertlite[{format}]", *target.packages)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)

@@ -127,7 +127,7 @@ def softmax(scores: Scores) -> Scores:
 
 def sigmoid(scores: Scores) -> Scores:
     """Sigmoid of each score."""
-    require("predicting labels that do not exclude each other", "finetune", "scipy")
+    require("predicting labels that do not exclude each other", "bertlite[finetune]", "scipy")
     from scipy.special import expit
 
     return np.asarray(expit(scores))

@@ -88,7 +88,7 @@ def keep_best_seed(folder: Path, best_seed: str, seeds: list[str], results: dict
 
 def check_settings(config: FinetuneConfig) -> None:
     """Raise UserError for missing packages, unknown names, and settings that do not go together."""
-    require("bertlite finetune", "finetune", "sklearn", "scipy", "seqeval", "matplotlib")
+    require("bertlite finetune", "bertlite[finetune]", "sklearn", "scipy", "seqeval", "matplotlib")
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
     several = {f"tasks.{name}": settings for name, settings in config.tasks.items()}

@@ -26,7 +26,7 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
     trials.png, the best trial's model, and best.yaml, which `bertlite finetune` reads; trials do not read test data.
     Raises UserError for a setting that does not exist or cannot have its values.
     """
-    require("bertlite sweep", "sweep", "optuna")
+    require("bertlite sweep", "bertlite[sweep]", "optuna")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -50,8 +50,8 @@ def test_optional_packages_are_not_needed(write_config, tmp_path):
     assert ended.stderr.count(message) == 1 and "Traceback" not in ended.stderr
 
 
-def test_a_missing_package_is_named_with_its_extra():
-    require("bertlite finetune", "finetune", "json", "sklearn")
+def test_a_missing_package_is_named_with_what_to_install():
+    require("bertlite finetune", "bertlite[finetune]", "json", "sklearn")
     expected = r"^bertlite finetune needs no_such_package, which is not installed: pip install 'bertlite\[finetune\]'$"
     with pytest.raises(UserError, match=expected):
-        require("bertlite finetune", "finetune", "json", "no_such_package")
+        require("bertlite finetune", "bertlite[finetune]", "json", "no_such_package")
