@@ -44,18 +44,8 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     try:
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap_tokenizer(build_word_piece(_read_vocabulary(path), lowercase))
-        elif path.is_file():
-            tokenizer = _from_file(path)
         else:
-            if local and "fast_tokenizer_files" in (path / "tokenizer_config.json").read_text(encoding="utf-8"):
-                raise UserError(f"{path / 'tokenizer_config.json'}: fast_tokenizer_files names other files; remove it")
-            # Some versions of transformers would read the tokenizer_file that tokenizer_config.json names, anywhere.
-            tokenizer_file = (
-                {"tokenizer_file": str(path / "tokenizer.json")} if (path / "tokenizer.json").exists() else {}
-            )
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=False, local_files_only=local, **tokenizer_file
-            )
+            tokenizer = _from_file(path) if path.is_file() else _from_folder_or_hub(name, local)
         tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # some wrong settings raise only here
         if tokenizer.model_max_length < 8:
             raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
@@ -300,6 +290,16 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(TOKEN_NAMES, SPECIAL_TOKENS, strict=True)),
     )
+
+
+def _from_folder_or_hub(name: str, local: bool) -> PreTrainedTokenizerBase:
+    """Load what transformers saved."""
+    config, path = Path(name) / "tokenizer_config.json", Path(name) / "tokenizer.json"
+    if local and "fast_tokenizer_files" in config.read_text(encoding="utf-8"):
+        raise UserError(f"{config}: fast_tokenizer_files names other files; remove it")
+    # Some versions of transformers would read the tokenizer_file that tokenizer_config.json names, anywhere.
+    tokenizer_file = {"tokenizer_file": str(path)} if path.exists() else {}
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local, **tokenizer_file)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
