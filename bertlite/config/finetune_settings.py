@@ -1,4 +1,4 @@
-"""The settings of the YAML for fine-tuning and for sweeps."""
+"""The settings of fine-tuning and of sweeps."""
 
 from typing import Annotated, Any, Literal
 
@@ -32,8 +32,11 @@ class FinetuneModel(Section):
 TableLocation = Annotated[
     DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
 ]
-
-
+TextColumns = Annotated[
+    list[str],
+    Field(min_length=1, max_length=2),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("<balanced>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
     Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
@@ -56,9 +59,7 @@ class TaskSettings(Section):
     """Fraction of the training examples that are the validation set where task.validation is null."""
     test: TableLocation | None = None
     """Test examples, which the results are measured on; null: the validation examples."""
-    text: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        default=["text"], min_length=1, max_length=2
-    )
+    text: TextColumns = Field(default=["text"])
     """Column of the text, or two columns for pairs and for [question, context]."""
     label: str = "label"
     """Column of the label: text, a number for regression, a list of tags for tokens."""
@@ -161,7 +162,7 @@ class Range(Section):
 
 
 class SweepSettings(Section):
-    """A search: the number of trials, and what they choose from."""
+    """A search: the number of trials, and the values that they choose from."""
 
     trials: Positive = 20
     """Number of trials."""

@@ -1,4 +1,4 @@
-"""Read YAML files and `--set` into settings, write settings as YAML, and explain each mistake in one line."""
+"""Read settings from YAML files and `--set`, write them as YAML, and explain each mistake in one line."""
 
 import difflib
 import re
@@ -41,11 +41,7 @@ for _yaml_class in (_Loader, _Dumper):
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Config = TypeVar("Config", bound=Section)
-_CONFIG_OF_COMMAND: dict[str, type[Section]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "sweep": SweepConfig,
-}
+_CONFIG_OF: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
 
 
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -54,7 +50,11 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     Raises UserError, naming the file or the override, the key, its value and the fix.
     """
     values = _read_yaml(path)
-    _check_command(config_type, values, path)
+    unknown = values.keys() - config_type.model_fields.keys()
+    for command, other_type in _CONFIG_OF.items():
+        if unknown and values.keys() <= other_type.model_fields.keys():
+            problem = f"this command does not read the section {min(unknown)}"
+            raise UserError(f"{path}: {problem}; bertlite {command} reads this file")
     override_of: dict[str, str] = {}
     for override in overrides:
         name, value = _parse_override(override)
@@ -64,10 +64,7 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
 
 
 def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config:
-    """Return a copy of `config` with other values at some dotted names.
-
-    Raises UserError as `load_config` does, naming `source` in place of the file.
-    """
+    """Return a copy of `config` with other values, by dotted name. Raises UserError, naming `source`."""
     values = config.model_dump()
     for name, value in changes.items():
         _assign(values, name, value)
@@ -75,12 +72,12 @@ def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config
 
 
 def dump_config(config: Section) -> str:
-    """Return all settings as YAML, from which `load_config` makes an equal object."""
+    """Return all settings as YAML, which `load_config` reads into an equal object."""
     return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
-    """Return the settings in which two configurations of one type differ: dotted name → (old value, new value)."""
+    """Return the settings that differ, of one type: dotted name → (old value, new value)."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
     names = dict.fromkeys([*after, *before])
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
@@ -98,12 +95,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file") from None
-    except ValueError as error:  # a name that no file can have
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -119,16 +114,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_command(config_type: type[Section], values: dict[str, Any], path: Path) -> None:
-    """Raise UserError for a file that was written for another command."""
-    unknown = values.keys() - config_type.model_fields.keys()
-    for command, other_type in _CONFIG_OF_COMMAND.items():
-        if unknown and values.keys() <= other_type.model_fields.keys():
-            raise UserError(
-                f"{path}: this command does not read the section {min(unknown)}; bertlite {command} reads this file"
-            )
-
-
 def _parse_override(override: str) -> tuple[str, Any]:
     """Split `section.key=value` into the dotted name and the value, which is YAML."""
     name, equals, text = override.partition("=")
@@ -142,7 +127,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set the value at a dotted name; sections that do not exist are created."""
+    """Set the value at a dotted name; create missing sections."""
     *sections, key = name.split(".")
     for section in sections:
         if not isinstance(values.get(section), dict):
@@ -170,9 +155,9 @@ def _validate(
 
 
 def _explain(config_type: type[Section], error: Any, source: Path | str, override_of: dict[str, str]) -> str:
-    """Describe one error of pydantic in a line: where the value was written, the key, the value and the fix."""
+    """Describe an error of pydantic in one line: the file or override, the key, the value and the fix."""
     name = _name_of(error["loc"])
-    written_in = next((override for key, override in override_of.items() if _overlap(key, name)), None)
+    override = next((flag for key, flag in override_of.items() if _overlap(key, name)), None)
     value = _shorten(error["input"])
     if error["type"] == "extra_forbidden":
         text = f"{name} is not a setting{_did_you_mean(name, _setting_names(config_type))}"
@@ -180,20 +165,19 @@ def _explain(config_type: type[Section], error: Any, source: Path | str, overrid
         text = f"{name} is missing"
     elif error["type"] == "value_error":  # raised by a validator of the settings; its message begins with a key
         text = ".".join(filter(None, [name, str(error["ctx"]["error"])]))
-        mentioned = (override for key, override in override_of.items() if key.rsplit(".", 1)[-1] in text)
-        written_in = written_in or next(mentioned, None)
+        mentioned = (flag for key, flag in override_of.items() if key.rsplit(".", 1)[-1] in text)
+        override = override or next(mentioned, None)
     elif error["type"] == "model_type":
         text = f"{name} is {value}, but should be a section with keys of its own"
     else:
         reason = error["msg"][0].lower() + error["msg"][1:]
         text = f"{name} is {value}: {reason.replace('input should', 'it should')}"
-    return f"{written_in or source}: {text}"
+    return f"{override or source}: {text}"
 
 
 def _name_of(location: tuple[str | int, ...]) -> str:
-    """Return the dotted name of a setting from pydantic's location of an error.
+    """Return the dotted name of a setting from pydantic's location, without alternatives of types and list indices.
 
-    The location also names the alternatives of a choice between types, ours in angle brackets, and indices of lists:
     ("masking", "rate", "<schedule>", "start") is masking.rate.start, and ("train", "seeds", 0) is train.seeds.
     """
     alternatives = ("bool", "literal['auto']", "int", "float")
@@ -225,11 +209,11 @@ def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a hint at the choice that is similar to `name`, or whose last part is; "" if there is none."""
+    """Suggest the choice that is similar to `name`, or has a similar last part; "" if there is none."""
     choices = list(choices)
     by_last_part = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
     similar = difflib.get_close_matches(name, choices, 1, 0.75)
     if not similar:
         last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last_part), 1)
-        similar = [by_last_part[part] for part in last_parts]
+        similar = [by_last_part[last_part] for last_part in last_parts]
     return f". Did you mean {similar[0]}?" if similar else ""

@@ -1,4 +1,4 @@
-"""The settings of the YAML for pretraining, and what fine-tuning shares with it; strict, and without importing torch.
+"""The settings of pretraining, and those that fine-tuning shares; strict, and without importing torch.
 
 The text below a setting is its description. Names are Hugging Face's where it has one.
 """
@@ -27,8 +27,8 @@ class Section(BaseModel):
         extra="forbid",
         strict=True,
         frozen=True,
-        protected_namespaces=(),
         allow_inf_nan=False,
+        protected_namespaces=(),
         use_attribute_docstrings=True,
     )
 
@@ -90,7 +90,7 @@ class ModelSettings(EncoderSettings):
 
     @model_serializer(mode="wrap")
     def serialize_settings_in_force(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Leave out the defaults of the size where an existing model brings its own."""
+        """Leave out default sizes where an existing model brings its own."""
         values = serialize(self)
         return values if self.init_from is None else {name: values[name] for name in sorted(self.model_fields_set)}
 
@@ -151,7 +151,7 @@ class DataLocation(Section):
 
     @model_serializer(mode="wrap")
     def serialize_briefly(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
-        """Write what differs from the defaults; a path alone becomes a string."""
+        """Write the values that differ from the defaults; a path alone becomes a string."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         given = {name: value for name, value in serialize(self).items() if value != defaults[name]}
         return self.path if set(given) == {"path"} else given
@@ -169,7 +169,7 @@ class Source(DataLocation):
 
 
 def _list_sources(value: Any) -> Any:
-    """Make a list of a single source, and a path of a source that is only a string."""
+    """Put a single source into a list; a string is a path."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [{"path": source} if isinstance(source, str) else source for source in values]
 
@@ -178,7 +178,7 @@ Sources = Annotated[list[Source], BeforeValidator(_list_sources)]
 
 
 class DataSettings(Section):
-    """The text, how it divides into documents, which documents are dropped, and the length of the sequences."""
+    """The text, how it is divided into documents, which documents are dropped, and the length of the sequences."""
 
     train: Annotated[Sources, Field(min_length=1)]
     """Training text: files, globs, folders, datasets, or sample, the text that ships with bertlite."""
@@ -215,7 +215,7 @@ class MaskingSettings(Section):
     """Which tokens are masked."""
 
     strategy: str = "token"
-    """What is masked as one: token or whole-word."""
+    """What is masked as a unit: token or whole-word."""
     rate: Annotated[
         Annotated[Fraction, Tag("<number>")] | Annotated[LinearSchedule, Tag("<schedule>")],
         Discriminator(lambda value: "<schedule>" if isinstance(value, dict | LinearSchedule) else "<number>"),
@@ -223,7 +223,7 @@ class MaskingSettings(Section):
     """Fraction of the tokens, special ones excluded, that are masked: a number, or {start: 0.3, end: 0.15}."""
 
     def schedule(self) -> LinearSchedule:
-        """Return the rate over the run; a constant rate is a schedule too."""
+        """Return the rate as a schedule, also where it is constant."""
         return self.rate if isinstance(self.rate, LinearSchedule) else LinearSchedule(start=self.rate, end=self.rate)
 
 

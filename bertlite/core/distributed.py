@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, and what they share. torch loads when they first communicate."""
+"""The ranks of a run, and communication between them. torch is imported late: `--help` needs only the rank."""
 
 import os
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ def all_reduce_sum(tensors: "list[torch.Tensor]") -> None:
 
 
 def all_reduce_max(number: int, device: "torch.device") -> int:
-    """Return the largest of the ranks' numbers, on all ranks."""
+    """Return the largest number of all ranks."""
     import torch
     import torch.distributed as dist
 

@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class Failure(Exception):
-    """A valid request that failed, or a check that did not hold; exit code 1."""
+    """A valid request that failed, or a check that found a difference; exit code 1."""
 
 
 class DiskFull(Failure):
@@ -14,4 +14,4 @@ class DiskFull(Failure):
 
 
 class DataLost(Failure):
-    """Files of a corpus were removed or cut while they were in use. Everything else is intact."""
+    """Files of a corpus were removed or truncated while they were in use. Everything else is intact."""

@@ -1,6 +1,6 @@
 """Atomic files and folders, locks, checksums.
 
-Atomic: other processes see the complete new file or folder, or what was there before, also when this one is killed.
+Atomic: other processes see either the old state or the complete new file or folder, even if this process is killed.
 """
 
 import errno
@@ -34,10 +34,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             umask = _get_umask()
-            for created in (temporary, *temporary.rglob("*")):
+            for path_inside in (temporary, *temporary.rglob("*")):
                 # mkdtemp and safetensors create files and folders that other users may not read
-                created.chmod((0o777 if created.is_dir() else 0o666) & ~umask)
-                fsync(created)
+                path_inside.chmod((0o777 if path_inside.is_dir() else 0o666) & ~umask)
+                fsync(path_inside)
             temporary.rename(path)
             fsync(path.parent)
         finally:
@@ -85,23 +85,23 @@ def lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        held_lock = file_lock.acquire(blocking=False)
+        acquired = file_lock.acquire(blocking=False)
     except Timeout:
         logger.info(f"waiting for another process that prepares {path}")
-        held_lock = file_lock.acquire()
-    with held_lock:
+        acquired = file_lock.acquire()
+    with acquired:
         remove_leftovers(path.parent, path.name)
         yield
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as an atomic file."""
+    """Write an atomic file in UTF-8."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path`, as an atomic file."""
+    """Write `value` as JSON, to an atomic file."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def disk_full_as_error(folder: Path) -> Iterator[None]:
-    """Raise DiskFull, which names `folder`, where the block fails because no space is left."""
+    """Raise DiskFull, naming `folder`, if the block fails because the disk is full."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -126,7 +126,7 @@ def disk_full_as_error(folder: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Ask the operating system to write a file or folder to the disk now."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,7 +135,7 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

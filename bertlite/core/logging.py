@@ -1,4 +1,4 @@
-"""The `bertlite` logger. As of any library, its lines show only where `logging` is set up to show them."""
+"""The `bertlite` logger. As in any library, its messages are shown only if the program configures `logging`."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ logger.addHandler(logging.NullHandler())
 
 
 class _TqdmHandler(logging.Handler):
-    """Write lines to standard error without breaking a progress bar."""
+    """Write messages to standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -22,7 +22,7 @@ _terminal = _TqdmHandler()
 
 
 def log_to_terminal() -> None:
-    """Show the lines on standard error, as commands do; under torchrun, those of rank 0."""
+    """Show messages on standard error, as commands do; under torchrun, those of rank 0."""
     logger.addHandler(_terminal)
     logger.setLevel(logging.INFO if get_rank() == 0 else logging.ERROR)
     logger.propagate = False

@@ -8,7 +8,7 @@ _PIP_NAMES = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-tran
 
 
 def require(user: str, install: str, *packages: str) -> None:
-    """Raise UserError, naming what to install by pip, if a package is missing that `user`, such as a command, needs."""
+    """Raise UserError, naming what to install by pip, if `user`, such as a command, lacks a package."""
     missing = [_PIP_NAMES.get(package, package) for package in packages if find_spec(package) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What random numbers are for: the second word of the key. Two purposes never share numbers.
+# Purposes of random numbers: the second word of the key. Two purposes never share numbers.
 VALIDATION_SPLIT = 0
 PACKING = 1
 EPOCH_ORDER = 2
@@ -61,9 +61,9 @@ def map_to_range(numbers: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
 
 
 def choose_validation(count: int, fraction: float) -> NDArray[np.bool_]:
-    """Choose which of `count` documents or examples are for validation: each with probability `fraction`.
+    """Choose which of `count` documents or examples are for validation, each with probability `fraction`.
 
-    The choice depends on `count` and `fraction` alone. Of two or more, at least one is chosen and at least one is not.
+    The choice is the same every time. Of two or more, at least one is chosen and at least one is not.
     """
     numbers = draw_uint32(count, (0, VALIDATION_SPLIT))
     is_validation = numbers < np.uint64(fraction * 2**32)
@@ -73,11 +73,10 @@ def choose_validation(count: int, fraction: float) -> NDArray[np.bool_]:
 
 
 def permute(index: NDArray[np.int64], size: int, key: tuple[int, int], epoch: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the new positions of `index` in a random permutation of `size` elements, a different one in each epoch.
+    """Return the positions of `index` in a random permutation of `size` elements, a different one in each epoch.
 
-    No table is stored: each position comes from a four-round Feistel network over Philox (Luby and Rackoff 1988).
-    The network permutes a power of four that is at least `size`; a result outside of `size` goes through it again
-    until it is inside (cycle walking, Black and Rogaway 2002).
+    Each position is computed by a four-round Feistel network over Philox (Luby and Rackoff 1988), which permutes a
+    power of four, at least `size`. Larger results are permuted again (cycle walking, Black and Rogaway 2002).
     """
     half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
     half_mask = np.uint64((1 << half_bits) - 1)

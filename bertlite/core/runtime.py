@@ -34,7 +34,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def environment(self) -> dict[str, str | int | bool]:
-        """Return what must be the same for two runs to be the same bit for bit."""
+        """Return what must be equal for two runs to be equal bit for bit."""
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else processor,
@@ -49,24 +49,21 @@ class Runtime:
 def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> Runtime:
     """Choose device and precision, make torch deterministic, and join the other ranks under torchrun.
 
-    `precision` is fp32, bf16 or auto; `compile` is True, False or "auto". Raises UserError where compiling is required
-    and impossible.
+    `precision` is fp32, bf16 or auto; `compile` is True, False or "auto". Raises UserError if True is impossible.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch sets it so too
     _keep_freed_memory()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        on_gpu = device.type == "cuda"
         # The timeout is long because rank 0 may prepare a corpus for hours while the other ranks wait.
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=timedelta(days=1), device_id=device if on_gpu else None
-        )
+        device_id = device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=device_id)
     return Runtime(
         device=device,
         dtype=_choose_dtype(precision, device),
@@ -84,7 +81,7 @@ def available_memory(runtime: Runtime) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether Python, a GPU or torch's allocator for CPUs raised `error` because it is out of memory."""
+    """Return whether the error is that of Python, of a GPU or of torch's allocator for CPUs when out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -99,9 +96,8 @@ def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _can_compile(device: torch.device, setting: str | bool) -> bool:
-    """Return whether torch.compile has what it needs here. If not, log what is missing, or raise UserError if the
-    setting requires it."""
-    missing = _missing_for_gpu() if device.type == "cuda" else _missing_for_cpu()
+    """Return whether torch.compile has what it needs. If not, log what is missing, or raise UserError."""
+    missing = _missing_for_compile(device)
     if not missing:
         return True
     if setting != "auto":
@@ -110,16 +106,13 @@ def _can_compile(device: torch.device, setting: str | bool) -> bool:
     return False
 
 
-def _missing_for_gpu() -> str:
-    """Return what torch.compile needs and does not find, for a GPU; "" if nothing is missing."""
-    if torch.cuda.get_device_capability() < (7, 0):
-        return "a GPU of compute capability 7.0 or newer"
-    compiler_found = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
-    return "" if compiler_found else "a C compiler (gcc)"
-
-
-def _missing_for_cpu() -> str:
-    """Return what torch.compile needs and does not find, for a CPU; "" if nothing is missing."""
+def _missing_for_compile(device: torch.device) -> str:
+    """Name what torch.compile needs and does not find; "" if nothing is missing."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability() < (7, 0):
+            return "a GPU of compute capability 7.0 or newer"
+        compiler_found = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
+        return "" if compiler_found else "a C compiler (gcc)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's headers (python3-dev)"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
-PATIENCE = 5  # seconds after which a signal that Python could not handle ends the process
+PATIENCE = 5  # seconds that Python has to handle a signal
 
 
 class Stopped(BaseException):
@@ -30,7 +30,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self, is_deferred: bool = True) -> Iterator[None]:
-        """Defer signals inside the block. With False, raise Stopped at once inside the block, within a deferring one.
+        """Defer signals inside the block; with False, raise Stopped at once again, inside a deferring block.
 
         Leaving the block does not raise for a signal that arrived inside it: test `number`.
         """
@@ -41,7 +41,6 @@ class StopRequest:
             self.is_deferred = outer
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal, as the function that `signal.signal` takes."""
         self.number = number
         if not self.is_deferred:
             raise Stopped(number)
@@ -51,7 +50,7 @@ stop_request = StopRequest()
 
 
 def listen() -> None:
-    """Send SIGINT and SIGTERM to `stop_request`; end the process where a long call into a library blocks them."""
+    """Send SIGINT and SIGTERM to `stop_request`; end the process if a long call into a library blocks them."""
     if os.name == "posix":
         _start_watchdog()
     signal.signal(signal.SIGINT, stop_request.receive)
@@ -60,10 +59,10 @@ def listen() -> None:
 
 @cache
 def _start_watchdog() -> None:
-    """Start a thread that ends the process when Python has not handled a signal after PATIENCE seconds.
+    """Start a thread that ends the process if Python has not handled a signal after PATIENCE seconds.
 
-    Python runs signal handlers between its own instructions, thus not before a long call into a library returns. The
-    wakeup descriptor is written to at once.
+    Python calls a signal handler only after a long call into a library has returned, but writes to the wakeup
+    descriptor at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

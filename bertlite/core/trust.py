@@ -9,7 +9,7 @@ MAX_JSON_BYTES = 1 << 28  # ten times the largest tokenizer.json in use
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise UserError where a model folder could make its reader leave the folder, hang, or run out of memory.
+    """Raise UserError if reading a model folder could leave the folder, hang, or run out of memory.
 
     Links may point inside the folder or, in the cache of huggingface_hub, from `snapshots/REVISION` to `blobs`.
     """
@@ -22,4 +22,4 @@ def check_model_folder(folder: Path) -> None:
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: neither a file nor a folder; remove it")
         if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file of a model")
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file")

@@ -1,4 +1,4 @@
-"""Batches as a pure function of the configuration and the number of the step."""
+"""Batches as a pure function of the configuration and the step."""
 
 # Shapes: B sequences, T positions, P predictions per sequence, V vocabulary.
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from bertlite.data.tokenizer import describe_vocabulary
 from bertlite.data.words import mark_word_starts
 
 COUNTED_SEQUENCES = 10_000  # from which the frequencies of tokens are estimated
-NO_TRAINING = TrainSettings()
+DEFAULT_TRAINING = TrainSettings()
 EVALUATION_MASKING = MaskingSettings()  # the same for every run, so that validation losses are comparable
 
 
@@ -41,11 +41,11 @@ class Batch:
         return type(self)(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def slice(self, start: int, end: int) -> Self:
-        """Sequences `start` to `end`."""
+        """Return sequences `start` to `end`."""
         return type(self)(*(tensor[start:end] for tensor in vars(self).values()))
 
     def tokens(self) -> int:
-        """Number of tokens, without padding."""
+        """Count the tokens, without padding."""
         return int((self.document_ids > 0).sum())
 
 
@@ -59,7 +59,7 @@ class Batches:
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         masking: MaskingSettings = EVALUATION_MASKING,
-        train: TrainSettings = NO_TRAINING,
+        train: TrainSettings = DEFAULT_TRAINING,
     ) -> None:
         self.corpus, self.packing, self.masking, self.train = corpus, packing, masking, train
         self.tokenizer = tokenizer
@@ -70,20 +70,20 @@ class Batches:
         self.sizes = {path: path.stat().st_size for path in files}
 
     def training(self, first: int, count: int) -> Batch:
-        """Samples `first` to `first + count` of the endless training stream, masked at the rate of their step."""
+        """Make samples `first` to `first + count` of the endless training stream, masked at their rates."""
         samples = np.arange(first, first + count)
         steps = samples // self.train.global_batch_size
-        line = self.masking.schedule()
+        schedule = self.masking.schedule()
         progress = np.minimum(1.0, steps / max(1, self.train.max_steps - 1))
-        rates = line.start + (line.end - line.start) * progress  # exactly the rate where it is constant
+        rates = schedule.start + (schedule.end - schedule.start) * progress  # exact where the rate is constant
         key = (self.train.seed, TRAINING_MASKS)
         return self._make_batch(self.select_sequences(samples), samples, self.masking, rates, key)
 
     def select_sequences(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which sequence of the packing each sample of the training stream is.
+        """Return the sequence of the packing that each sample of the training stream shows.
 
-        In an epoch, a group of sequences with weight w is sampled `round(w × its size)` times, mixed with the other
-        groups. A group goes through all of its sequences in random order before it shuffles them again.
+        An epoch holds `round(weight × size)` samples of each group, mixed. A group shows all of its sequences in random
+        order before it shuffles them again.
 
         Example: groups (0.5, 100) and (2.0, 60) make epochs of 50 + 120 samples. Two epochs show each sequence of the
         first group once and each of the second four times.
@@ -91,21 +91,20 @@ class Batches:
         seed = self.train.seed
         group_samples = np.array([max(1, round(weight * size)) for weight, size in self.packing.groups])
         epoch_samples = int(group_samples.sum())
-        epochs, places = samples // epoch_samples, samples % epoch_samples
+        epochs, slots = samples // epoch_samples, samples % epoch_samples
         if len(group_samples) > 1:
-            places = permute(places, epoch_samples, (seed, SOURCE_ORDER), epochs)
-        result = np.empty_like(samples)
-        first_place = first_sequence = 0
+            slots = permute(slots, epoch_samples, (seed, SOURCE_ORDER), epochs)
+        sequences = np.empty_like(samples)
+        first_slot = first_sequence = 0
         for (_, size), count in zip(self.packing.groups, group_samples.tolist(), strict=True):
-            mine = (places >= first_place) & (places < first_place + count)
-            drawn_before = epochs[mine] * count + places[mine] - first_place  # samples of this group
-            passes, position = drawn_before // size, drawn_before % size
-            result[mine] = first_sequence + permute(position, size, (seed, EPOCH_ORDER), passes)
-            first_place, first_sequence = first_place + count, first_sequence + size
-        return result
+            in_group = (slots >= first_slot) & (slots < first_slot + count)
+            index = epochs[in_group] * count + slots[in_group] - first_slot  # in the samples of the group
+            sequences[in_group] = first_sequence + permute(index % size, size, (seed, EPOCH_ORDER), index // size)
+            first_slot, first_sequence = first_slot + count, first_sequence + size
+        return sequences
 
     def evaluation(self, first: int, count: int) -> Batch:
-        """Sequences `first` to `first + count` with masks that never change; empty past the last sequence."""
+        """Make sequences `first` to `first + count` with masks that never change; empty past the last sequence."""
         samples = np.arange(first, first + count)
         sequences = np.where(samples < len(self.packing), samples, -1)
         rates = np.full(count, EVALUATION_MASKING.rate)
@@ -133,35 +132,32 @@ class Batches:
 
     @cached_property
     def token_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in the first samples, 0 for special tokens: (V,)."""
+        """Occurrences of each token in the first samples, 0 for special tokens: (V,)."""
         ids, _, _ = self._read_ids(self.select_sequences(np.arange(COUNTED_SEQUENCES)))
         counts = np.bincount(ids.ravel(), minlength=self.vocabulary.size)
         counts[self.vocabulary.special_ids] = 0
         return counts
 
     def unigram_entropy(self) -> float:
-        """The loss, in nats, of a model that knows only how frequent tokens are."""
+        """Return the loss, in nats, of a model that predicts tokens by their frequency alone."""
         counts = self.token_counts
         frequencies = counts[counts > 0] / counts.sum()
         return float(-(frequencies * np.log(frequencies)).sum())
 
     def describe(self, batch: Batch) -> list[list[str]]:
-        """The documents of each sequence as text, with predictions as `{input token → label}`."""
+        """Return the documents of each sequence as text, with predictions as `{input token → label}`."""
         descriptions, to_tokens = [], self.tokenizer.convert_ids_to_tokens
-        for row in range(len(batch)):
-            tokens = np.array(to_tokens(batch.input_ids[row].tolist()), dtype=object)
-            for position, label in zip(
-                batch.prediction_positions[row].tolist(), batch.labels[row].tolist(), strict=True
-            ):
+        for input_ids, _, document_ids, positions, labels in zip(*vars(batch).values(), strict=True):
+            tokens = np.array(to_tokens(input_ids.tolist()), dtype=object)
+            for position, label in zip(positions.tolist(), labels.tolist(), strict=True):
                 if label != IGNORED:
                     tokens[position] = f"{{{tokens[position]} → {to_tokens(label)}}}"
-            document_ids = batch.document_ids[row].numpy()
-            numbers = range(1, document_ids.max() + 1)
-            descriptions.append([" ".join(tokens[document_ids == number]) for number in numbers])
+            documents = range(1, int(document_ids.max()) + 1)
+            descriptions.append([" ".join(tokens[(document_ids == document).numpy()]) for document in documents])
         return descriptions
 
     def _read_ids(self, sequences: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Token ids, positions and document numbers (B,T) of sequences of the packing; -1 is empty."""
+        """Return token ids, positions and document ids (B,T) of sequences of the packing; sequence -1 is empty."""
         tokenizer = self.tokenizer
         special_ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         return self._read(self.corpus.tokens, sequences, *special_ids)
@@ -169,7 +165,7 @@ class Batches:
     def _read(
         self, values: NDArray[Any], sequences: NDArray[np.int64], at_cls: int, at_sep: int, at_padding: int
     ) -> tuple[NDArray[np.int64], ...]:
-        """Collate `values`, which has one number for each token of the corpus, and those for special tokens."""
+        """Collate `values` of the corpus's tokens, with the given values for [CLS], [SEP] and padding."""
         collected = []
         for sequence in sequences:
             spans = self.packing.spans(sequence) if sequence >= 0 else []
@@ -178,7 +174,7 @@ class Batches:
 
 
 def format_batch(sequences: list[list[str]]) -> str:
-    """Format what `Batches.describe` returns as numbered sequences with a line for each document."""
+    """Format the result of `Batches.describe`: numbered sequences, a line for each document."""
     lines = []
     for number, documents in enumerate(sequences, 1):
         lines += [f"sequence {number}", *(f"  {document}" for document in documents)]

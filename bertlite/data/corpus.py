@@ -25,9 +25,9 @@ from bertlite.data.sources import digest_source, find_source_files, read_documen
 from bertlite.data.words import SEGMENTERS, mark_segmented_words, mark_word_starts
 
 CORPUS_VERSION = 2  # raise it when the same text would give other files
-BATCH_CHARACTERS = 1 << 20  # are tokenized together, which limits the memory
+BATCH_CHARACTERS = 1 << 20  # tokenized together; limits the memory
 MAX_TOKENS_PER_WORD, MAX_UNKNOWN = 2.5, 0.02  # above these, the vocabulary does not fit the text
-BATCHES_PER_SYNC = 16  # between the points from which an interrupted process resumes
+BATCHES_PER_SYNC = 16  # an interrupted process resumes from the last sync
 Id = np.unsignedinteger[Any]  # of a token: two bytes where the vocabulary is small enough, else four
 
 
@@ -49,9 +49,9 @@ class Summary:
 
     def describe(self) -> str:
         dropped = ", ".join(
-            f"{count:,} {name.replace('_', ' ')}"
-            for name, count in asdict(self).items()
-            if name in ("empty", "duplicates", "too_short", "too_long") and count
+            f"{getattr(self, name):,} {name.replace('_', ' ')}"
+            for name in ("empty", "duplicates", "too_short", "too_long")
+            if getattr(self, name)
         )
         return (
             f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens, "
@@ -60,7 +60,7 @@ class Summary:
         )
 
     def find_problem(self) -> str:
-        """Say why the vocabulary seems too small for this text, or made for another; empty if it fits."""
+        """Return why the vocabulary does not seem to fit the text; "" if it does."""
         cause = "the vocabulary is too small, or made for another text"
         if self.unknown_tokens > MAX_UNKNOWN * self.tokens:
             return f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown; {cause}"
@@ -100,7 +100,7 @@ class Corpus:
 
 
 def expected_sizes(folder: Path, summary: Summary, dtype: np.dtype[Any], segmented: bool) -> dict[Path, int]:
-    """The files of a corpus and their sizes in bytes."""
+    """Return the files of a corpus and their sizes in bytes."""
     sizes = {"tokens.bin": summary.tokens * dtype.itemsize, "document_starts.bin": 8 * (summary.documents + 1)}
     if segmented:
         sizes["word_starts.bin"] = summary.tokens
@@ -108,23 +108,23 @@ def expected_sizes(folder: Path, summary: Summary, dtype: np.dtype[Any], segment
 
 
 def check_sizes(sizes: dict[Path, int]) -> None:
-    """Raise DataLost when a file is missing or truncated: reading a memory map past its end kills the process."""
+    """Raise DataLost if a file is missing or truncated: reading a memory map past its end kills the process."""
     for path, size in sizes.items():
         if not path.exists() or path.stat().st_size != size:
             raise DataLost(f"{path}: missing or truncated; remove {path.parent}, and it will be rebuilt")
 
 
 def cache_folder(setting: str | None) -> Path:
-    """The folder for corpora and tokenizers: the setting, $BERTLITE_CACHE, or ~/.cache/bertlite."""
+    """Return the folder for corpora and tokenizers: the setting, $BERTLITE_CACHE, or ~/.cache/bertlite."""
     return Path(setting or os.environ.get("BERTLITE_CACHE") or "~/.cache/bertlite").expanduser()
 
 
 def prepare_corpus(
     sources: list[Source], tokenizer: PreTrainedTokenizerBase, data: DataSettings, setting: str
 ) -> Corpus:
-    """Load the corpus of these sources from the cache; tokenize it first, or finish that, where necessary.
+    """Load the corpus of `sources` from the cache; first tokenize what is missing there.
 
-    `setting` names the sources in messages. Raises UserError when they hold no text.
+    `setting` names the sources in messages. Raises UserError if they hold no text.
     """
     cache = cache_folder(data.cache_dir)
     backend = tokenizer.backend_tokenizer
@@ -151,7 +151,7 @@ def prepare_corpus(
 
 
 def _log_changes(sources: list[Source], inputs: dict[str, Any], cache: Path, setting: str) -> None:
-    """Log what has changed since the same sources were last prepared, and record the inputs of this time."""
+    """Log what has changed since the same sources were last prepared, and record the present inputs."""
     names = [[source.path and str(Path(source.path).absolute()), source.dataset, source.name] for source in sources]
     record = cache / "prepared" / f"{fingerprint([setting, names])}.json"
     current = {name: fingerprint(value) for name, value in inputs.items()}
@@ -166,9 +166,9 @@ def _log_changes(sources: list[Source], inputs: dict[str, Any], cache: Path, set
 def _tokenize(
     sources: list[Source], tokenizer: Tokenizer, unknown_id: int, data: DataSettings, folder: Path, setting: str
 ) -> None:
-    """Append the documents to the files of a corpus; `progress.json` says how much of them is safe on the disk.
+    """Append the documents to the files of a corpus; `progress.json` counts those that are synced to the disk.
 
-    After an interruption the files are cut back to that point, so they end up the same, byte for byte.
+    After an interruption the files are truncated to that point, so that the result is the same, byte for byte.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, "*.json")
@@ -210,7 +210,7 @@ class _CorpusWriter:
         self.files = {path.name: stack.enter_context(_open_at(path, size)) for path, size in sizes.items()}
 
     def write(self, batch: list[tuple[int, str]]) -> None:
-        """Append documents, given as pairs of the index of their source and their text."""
+        """Append documents, given by the index of their source and their text."""
         chunks = [_split_text(text) for _, text in batch]
         encodings = self._encode([chunk for document in chunks for chunk in document])
         for (source, text), document in zip(batch, chunks, strict=True):
@@ -226,7 +226,7 @@ class _CorpusWriter:
             self.files["document_starts.bin"].write(np.array(self.summary.tokens, "<i8").tobytes())
 
     def _encode(self, chunks: list[str]) -> Iterator[tuple[NDArray[Id], NDArray[Any]]]:
-        """Token ids and word starts of each chunk; few of the library's large encodings are in memory at a time."""
+        """Yield token ids and word starts of each chunk; keep few of the library's large encodings in memory."""
         encode = self.tokenizer.encode_batch if self.segment else self.tokenizer.encode_batch_fast
         offsets = accumulate(map(len, chunks), initial=0)
         for _, group in groupby(zip(chunks, offsets, strict=False), lambda pair: pair[1] // BATCH_CHARACTERS):
@@ -255,7 +255,7 @@ class _CorpusWriter:
 def _read_batches(
     sources: list[Source], data: DataSettings, summary: Summary, setting: str, bar: "tqdm[Any]"
 ) -> Iterator[list[tuple[int, str]]]:
-    """Yield the documents to keep in lists of about BATCH_CHARACTERS; skip those that `summary` has counted before."""
+    """Yield documents to keep, about BATCH_CHARACTERS at a time; skip those that `summary` has counted before."""
     skip = summary.read
     seen: set[bytes] = set()
     batch: list[tuple[int, str]] = []
@@ -286,7 +286,7 @@ def _read_batches(
 
 
 def _is_duplicate(text: str, seen: set[bytes]) -> bool:
-    """Whether the same text came before; this takes about 100 bytes of memory per document."""
+    """Return whether the text is in `seen`, about 100 bytes of memory per document, and add it."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
     duplicate = digest in seen
     seen.add(digest)
@@ -311,7 +311,7 @@ def _progress_bar(sources: list[Source], setting: str) -> "tqdm[Any]":
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """Open a file to append after its first `size` bytes; drop the rest, or fill a new file with zeros up to there."""
+    """Open a file to append after its first `size` bytes; truncate it, or fill it with zeros, to that size."""
     file = path.open("r+b" if path.exists() else "w+b")
     file.truncate(size)
     file.seek(size)

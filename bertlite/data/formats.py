@@ -1,4 +1,4 @@
-"""Read files of lines or of records, compressed or not. Adding a format is one function and one entry in a dict."""
+"""Read files of lines or of records, compressed or not. A new format is one function and one entry in READERS."""
 
 import bz2
 import csv
@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,15 +20,11 @@ from bertlite.core.packages import require
 
 csv.field_size_limit(1 << 30)
 
-Report = Callable[[int], object]  # is told how many more bytes of a file have been read
-
-
-def ignore(count: int) -> None:
-    """Report nothing."""
+Report = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
 class Record(NamedTuple):
-    """A record of a table: where it is, for error messages, and its columns."""
+    """A record of a table: its location, for messages, and its columns."""
 
     location: str
     columns: dict[str, Any]
@@ -35,25 +32,25 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file of records, and how to read it; the defaults are those for pretraining text."""
+    """A file of records, and how to read it; the defaults are those of pretraining."""
 
     path: Path
-    report: Report = ignore
+    report: Report | None = None
     encoding: str | None = None  # None: UTF-8, decoded line by line
     columns: list[str] | None = None  # names of the columns, for a file without a header
     delimiter: str | None = None  # None: the format's own
     quoting: bool | None = None  # None: the format's own
-    advice: str = ""  # on settings that may mend a record with too many or too few columns
+    advice: str = ""  # for messages: settings that concern columns
 
     def lines(self) -> Iterator[str]:
-        """The lines of the file, without their ends."""
+        """Read the lines of the file, without their ends."""
         if self.encoding is None:
             return read_lines(self.path, self.report)
         return (line.removesuffix("\r") for line in _read_text(self.path, self.encoding).split("\n"))
 
 
 class _ZstandardFile(io.RawIOBase):
-    """Decompress a .zst file; zstandard's own reader does not notice that a file is cut off."""
+    """Decompress a .zst file; zstandard's own reader does not notice that a file is truncated."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
@@ -91,50 +88,46 @@ DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".bz2": bz2.open,
     ".zst": lambda file: io.BufferedReader(_ZstandardFile(file), 1 << 20),
 }
-DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)  # what decompressors raise
 
 
 def file_format(path: Path) -> str:
-    """The extension that names the format of a file: that before .gz and its like, in lower case."""
+    """Return the extension in lower case, without that of a compression: .jsonl for `a.jsonl.gz`."""
     compressed = path.suffix.lower() in DECOMPRESSORS
     return (Path(path.stem).suffix if compressed else path.suffix).lower()
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """Open a file, and yield it as it is on the disk and decompressed. Raises UserError where it cannot be read."""
+    """Open a file, and yield it compressed and decompressed. Raises UserError if it cannot be read or is damaged."""
     try:
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as content:
             yield raw, content
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged or cut off: {error}") from None
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-# Text
-
-
-def read_lines(path: Path, report: Report = ignore) -> Iterator[str]:
+def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
     """Read the lines of a UTF-8 file, without their ends.
 
-    Raises UserError, naming file and line, for a file that cannot be read, is damaged or is not UTF-8.
+    Raises UserError for a file that cannot be read or is damaged, and, naming the line, for one that is not UTF-8.
     """
     reported = 0
     with _open(path) as (raw, content):
         for number, line in enumerate(content, 1):
             yield decode_line(line, number, str(path))
-            if number % 100 == 0 and raw.seekable():  # a pipe is not
+            if report and number % 100 == 0 and raw.seekable():  # a pipe is not
                 report(raw.tell() - reported)
                 reported = raw.tell()
-    report(path.stat().st_size - reported)
+        if report:
+            report(path.stat().st_size - reported)
 
 
 def decode_line(line: bytes, number: int, location: str) -> str:
-    """Decode line `number`, counted from 1, of a UTF-8 text, without its end and without a byte order mark.
+    """Decode line `number` of a UTF-8 text, counted from 1, without its end or a byte order mark.
 
-    Raises UserError, naming `location`, for other bytes. A first line with many zero bytes is taken for UTF-16 or a
-    binary file; a few zero bytes are allowed.
+    Raises UserError for other bytes, and for a first line with so many zero bytes that it is UTF-16 or binary.
     """
     encoding = guess_encoding(line) if number == 1 else "latin-1"
     try:
@@ -153,7 +146,7 @@ def decode_line(line: bytes, number: int, location: str) -> str:
 
 
 def guess_encoding(text: bytes) -> str:
-    """Guess an encoding, by the beginning, the number of zero bytes, and whether the text is UTF-8."""
+    """Guess an encoding: utf-16, utf-8 or latin-1."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text):
         return "utf-16"
     try:
@@ -164,7 +157,7 @@ def guess_encoding(text: bytes) -> str:
 
 
 def _read_text(path: Path, encoding: str) -> str:
-    """Read a whole file in the encoding of a task."""
+    """Read a file in the encoding of a task. Raises UserError as `read_lines` does."""
     with _open(path) as (_, file):
         content: bytes = file.read()
     try:
@@ -177,9 +170,6 @@ def _read_text(path: Path, encoding: str) -> str:
             f"{path}:{line}: not {encoding} (byte 0x{content[error.start]:02x}); if it is text at all, set "
             f"task.encoding, perhaps to {guess_encoding(content)}"
         ) from None
-
-
-# Records
 
 
 def read_json_lines(table: TableFile) -> Iterator[Record]:
@@ -206,41 +196,29 @@ def _parse_json_lines(lines: Iterator[str], path: Path) -> Iterator[Record]:
 
 
 def json_record(location: str, value: Any) -> Record:
-    """A JSON value as a record. Raises UserError if it is not an object."""
+    """Make a record of a JSON value. Raises UserError if it is not an object."""
     if not isinstance(value, dict):
         raise UserError(f'{location}: not a JSON object, such as {{"text": …}}')
     return Record(location, value)
 
 
 def parse_json(text: str, location: str) -> Any:
-    """Parse JSON, and replace surrogates without their other half, such as a cut emoji.
-
-    Raises UserError, naming `location`, for invalid JSON.
-    """
+    """Parse JSON, and replace half surrogate pairs, such as those of truncated emoji. Raises UserError if invalid."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location}: not valid JSON: {error}") from None
     if "\\ud" not in text.lower():
         return value
-    whole = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return json.loads(whole)
+    valid = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return json.loads(valid)
 
 
-def read_csv(table: TableFile) -> Iterator[Record]:
-    """Read columns with commas between; a value in quotes may hold commas and line breaks."""
-    return _read_delimited(table, ",", quoting=True)
+def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[Record]:
+    """Read records of columns, named by `table.columns` or else by the first record; blank ones are skipped.
 
-
-def read_tsv(table: TableFile) -> Iterator[Record]:
-    """Read columns with tabs between, where quotes have no meaning, as in GLUE."""
-    return _read_delimited(table, "\t", quoting=False)
-
-
-def _read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[Record]:
-    """Read columns with a delimiter between; the settings of the table come first, the header gives missing names.
-
-    Records with nothing but white space are skipped. Raises UserError for more or fewer columns than names.
+    With `quoting`, a value in double quotes may hold delimiters and line breaks. Both arguments are defaults for those
+    of the table. Raises UserError for more or fewer columns than names.
     """
     delimiter = table.delimiter or delimiter
     quoting = quoting if table.quoting is None else table.quoting
@@ -259,13 +237,13 @@ def _read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator
 
 
 def _split_unquoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Split lines, numbered from 1; the last of the named columns takes the rest of its line."""
+    """Split lines, numbered from 1; the last one of `table.columns` takes the rest of its line."""
     splits = len(table.columns) - 1 if table.columns else -1
     return ((n, line.split(delimiter, splits)) for n, line in enumerate(table.lines(), 1) if line.strip(" "))
 
 
 def _split_quoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Split records whose values may be quoted; with the number of the line where each record starts."""
+    """Split records with quoted values; the number of a record is that of its first line."""
     reader = csv.reader((f"{line}\n" for line in table.lines()), delimiter=delimiter, strict=True)
     start = 1
     try:
@@ -279,7 +257,7 @@ def _split_quoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[
 
 
 def read_parquet(table: TableFile) -> Iterator[Record]:
-    """Read a Parquet file. Raises UserError for any other file."""
+    """Read a Parquet file. Raises UserError if it is not one."""
     require(f"{table.path}: Parquet", "pyarrow", "pyarrow")
     import pyarrow.parquet
 
@@ -290,15 +268,16 @@ def read_parquet(table: TableFile) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{table.path}: not a readable Parquet file: {reason}") from None
-    table.report(table.path.stat().st_size)
+    if table.report:
+        table.report(table.path.stat().st_size)
 
 
-# The formats of records; a file with another extension holds lines.
+# By extension; files with other extensions hold lines. Quotes have no meaning in .tsv, as in GLUE.
 READERS: dict[str, Callable[[TableFile], Iterator[Record]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".csv": partial(read_delimited, delimiter=",", quoting=True),
+    ".tsv": partial(read_delimited, delimiter="\t", quoting=False),
     ".parquet": read_parquet,
 }

@@ -1,7 +1,7 @@
 """Masked language modelling: choose tokens, replace them, and keep the originals as labels.
 
-Devlin et al. 2018, section 3.1: of the chosen tokens 80 % become [MASK], 10 % a random token, and 10 % stay.
-Everything is a pure function of its arguments, so a batch can be recomputed at any time.
+Of the chosen tokens, 80 % become [MASK], 10 % a random token, and 10 % stay (Devlin et al. 2018, section 3.1).
+All functions are pure, so that a batch can be recomputed at any time.
 """
 
 # Shapes: B sequences, T positions, P predictions per sequence.
@@ -71,13 +71,13 @@ def choose_whole_words(
     return chosen & maskable
 
 
-# A strategy takes which tokens may be masked (B,T), how many to choose in each sequence (B,), a random number for each
-# token (B,T) and where words start (B,T). It returns the chosen tokens (B,T): as many as asked for or fewer.
+# A strategy takes which tokens may be masked (B,T), the number to choose per sequence (B,), a random number for each
+# token (B,T) and where words start (B,T). It returns the chosen tokens (B,T), at most that number.
 STRATEGIES = {"token": choose_tokens, "whole-word": choose_whole_words}
 
 
 def max_predictions(sequence_length: int, masking: MaskingSettings) -> int:
-    """The most predictions that a sequence may have: of one document, at the highest rate of the run."""
+    """Return how many predictions a sequence may need: of one document, at the highest rate of the run."""
     highest_rate = max(masking.schedule().start, masking.schedule().end)
     return max(1, round(highest_rate * (sequence_length - 2)))
 
@@ -92,11 +92,10 @@ def mask_tokens(
     num_predictions: int,
     key: tuple[int, int],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Mask token ids (B,T); sequence i is sample number `samples[i]` of the stream of random numbers of `key`.
+    """Mask `round(rate × maskable tokens)` tokens of each sequence of `ids` (B,T).
 
-    In each sequence, `round(rate × maskable tokens)` tokens are chosen. Returns the input ids (B,T), and the positions
-    (B,P) and labels (B,P) of the predictions, P = `num_predictions`. Unused predictions have position 0 and the label
-    IGNORED.
+    Random numbers depend on `key` and the sequence's sample number (B,). Returns the input ids (B,T), and the positions
+    and labels (B,P) of the predictions, P = `num_predictions`; unused ones have position 0 and the label IGNORED.
     """
     low, high = split64(samples)
     random = philox(key, (np.arange(ids.shape[1]), low[:, None], high[:, None], 0))  # (B,T,4)

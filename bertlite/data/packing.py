@@ -1,4 +1,4 @@
-"""Pack documents into sequences of one length, once, and store the result beside the corpus."""
+"""Pack documents into sequences of one length, and store the result beside the corpus."""
 
 # Shapes: B sequences of a batch, T positions of a sequence.
 import json
@@ -18,19 +18,17 @@ from bertlite.core.random import PACKING, choose_validation, draw_uint32
 from bertlite.data.corpus import Corpus
 
 PLAN_VERSION = 3  # raise it when the same corpus would give other sequences
-MIN_SPAN = 8  # a long document is not cut into spans of fewer tokens, except its last one
+MIN_SPAN = 8  # tokens; only the last span of a long document may have fewer
 
-Split = Literal["all", "train", "validation"]
 Ints = NDArray[np.int64]
 
 
 class Packing:
-    """Which parts of the corpus make up each sequence, as memory-mapped tables.
+    """The spans of the corpus that make up each sequence, as memory-mapped tables.
 
-    A span is a document, or a part of a long one: `span_lengths` tokens of the corpus from `span_starts` on, without
-    [CLS] and [SEP]. Sequence i consists of spans `sequence_starts[i]` to `sequence_starts[i + 1]`. `groups` lists
-    weight and number of consecutive sequences of that weight. The files are named as in version 0.1, whose caches
-    are still read.
+    A span is a document, or a part of a long one: `span_lengths` tokens from `span_starts` on, without [CLS] and [SEP].
+    Sequence i consists of spans `sequence_starts[i]` to `sequence_starts[i + 1]`. `groups` lists each weight and its
+    number of sequences, in their order. File names are those of version 0.1, whose caches are still read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,59 +45,55 @@ class Packing:
         return len(self.sequence_starts) - 1
 
     def spans(self, sequence: int) -> list[tuple[int, int]]:
-        """Start and length of each span of a sequence."""
+        """Return start and length of each span of a sequence."""
         inside = slice(*self.sequence_starts[sequence : sequence + 2])
         return list(zip(self.span_starts[inside], self.span_lengths[inside], strict=True))
 
     def tokens(self) -> int:
-        """Tokens of all sequences, with [CLS] and [SEP]."""
+        """Count the tokens of all sequences, with [CLS] and [SEP]."""
         return int(self.span_lengths.sum(dtype=np.int64)) + 2 * len(self.span_lengths)
-
-
-def choose_validation_documents(corpus: Corpus, share: float) -> NDArray[np.bool_]:
-    """Choose the documents of the validation split. Raises UserError when the corpus has only one document."""
-    if len(corpus) < 2:
-        raise UserError(
-            "data.train holds only one document, which cannot be split into training and validation text; name a file "
-            "in data.validation or, where each line is a document, set data.document to line"
-        )
-    return choose_validation(len(corpus), share)
 
 
 def pack_corpus(
     corpus: Corpus,
     sequence_length: int,
     weights: Sequence[float] | None = None,
-    validation_share: float | None = None,
-    split: Split = "all",
+    validation_split: float | None = None,
+    split: Literal["all", "train", "validation"] = "all",
 ) -> Packing:
-    """Pack a corpus, or one split of it, into sequences; load the result where this was done before.
+    """Pack a corpus, or a split of it, into sequences, unless the result is stored already.
 
-    `weights`, one for each source of the corpus, say how often a source is seen per epoch. Documents share sequences
-    with documents of the same weight only.
+    `weights`, one for each source of the corpus, say how often a source is seen per epoch; only documents of equal
+    weight share a sequence. `validation_split` is the fraction of validation documents. Raises UserError for a split of
+    a single document.
     """
     sources = corpus.summary.source_documents
     weights = list(weights or [1.0] * len(sources))[: len(sources)]
     split_name = "held-out" if split == "validation" else split  # as in version 0.1, whose caches are still used
-    key = fingerprint([PLAN_VERSION, sequence_length, weights, validation_share, split_name])
+    key = fingerprint([PLAN_VERSION, sequence_length, weights, validation_split, split_name])
     folder = corpus.folder / f"plan-{key}"
     with lock(folder):
         if not folder.exists():
-            wanted = np.ones(len(corpus), dtype=bool)
-            if validation_share is not None:
-                wanted = choose_validation_documents(corpus, validation_share) == (split == "validation")
+            in_split = np.ones(len(corpus), dtype=bool)
+            if validation_split is not None:
+                if len(corpus) < 2:
+                    raise UserError(
+                        "data.train holds only one document, which cannot be split into training and validation text; "
+                        "name a file in data.validation or, where each line is a document, set data.document to line"
+                    )
+                in_split = choose_validation(len(corpus), validation_split) == (split == "validation")
             with atomic_folder(folder) as unfinished:
-                _write_packing(unfinished, corpus, sequence_length, wanted, np.repeat(weights, sources))
+                _write_packing(unfinished, corpus, sequence_length, in_split, np.repeat(weights, sources))
     return Packing(folder)
 
 
 def _write_packing(
-    folder: Path, corpus: Corpus, T: int, wanted: NDArray[np.bool_], document_weights: NDArray[np.float64]
+    folder: Path, corpus: Corpus, T: int, in_split: NDArray[np.bool_], document_weights: NDArray[np.float64]
 ) -> None:
-    """Pack the wanted documents, those of each weight for themselves."""
+    """Pack the documents of a split, separately for each weight."""
     starts, lengths = corpus.starts[:-1], np.diff(corpus.starts)
-    weights = np.unique(document_weights[wanted]).tolist()
-    groups = [np.flatnonzero(wanted & (document_weights == weight)) for weight in weights]
+    weights = np.unique(document_weights[in_split]).tolist()
+    groups = [np.flatnonzero(in_split & (document_weights == weight)) for weight in weights]
     packed = [pack_documents(starts[documents], lengths[documents], T) for documents in groups]
     span_starts, span_lengths, sequence_starts = zip(*packed, strict=True)
     spans_per_sequence = np.concatenate([np.diff(starts) for starts in sequence_starts])
@@ -113,9 +107,9 @@ def _write_packing(
 def pack_documents(starts: Ints, lengths: Ints, T: int) -> tuple[Ints, Ints, Ints]:
     """Pack documents, given by start and length in the corpus, into sequences of T positions.
 
-    Documents that fit a sequence stay whole. Longer ones are then split, one after the other: they fill the positions
-    that are left and then sequences of their own. Returns the starts and the lengths of the spans, in the order of the
-    sequences, and the index of the first span of each sequence, with the number of spans at the end.
+    Documents that fit a sequence stay whole. Longer ones are then split, and fill the positions that are left and new
+    sequences. Returns the starts and the lengths of the spans, in the order of the sequences, and the index of the
+    first span of each sequence, with the number of spans at the end.
 
     Example: a sequence of 24 positions has room for 22 tokens beside [CLS] and [SEP]. Documents of 10 and 30 tokens
     make the spans 10, 10 and 20. The first two share a sequence: 12 + 12 positions.
@@ -139,9 +133,9 @@ def pack_documents(starts: Ints, lengths: Ints, T: int) -> tuple[Ints, Ints, Int
 
 
 def _split_documents(starts: Ints, lengths: Ints, T: int, free_tokens: Ints) -> tuple[Ints, ...]:
-    """Split long documents into spans that fill `free_tokens` of the existing sequences, and then new sequences.
+    """Split long documents into spans that fill `free_tokens` of the existing sequences, then new sequences.
 
-    Returns start, length and sequence of each span. Where fewer than MIN_SPAN tokens are free, nothing is added.
+    Returns start, length and sequence of each span. A sequence with fewer than MIN_SPAN free tokens gets none.
     """
     span_starts, span_lengths, span_sequences = array("q"), array("q"), array("q")
     open_sequences = [(sequence, free) for sequence, free in enumerate(free_tokens.tolist()) if free >= MIN_SPAN]
@@ -161,11 +155,10 @@ def _split_documents(starts: Ints, lengths: Ints, T: int, free_tokens: Ints) -> 
 
 
 def pack_lengths(lengths: Ints, capacity: int, seed: int = 0, epoch: int = 0) -> tuple[Ints, Ints]:
-    """Pack items into sequences of `capacity` positions: best fit, longest first.
+    """Pack items into sequences of `capacity` positions: best fit, longest first, at random among equal lengths.
 
-    Which items of one length share a sequence is random, by seed and epoch; the number of sequences is always the same.
     Returns the items in the order of the sequences, and the index of the first item of each sequence, with the number
-    of items at the end.
+    of items at the end. `seed` and `epoch` do not change the number of sequences.
 
     Example: with lengths 7, 5, 3 and capacity 10, the order is [1, 0, 2] and the starts are [0, 1, 3]: item 1 is alone,
     items 0 and 2 share a sequence.
@@ -225,5 +218,5 @@ def collate(sequences: list[list[Any]], length: int, pad_value: int) -> tuple[In
 
 
 def _offsets(counts: Ints) -> Ints:
-    """Where each group starts, and the total at the end: [2, 3] gives [0, 2, 5]."""
+    """Return where each group starts, and the total: [2, 3] gives [0, 2, 5]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -15,13 +15,13 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
-from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, ignore, read_lines
+from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, read_lines
 
 
 def find_source_files(source: Source, setting: str) -> list[Path]:
-    """The files of a source, in order: one file, those that a glob matches, those in a folder, or `sample`.
+    """List the files of a source: one file, the matches of a glob, the files in a folder, or the sample.
 
-    Raises UserError for a name that matches nothing, and for an empty file.
+    Raises UserError for a path that matches nothing, and for an empty file.
     """
     if source.path is None:
         return []
@@ -46,7 +46,7 @@ def find_source_files(source: Source, setting: str) -> list[Path]:
 
 
 def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
-    """A value that changes whenever the text of a source changes."""
+    """Return a value that changes whenever the text of a source changes."""
     digest: list[Any] = [source.column]
     digest += [[file_format(path), digest_file(path, cache)] for path in find_source_files(source, setting)]
     if source.dataset is None:
@@ -58,7 +58,7 @@ def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
 
 
 def digest_file(path: Path, cache: Path) -> str:
-    """The SHA-256 of a file, computed again only when its size or modification time has changed."""
+    """Return the SHA-256 of a file; compute it again only if size or modification time have changed."""
     status = path.stat()
     if not path.is_file():
         raise UserError(f"{path}: not a regular file, so it cannot be read twice; write the text into a file")
@@ -78,50 +78,44 @@ def digest_file(path: Path, cache: Path) -> str:
     return str(known["sha256"])
 
 
-def read_documents(source: Source, document: str, setting: str, report: Report = ignore) -> Iterator[str]:
-    """Read the documents of a source; `report` is told how many more bytes of its files have been read.
+def read_documents(source: Source, document: str, setting: str, report: Report | None = None) -> Iterator[str]:
+    """Read the documents of a source.
 
-    `document` says how lines make documents, a key of SPLITTERS. In a table or dataset, each record is a document.
-    Raises UserError, naming file and line where possible, for what cannot be read, is damaged, or is not UTF-8.
+    `document` is a key of SPLITTERS, for files of lines; each record of a table or dataset is a document. Raises
+    UserError, naming file and line where possible, for what cannot be read, is damaged, or is not UTF-8.
     """
     for path in find_source_files(source, setting):
-        yield from _read_texts(path, source.column, SPLITTERS[document], report)
+        yield from read_file_texts(path, source.column, SPLITTERS[document], report)
     if source.dataset is not None:
         yield from _select_column(read_dataset(source, setting, source.streaming), source.column)
 
 
-def read_file_texts(path: Path, column: str) -> Iterator[str]:
-    """Read each line of a text file, or a column of each record of a table, also where it is empty.
+def read_file_texts(
+    path: Path, column: str, split: Callable[[Iterator[str]], Iterator[str]] = iter, report: Report | None = None
+) -> Iterator[str]:
+    """Read each line of a text file, or what `split` makes of the lines, or a column of each record of a table.
 
     Raises UserError as `read_documents` does.
     """
-    return _read_texts(path, column, iter, ignore)
-
-
-def _read_texts(
-    path: Path, column: str, split: Callable[[Iterator[str]], Iterator[str]], report: Report
-) -> Iterator[str]:
     if reader := READERS.get(file_format(path)):
         return _select_column(reader(TableFile(path, report)), column)
     return split(read_lines(path, report))
 
 
 def split_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Documents of several lines, with blank lines between."""
+    """Join lines to documents, which end at blank lines."""
     return ("\n".join(group) for filled, group in groupby(lines, lambda line: bool(line.strip())) if filled)
 
 
-def drop_blank_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Documents of one line each."""
-    return filter(str.strip, lines)
-
-
-# How the lines of a text file make documents; a document never goes on in another file.
-SPLITTERS = {"blank-line": split_at_blank_lines, "line": drop_blank_lines}
+# From the lines of a file to its documents; a document never continues in another file.
+SPLITTERS: dict[str, Callable[[Iterator[str]], Iterator[str]]] = {
+    "blank-line": split_at_blank_lines,
+    "line": lambda lines: filter(str.strip, lines),
+}
 
 
 def _select_column(records: Iterator[Record], column: str) -> Iterator[str]:
-    """The texts of one column. The first record must have it; it may be missing or null in others: an empty text."""
+    """Yield the texts of a column, which the first record must have; where it is missing or null, an empty text."""
     for number, (location, columns) in enumerate(records):
         if number == 0 and column not in columns:
             raise UserError(
@@ -133,18 +127,18 @@ def _select_column(records: Iterator[Record], column: str) -> Iterator[str]:
         yield text or ""
 
 
-def read_dataset(location: DataLocation, setting: str, streaming: bool = False) -> Iterator[Record]:
-    """Read a dataset of the Hugging Face hub or of a folder; class labels become their names.
+def read_dataset(
+    location: DataLocation, setting: str, streaming: bool = False, name_labels: bool = False
+) -> Iterator[Record]:
+    """Read a dataset of the Hugging Face hub or of a folder; `name_labels` replaces class labels by their names.
 
     Raises UserError for what the datasets library cannot read.
     """
     name = f"{setting}: {location.dataset}"
     with _datasets_library(name) as datasets:
         dataset = _load_dataset(datasets, location, streaming)
-        features = dataset.features or {}
-        types = {
-            column: getattr(feature, "feature", feature) for column, feature in features.items()
-        }  # inside of lists
+        features = dataset.features if name_labels else {}
+        types = {column: getattr(feature, "feature", feature) for column, feature in features.items()}  # of list items
         label_names = {column: type.int2str for column, type in types.items() if hasattr(type, "int2str")}
         batches = dataset.iter(batch_size=1000)
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
@@ -157,7 +151,7 @@ def read_dataset(location: DataLocation, setting: str, streaming: bool = False) 
 
 @contextmanager
 def _datasets_library(name: str) -> Iterator[Any]:
-    """The datasets library, without its own output; its exceptions become a UserError of one line that has `name`."""
+    """Yield the datasets library, without its output; its exceptions become a UserError of one line with `name`."""
     require(name, "datasets", "datasets", "pyarrow")
     import datasets
     import pyarrow

@@ -10,20 +10,20 @@ from typing import Any
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
-from bertlite.data.formats import READERS, Record, TableFile, file_format, json_record, parse_json, read_tsv
+from bertlite.data.formats import READERS, Record, TableFile, file_format, json_record, parse_json
 from bertlite.data.sources import read_dataset
 
 
 def read_records(location: DataLocation, settings: TaskSettings, setting: str) -> list[Record]:
-    """Read a table or dataset; `sample` is the split of the sample that `setting` ends with.
+    """Read a table or dataset; of the sample, the split that `setting` ends with.
 
-    The extension names the format, as in READERS. A file with another one holds lines of columns or, for token
-    classification, a word a line. Raises UserError, naming file and line, for what cannot be read.
+    READERS has the formats by extension. Other files hold columns with tabs between or, for token classification, a
+    word and its tag per line. Raises UserError, naming file and line, for what cannot be read.
     """
     if location.dataset is not None:
-        return list(read_dataset(location, setting))
+        return list(read_dataset(location, setting, name_labels=True))
     path = find_table_file(location, setting)
-    readers, default = READERS | {".json": read_json_or_squad}, read_tsv
+    readers, default = READERS | {".json": read_json_or_squad}, READERS[".tsv"]
     if settings.type == "token-classification":
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label)
         readers |= {".csv": default, ".tsv": default}
@@ -42,7 +42,7 @@ def read_records(location: DataLocation, settings: TaskSettings, setting: str) -
 
 
 def find_table_file(location: DataLocation, setting: str) -> Path:
-    """The file of a table. Raises UserError when there is none."""
+    """Return the file of a table. Raises UserError if there is none."""
     path = Path(str(location.path))
     if location.path == "sample":
         split = setting.split(".")[-1]
@@ -53,7 +53,7 @@ def find_table_file(location: DataLocation, setting: str) -> Path:
 
 
 def get_column(record: Record, name: str, setting: str) -> Any:
-    """The value of a column. Raises UserError, listing the columns there are, when there is no such column."""
+    """Return the value of a column. Raises UserError, listing the columns, if there is no such column."""
     if name not in record.columns:
         names = ", ".join(map(repr, record.columns))
         raise UserError(f"{record.location}: {setting}: there is no column {name!r}; there are {names}")
@@ -61,9 +61,9 @@ def get_column(record: Record, name: str, setting: str) -> Any:
 
 
 def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[Record]:
-    """Read sentences in the form of CoNLL: a word a line, then its tag; blank lines end sentences.
+    """Read sentences in the CoNLL format: a word and its tag per line, blank lines between sentences.
 
-    The tag is in the last column, or in the one that `table.columns` names so.
+    The word is in the first column and the tag in the last one, unless `table.columns` names them.
     """
     names = table.columns or [word_column, tag_column]
     if word_column not in names or tag_column not in names:
@@ -90,7 +90,7 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
 
 
 def read_json_or_squad(table: TableFile) -> Iterator[Record]:
-    """Read a JSON list of objects, or questions in the form of SQuAD (Rajpurkar et al. 2016), one record each."""
+    """Read a JSON list of objects, or the questions of a file in SQuAD's format (Rajpurkar et al. 2016)."""
     path = table.path
     content = parse_json("\n".join(table.lines()), str(path))
     articles = content.get("data") if isinstance(content, dict) else content
@@ -103,13 +103,9 @@ def read_json_or_squad(table: TableFile) -> Iterator[Record]:
         try:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    yield _squad_record(path, paragraph, question)
+                    answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
+                    columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+                    yield Record(f"{path}: question {question['id']}", {**columns, "answers": answers})
         except (KeyError, TypeError) as error:
             reason = f"{error} is missing or of another type"
             raise UserError(f"{path}: article {number} differs from SQuAD: {reason}") from None
-
-
-def _squad_record(path: Path, paragraph: dict[str, Any], question: dict[str, Any]) -> Record:
-    answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-    columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
-    return Record(f"{path}: question {question['id']}", {**columns, "answers": answers})

@@ -11,10 +11,10 @@ from bertlite.core.packages import require
 
 
 def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Mark the tokens of the vocabulary that start a word: (V,).
+    """Mark the tokens of a vocabulary that start a word: (V,).
 
-    WordPiece marks the tokens that continue a word (Schuster and Nakajima 2012; BERT writes ##); SentencePiece and
-    byte-level BPE mark those that start one (▁ and Ġ). In a vocabulary without marks, each token is a word.
+    In WordPiece, tokens that continue a word have a prefix (Schuster and Nakajima 2012; BERT: ##); in SentencePiece and
+    byte-level BPE, those that start one (▁ and Ġ). In a vocabulary without prefixes, each token is a word.
     """
     model = json.loads(tokenizer.to_str())["model"]
     starts = np.ones(tokenizer.get_vocab_size(), dtype=bool)
@@ -27,7 +27,7 @@ def mark_word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
 
 
 def segment_with_jieba(text: str) -> list[str]:
-    """Segment Chinese text by jieba (github.com/fxsjy/jieba) (Cui et al. 2019)."""
+    """Segment Chinese text with jieba (github.com/fxsjy/jieba), as Cui et al. 2019 do for whole-word masking."""
     require("data.segmenter: jieba", "bertlite[chinese]", "jieba")
     import jieba
 

@@ -15,10 +15,11 @@ from tiny_tokenizers import make_tokenizer
 
 from bertlite.config.settings import DataSettings, MaskingSettings, Source, TrainSettings
 from bertlite.core.errors import DataLost, UserError
+from bertlite.core.random import choose_validation
 from bertlite.data.batches import Batch, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.masking import IGNORED, max_predictions
-from bertlite.data.packing import Packing, choose_validation_documents, pack_corpus, pack_documents, pack_lengths
+from bertlite.data.packing import Packing, pack_corpus, pack_documents, pack_lengths
 from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, wrap_tokenizer
 from bertlite.data.words import segment_with_jieba
 
@@ -248,17 +249,17 @@ def test_the_splits_hold_whole_documents_and_nothing_is_lost(lengths, share, mak
         tokens[part] = [token for piece in spans_of(batch) for token in piece]
     assert tokens["train"] and tokens["validation"]
     assert sorted(tokens["train"] + tokens["validation"]) == sorted(corpus.tokens.tolist())
-    held_out = choose_validation_documents(corpus, share)
+    held_out = choose_validation(len(corpus), share)
     assert sorted(tokens["validation"]) == sorted(
         np.concatenate([corpus.document(n) for n in np.flatnonzero(held_out)])
     )
-    assert np.array_equal(held_out, choose_validation_documents(corpus, share))
+    assert np.array_equal(held_out, choose_validation(len(corpus), share))
 
 
 def test_the_validation_share_is_as_configured_and_spread_over_the_text(make_corpus):
     corpus = make_corpus([1] * 5000)
     for share in (0.02, 0.2, 0.5):
-        held_out = choose_validation_documents(corpus, share)
+        held_out = choose_validation(len(corpus), share)
         spread = np.sqrt(5000 * share * (1 - share))
         assert abs(held_out.sum() - 5000 * share) < 5 * spread
         assert abs(held_out[:2500].sum() - 2500 * share) < 5 * spread
@@ -608,7 +609,7 @@ def test_sources_of_equal_weight_are_packed_as_without_weights(tmp_path, tokeniz
 
 def test_weights_change_neither_the_validation_split_nor_mix_sources_in_a_sequence(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
-    held_out = choose_validation_documents(corpus, 0.3)
+    held_out = choose_validation(len(corpus), 0.3)
     packing = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
     assert packing.span_lengths.sum() == 30 * (~held_out).sum()
     owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, packing.span_starts, "right") - 1]

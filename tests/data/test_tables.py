@@ -148,7 +148,7 @@ def test_other_bad_files(tmp_path):
         ("b.jsonl", '{"text": "x"}\n3\n', r"b\.jsonl:2: not a JSON object"),
         ("c.json", "{}", r"c\.json: should be a list of objects"),
         ("d.parquet", "no parquet", r"d\.parquet: not a readable Parquet file"),
-        ("e.tsv.gz", "no gzip", r"e\.tsv\.gz: damaged or cut off"),
+        ("e.tsv.gz", "no gzip", r"e\.tsv\.gz: damaged or truncated"),
     ]:
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
