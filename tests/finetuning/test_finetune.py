@@ -1,10 +1,7 @@
 """Runs of fine-tuning: resuming, the best checkpoint, several tasks, ranks, reports."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import run_ranks
 from sklearn.metrics import ConfusionMatrixDisplay
 from tiny_tasks import SENTENCES, log, prepared, weights
 
@@ -91,11 +89,9 @@ def test_two_ranks_equal_one(write, tmp_path):
     still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
     one = run(write(name="one", **still))
     write(name="two", **still)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "bertlite", "finetune", tmp_path / "two.yaml", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert json.loads(done.stdout.splitlines()[-1])["seeds"]["0"] == pytest.approx(one["seeds"]["0"], abs=1e-4)
+    run_ranks("finetune", tmp_path / "two.yaml")
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert two["seeds"]["0"] == pytest.approx(one["seeds"]["0"], abs=1e-4)
     assert log(tmp_path / "two") == pytest.approx(log(tmp_path / "one"), abs=1e-5)
 
 

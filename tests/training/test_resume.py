@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_ranks
 from tiny_runs import crash_after, metrics, optimizer_state, pretrain, start, traces, wait_for
 
 import bertlite.pretraining.pretrain
@@ -63,7 +64,7 @@ def test_two_ranks_train_and_resume_like_one(write_config, tmp_path):
     for line, other in zip(metrics(two), metrics(one), strict=True):
         assert line == pytest.approx(other, abs=1e-4)
     cut = crash_after(two, 8, tmp_path / "cut")
-    subprocess.run([*command, "--out", cut, "--resume"], check=True, env=environment, capture_output=True)
+    run_ranks("pretrain", path, "--out", cut, "--resume")
     assert traces(cut) == traces(two)
 
 
