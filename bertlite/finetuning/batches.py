@@ -51,7 +51,7 @@ class ExampleBatches:
     @property
     def padding(self) -> float:
         """The share of the positions that are padding."""
-        return padding_share(self.lengths, self.sequence_length, self.num_sequences)
+        return float(1 - self.lengths.sum() / (self.num_sequences * self.sequence_length))
 
     def training(self, first: int, count: int) -> TaskBatch:
         """Return sequences `first` to `first + count` of an endless stream; each epoch packs and shuffles again."""
@@ -73,13 +73,11 @@ class ExampleBatches:
         return order[starts[sequence] : starts[sequence + 1]] if sequence < self.num_sequences else order[:0]
 
     def _batch(self, sequences: list[NDArray[np.int64]]) -> TaskBatch:
-        encodings = [[self.examples.encodings[member] for member in members] for members in sequences]
-        ids, positions, documents = collate(
-            [[encoding.ids for encoding in sequence] for sequence in encodings], self.sequence_length, self.pad_id
-        )
-        types, *_ = collate(
-            [[encoding.type_ids for encoding in sequence] for sequence in encodings], self.sequence_length, 0
-        )
+        encodings = self.examples.encodings
+        token_ids = [[encodings[member].ids for member in members] for members in sequences]
+        type_ids = [[encodings[member].type_ids for member in members] for members in sequences]
+        ids, positions, documents = collate(token_ids, self.sequence_length, self.pad_id)
+        types, *_ = collate(type_ids, self.sequence_length, 0)
         indices = np.full((len(sequences), self.max_examples), -1)
         starts = np.zeros_like(indices)
         for number, members in enumerate(sequences):
@@ -114,19 +112,19 @@ class ExampleBatches:
 def choose_sequence_length(lengths: NDArray[np.int64]) -> int:
     """Choose the shortest sequence length that packs examples of these lengths with little padding.
 
-    Candidates hold one, two, three, … of the longest example, rounded up to a multiple of 8. If none packs well, which
-    happens with few examples, the one with the least padding is chosen. Example: lengths 50, 30 and 30 give the
-    candidates 56, 104, 152, …; 56 takes three sequences, a third of them padding; 104 two, and is worse; 152 holds all
-    three in one sequence, which is as good as it gets.
+    Candidates are the multiples of the longest example's length, rounded up to a multiple of 8. If none packs well,
+    which happens with few examples, the one with the least padding is chosen. Example: lengths 50, 30 and 30 give the
+    candidates 56, 104, 152, …; 56 takes three sequences, a third of them padding; 104 takes two, with more padding;
+    152 holds all three examples in one sequence, so the search ends.
     """
     longest = int(lengths.max())
     options = []
     for number in range(1, max(1, MAX_SEQUENCE_LENGTH // longest) + 1):
         sequence_length = 8 * math.ceil(number * longest / 8)
         num_sequences = count_sequences(lengths, sequence_length)
-        padding = padding_share(lengths, sequence_length, num_sequences)
-        options.append((padding, num_sequences, sequence_length))
-        if padding <= MAX_PADDING or num_sequences == 1:
+        num_positions = num_sequences * sequence_length
+        options.append((num_positions, num_sequences, sequence_length))
+        if 1 - lengths.sum() / num_positions <= MAX_PADDING or num_sequences == 1:
             break
     return min(options)[-1]
 
@@ -134,8 +132,3 @@ def choose_sequence_length(lengths: NDArray[np.int64]) -> int:
 def count_sequences(lengths: NDArray[np.int64], sequence_length: int) -> int:
     """Return how many sequences examples of these lengths are packed into."""
     return len(pack_lengths(lengths, sequence_length)[1]) - 1
-
-
-def padding_share(lengths: NDArray[np.int64], sequence_length: int, num_sequences: int) -> float:
-    """Return the share of the positions that are padding."""
-    return float(1 - lengths.sum() / (num_sequences * sequence_length))

@@ -11,14 +11,14 @@ from tokenizers import Encoding
 
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.core.packages import require
-from bertlite.finetuning.examples import Examples, context_offsets, first_token_of_words
+from bertlite.finetuning.examples import Examples, context_offsets, find_first_tokens
 
 Scores = NDArray[np.float32]  # of an example: (L,), or (n,L) for its n tokens
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs for examples, and what is needed to tell what they mean."""
+    """A model's scores for examples, and what is needed to decode them."""
 
     scores: list[Scores]  # one per example
     examples: Examples
@@ -31,13 +31,13 @@ def decode_tags(outputs: Outputs) -> list[list[str]]:
     predictions, examples = [], outputs.examples
     for scores, encoding, (words,) in zip(outputs.scores, examples.encodings, examples.texts, strict=True):
         tags = ["O"] * len(words)
-        for word, position in first_token_of_words(encoding).items():
+        for word, position in find_first_tokens(encoding).items():
             tags[word] = outputs.labels[int(scores[position].argmax())]
         predictions.append(tags)
     return predictions
 
 
-def best_answers(outputs: Outputs) -> list[dict[str, Any]]:
+def find_best_answers(outputs: Outputs) -> list[dict[str, Any]]:
     """Return the best answer of at most `max_answer_length` tokens to each question: `score, start, end, answer`.
 
     Of all examples that a context is split into, the span with the largest sum of start and end score is taken (Devlin
@@ -48,7 +48,7 @@ def best_answers(outputs: Outputs) -> list[dict[str, Any]]:
     best: list[tuple[float, dict[str, Any]]] = [(-math.inf, no_answer)] * len(examples.texts)
     for scores, record, encoding in zip(outputs.scores, examples.record_indices, examples.encodings, strict=True):
         starts, ends = context_offsets(encoding).T
-        first, last, total = best_span(scores, starts < ends, outputs.settings.max_answer_length)
+        first, last, total = find_best_span(scores, starts < ends, outputs.settings.max_answer_length)
         if total > best[record][0]:
             log_normalizer = np.logaddexp.reduce(scores[:, 0]) + np.logaddexp.reduce(scores[:, 1])
             probability, start, end = float(np.exp(total - log_normalizer)), int(starts[first]), int(ends[last])
@@ -57,7 +57,7 @@ def best_answers(outputs: Outputs) -> list[dict[str, Any]]:
     return [answer for _, answer in best]
 
 
-def best_span(scores: Scores, allowed: NDArray[np.bool_], max_length: int) -> tuple[int, int, np.floating[Any]]:
+def find_best_span(scores: Scores, allowed: NDArray[np.bool_], max_length: int) -> tuple[int, int, np.floating[Any]]:
     """Return the span of allowed tokens with the largest sum of start and end score: first, last, and that sum.
 
     Entry [i, j] of the matrix of sums is the score of the span i … j. With `max_length` 2, only the diagonal (spans of

@@ -16,9 +16,9 @@ from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.finetuning.labels import (
     find_first_answer,
-    input_texts,
-    label_indices,
+    find_label_indices,
     read_answers,
+    read_input_texts,
     read_label,
     read_label_list,
     read_number,
@@ -100,7 +100,7 @@ def _without_labels(
     return Examples(encodings, record_indices, [IGNORED] * len(encodings), list(texts), [])
 
 
-def first_token_of_words(encoding: Encoding) -> dict[int, int]:
+def find_first_tokens(encoding: Encoding) -> dict[int, int]:
     """Return the position of each word's first token, by the word's index; truncated words are left out."""
     positions: dict[int, int] = {}
     for position, word in enumerate(encoding.word_ids):
@@ -115,13 +115,13 @@ def context_offsets(encoding: Encoding) -> NDArray[np.int64]:
     return np.where(in_context[:, None], np.array(encoding.offsets), 0)
 
 
-# One function a type of task makes the labelled examples of its records.
+# The labelled examples of records, for each type of task.
 def classification_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
 ) -> Examples:
     """The target is the index of the label."""
-    examples = encode_texts(input_texts(records, settings), tokenizer, settings)
-    targets = [label_indices([read_label(record, settings)], labels, record)[0] for record in records]
+    examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
+    targets = [find_label_indices([read_label(record, settings)], labels, record)[0] for record in records]
     return replace(examples, targets=targets, references=targets)
 
 
@@ -129,10 +129,10 @@ def multilabel_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
 ) -> Examples:
     """The target is a vector with 1 for each label that the record has, else 0."""
-    examples = encode_texts(input_texts(records, settings), tokenizer, settings)
+    examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
     targets = [np.zeros(len(labels), np.float32) for _ in records]
     for record, target in zip(records, targets, strict=True):
-        target[label_indices(read_label_list(record, settings), labels, record)] = 1
+        target[find_label_indices(read_label_list(record, settings), labels, record)] = 1
     return replace(examples, targets=targets, references=[target.astype(int) for target in targets])
 
 
@@ -140,7 +140,7 @@ def regression_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
 ) -> Examples:
     """The target is a number."""
-    examples = encode_texts(input_texts(records, settings), tokenizer, settings)
+    examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
     targets = [np.float32(read_number(record, settings)) for record in records]
     return replace(examples, targets=targets, references=[float(target) for target in targets])
 
@@ -153,9 +153,9 @@ def tag_examples(
     examples = encode_texts([(words,) for words, _ in sentences], tokenizer, settings, words=True)
     targets = []
     for record, (_, tags), encoding in zip(records, sentences, examples.encodings, strict=True):
-        tag_indices = label_indices(tags, labels, record)
+        tag_indices = find_label_indices(tags, labels, record)
         target = np.full(len(encoding), IGNORED)
-        for word, position in first_token_of_words(encoding).items():
+        for word, position in find_first_tokens(encoding).items():
             target[position] = tag_indices[word]
         targets.append(target)
     return replace(examples, targets=targets, references=[tags for _, tags in sentences], targets_per_token=True)
@@ -164,8 +164,8 @@ def tag_examples(
 def answer_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
 ) -> Examples:
-    """The target is the first and the last token of the answer; [CLS] twice for a part of a context without it."""
-    examples = encode_questions(input_texts(records, settings), tokenizer, settings)
+    """The target is the first and the last token of the answer, or [CLS] twice in an example without the answer."""
+    examples = encode_questions(read_input_texts(records, settings), tokenizer, settings)
     answers = [find_first_answer(record, settings) for record in records]
     missing = [record.location for record, answer in zip(records, answers, strict=True) if answer is None]
     if missing:

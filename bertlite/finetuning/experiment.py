@@ -24,7 +24,7 @@ from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
-from bertlite.finetuning.outputs import ComputeScores, compute_outputs
+from bertlite.finetuning.outputs import compute_outputs
 from bertlite.finetuning.results import EvaluationResult, write_reports
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task
@@ -56,14 +56,14 @@ class Experiment:
     settings: TaskSettings
     task: Task
     architecture: Architecture
-    starting_weights: dict[str, Tensor]  # all that the starting model has for this task's model
+    starting_weights: dict[str, Tensor]  # of the starting model, as far as the task's model has them
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     class_weights: Tensor | None  # (L,)
     splits: dict[str, Split]  # train, validation and perhaps test
     data_fingerprint: str
     runtime: Runtime
-    compute_scores: ComputeScores
+    compute_scores: Callable[..., Tensor]  # losses.compute_scores, compiled or not
 
     @property
     def metric(self) -> str:
@@ -143,7 +143,7 @@ def check_examples(
         )
 
 
-def training_settings(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
+def make_train_settings(train: FinetuneTrainSettings, batches: ExampleBatches, seed: int) -> TrainSettings:
     """Return the settings of the training loop, which counts steps and sequences instead of epochs and examples.
 
     A step takes as many sequences as hold about `global_batch_size` examples. Example: 1,000 examples packed into 100
@@ -163,8 +163,8 @@ def training_settings(train: FinetuneTrainSettings, batches: ExampleBatches, see
     )  # fmt: skip
 
 
-def initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
-    """Build the model: what the starting model has of it, the rest, such as a new head, initialized from `seed`."""
+def build_initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
+    """Build the model with the weights of the starting model; what that lacks, such as the head, is initialized."""
     model = experiment.task.head(experiment.architecture, experiment.labels, kernel, experiment.task.problem_type)
     initialize(model, experiment.architecture.initializer_range, seed)
     model.load_state_dict(model.state_dict() | experiment.starting_weights)
@@ -172,7 +172,10 @@ def initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
 
 
 def layerwise_decay(decay: float, num_layers: int) -> Callable[[str], float]:
-    """Return a function that gives the factor of a parameter's learning rate: `decay` once per layer below the head."""
+    """Return a function of a parameter's name: the factor of its learning rate, `decay` once per layer below the head.
+
+    Example: with 12 layers and a decay of 0.9, the head has 1, the last layer 0.9, the embeddings 0.9 ** 13.
+    """
 
     def factor(name: str) -> float:
         if name.startswith("encoder.embeddings."):
@@ -183,7 +186,7 @@ def layerwise_decay(decay: float, num_layers: int) -> Callable[[str], float]:
 
 
 def make_class_weights(settings: TaskSettings, labels: list[str], examples: Examples) -> Tensor | None:
-    """Return a weight per label (L,): as set, with 1 as the default; or, if balanced, so that all count the same."""
+    """Return a weight per label (L,): as set, or else 1; if balanced, the weights give each label the same sum."""
     weights = settings.class_weights
     if weights is None:
         return None
@@ -196,7 +199,7 @@ def make_class_weights(settings: TaskSettings, labels: list[str], examples: Exam
     return torch.tensor(counts.sum() / (len(labels) * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def training_loss(experiment: Experiment) -> Loss:
+def make_training_loss(experiment: Experiment) -> Loss:
     """Return the task's loss, with class weights and label smoothing where it takes them."""
     task, weights = experiment.task, experiment.class_weights
     if not task.label_weights:
@@ -207,7 +210,7 @@ def training_loss(experiment: Experiment) -> Loss:
 
 
 def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
-    """Train with one seed and evaluate the best checkpoint; return the results, or read those of a finished seed."""
+    """Train with one seed and evaluate the best checkpoint; return the results. A finished seed's results are read."""
     folder = Path(experiment.config.output_dir) / f"seed-{seed}"
     runtime = experiment.runtime
     if (folder / "results.json").exists():
@@ -241,7 +244,7 @@ def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
 def build_model(experiment: Experiment, checkpoint: Path | None, seed: int) -> Classifier:
     """Load the checkpoint, or else build the initial model; freeze layers, and move the model to the device."""
     train, kernel = experiment.config.train, best_kernel(experiment.runtime.device)
-    model: Any = load_model(checkpoint, kernel) if checkpoint else initial_model(experiment, kernel, seed)
+    model: Any = load_model(checkpoint, kernel) if checkpoint else build_initial_model(experiment, kernel, seed)
     model.encoder.gradient_checkpointing = train.gradient_checkpointing
     if train.frozen_layers:
         model.encoder.embeddings.requires_grad_(False)
@@ -254,7 +257,7 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
     runtime, train, train_split = experiment.runtime, experiment.config.train, experiment.splits["train"]
     sequence_length = train_split.batches.sequence_length
     batches = ExampleBatches(train_split.examples, experiment.tokenizer.pad_token_id, seed, sequence_length)
-    settings = training_settings(train, batches, seed)
+    settings = make_train_settings(train, batches, seed)
     checkpoint = newest_checkpoint(folder) if resume else None
     model = build_model(experiment, checkpoint, seed)
     facts = {"text": experiment.data_fingerprint, **runtime.environment()}
@@ -269,7 +272,7 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
     micro_batch_size = choose_micro_batch_size(settings, model, sequence_length, 0, runtime, state.micro_batch_size)
     if checkpoint is not None:
         restore_optimizer(checkpoint, state, optimizer, facts | {"micro_batch_size": micro_batch_size})
-    loss = training_loss(experiment)
+    loss = make_training_loss(experiment)
     evaluation = Evaluation(
         lambda trainer: experiment.evaluate(model, "validation").scores,
         experiment.metric,

@@ -36,7 +36,7 @@ def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
 def run_tasks(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     """Fine-tune on each of several tasks, into a folder of its own."""
     output_dir = Path(config.output_dir)
-    for name, settings in config.tasks.items():  # before the first is trained
+    for name, settings in config.tasks.items():  # a missing table ends the run before the first task is trained
         for split in ("train", "validation", "test"):
             table = getattr(settings, split)
             if table is not None and table.path is not None:
@@ -66,15 +66,17 @@ def run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> di
         seeds = {str(seed): run_seed(experiment, seed, resume) for seed in config.train.seeds}
         results = summarize_seeds(seeds, experiment.metric, experiment.measured_on)
         if runtime.rank == 0:
-            best_seed = max(seeds, key=lambda seed: seeds[seed][f"validation_{experiment.metric}"])
-            keep_best_seed(folder, best_seed, list(seeds), results)
+            keep_best_seed(folder, results)
         barrier()
         logger.info(f"the model of the best seed is in {folder / 'model'}")
     return results
 
 
-def keep_best_seed(folder: Path, best_seed: str, seeds: list[str], results: dict[str, Any]) -> None:
-    """Move the model and the reports of the best seed to the run folder, write results.json, drop the other models."""
+def keep_best_seed(folder: Path, results: dict[str, Any]) -> None:
+    """Move the model of the seed with the best validation metric to the run folder, copy its reports, write
+    results.json, and delete the models of the other seeds."""
+    seeds, metric = results["seeds"], results["metric"]
+    best_seed = max(seeds, key=lambda seed: seeds[seed][f"validation_{metric}"])
     best = folder / f"seed-{best_seed}"
     for name in ("worst.jsonl", "confusion.png"):
         if (best / name).exists():
@@ -101,7 +103,7 @@ def check_settings(config: FinetuneConfig) -> None:
 
 
 def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> None:
-    """Check the settings of one task; `name` is the key that they stand under."""
+    """Check the settings of one task; `name` is their key, such as task or tasks.cola."""
     if Path(name).name != name:
         raise UserError(f"{name}: the name of a task is also the name of its folder, so it must not contain a slash")
     task = choose(TASKS, settings.type, f"{name}.type")
@@ -109,10 +111,7 @@ def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> Non
         choose(task.metrics, settings.metric, f"{name}.metric")
     if len(settings.text) not in task.num_texts:
         raise UserError(f"{name}.text names {len(settings.text)} columns; {settings.type} reads {task.num_texts[0]}")
-    only_with_labels = {
-        f"{name}.class_weights": settings.class_weights,
-        "train.label_smoothing_factor": label_smoothing,
-    }
-    for key, value in only_with_labels.items():
+    label_settings = {f"{name}.class_weights": settings.class_weights, "train.label_smoothing_factor": label_smoothing}
+    for key, value in label_settings.items():
         if value and not task.label_weights:
             raise UserError(f"{key} is {value!r}, but {settings.type} does not use it; remove it")

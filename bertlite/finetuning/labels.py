@@ -12,7 +12,7 @@ from bertlite.data.tables import get_column
 MAX_LISTED = 10  # labels that a message lists
 
 
-def input_texts(records: list[Record], settings: TaskSettings) -> list[tuple[str, ...]]:
+def read_input_texts(records: list[Record], settings: TaskSettings) -> list[tuple[str, ...]]:
     """Read the text or the two texts of each record. Raises UserError for a cell that is empty or holds no text."""
     texts = []
     for record in records:
@@ -141,7 +141,7 @@ def list_some(labels: list[str]) -> str:
     return ", ".join(labels[:MAX_LISTED]) + (", …" if len(labels) > MAX_LISTED else "")
 
 
-def label_indices(names: list[str], labels: list[str], record: Record) -> list[int]:
+def find_label_indices(names: list[str], labels: list[str], record: Record) -> list[int]:
     """Return the index of each name among `labels`. Raises UserError for one that the training set does not have."""
     for name in names:
         if name not in labels:

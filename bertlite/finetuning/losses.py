@@ -2,7 +2,6 @@
 
 # Shapes: B sequences, T positions of a sequence, E places for examples in a sequence, L labels.
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +12,16 @@ from bertlite.finetuning.batches import TaskBatch
 from bertlite.model.heads import Classifier
 
 # Takes scores and a batch; returns the loss of each example (B,E) or token (B,T), and which of them count (bool).
-Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+Loss = Callable[..., tuple[Tensor, Tensor]]
 
 
 def compute_scores(model: Classifier, batch: TaskBatch) -> Tensor:
     """Return the head's scores: (B,E,L), one per example, or (B,T,L), one per token."""
-    firsts = None if model.per_token else batch.prediction_positions
-    hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids, firsts)
-    if firsts is None:
+    first_tokens = None if model.per_token else batch.prediction_positions
+    hidden = model.encoder(batch.input_ids, batch.position_ids, batch.document_ids, batch.token_type_ids, first_tokens)
+    if first_tokens is None:
         return model.classify(hidden)
-    return model.classify(hidden.flatten(0, 1)[:, None]).view(*firsts.shape, -1)
+    return model.classify(hidden.flatten(0, 1)[:, None]).view(*first_tokens.shape, -1)
 
 
 def label_loss(
@@ -49,9 +48,9 @@ def regression_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
 
 def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """Cross entropy of start and end, averaged, among the tokens of the example (Devlin et al. 2018, section 4.2)."""
-    firsts = batch.prediction_positions  # labels count from the example's first token, scores from the sequence's
-    labels = torch.where(batch.labels == IGNORED, IGNORED, batch.labels + firsts[..., None])  # (B,E,2)
-    numbers = torch.arange(1, firsts.shape[1] + 1, device=scores.device)
+    first_tokens = batch.prediction_positions  # labels are relative to it, scores are per position of the sequence
+    labels = torch.where(batch.labels == IGNORED, IGNORED, batch.labels + first_tokens[..., None])  # (B,E,2)
+    numbers = torch.arange(1, first_tokens.shape[1] + 1, device=scores.device)
     inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (B,E,1,T)
     scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (B,E,2,T)
     losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), ignore_index=IGNORED, reduction="none")

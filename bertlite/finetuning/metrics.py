@@ -56,7 +56,7 @@ def answer_match(answer: str, prediction: str) -> float:
 
 
 def answer_overlap(answer: str, prediction: str) -> float:
-    """F1 of the words of a predicted answer."""
+    """F1 of the words that a predicted and a reference answer share."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
     num_shared = (Counter(predicted) & Counter(expected)).total()
     return 2 * num_shared / (len(predicted) + len(expected)) if num_shared else 0.0

@@ -16,11 +16,9 @@ from bertlite.training.trainer import evaluate
 
 MICRO_BATCH_TOKENS = 4096  # positions that are computed together
 
-ComputeScores = Callable[[Any, Any], Tensor]  # losses.compute_scores, compiled or not
-
 
 def compute_outputs(
-    model: Classifier, batches: ExampleBatches, runtime: Runtime, compute_scores: ComputeScores, loss: Loss
+    model: Classifier, batches: ExampleBatches, runtime: Runtime, compute_scores: Callable[..., Tensor], loss: Loss
 ) -> tuple[list[Scores], list[float], float]:
     """Return the scores and the mean loss of each example, in order, and the mean loss of all examples or tokens."""
     outputs: dict[int, Scores] = {}

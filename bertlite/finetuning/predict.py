@@ -17,7 +17,7 @@ from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.losses import compute_scores, no_loss
 from bertlite.finetuning.outputs import compute_outputs
-from bertlite.finetuning.tasks import task_of
+from bertlite.finetuning.tasks import find_task
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier
 
@@ -38,7 +38,7 @@ def predict(
     start, end`. Questions: `score, start, end, answer`. With `pairs`, and for questions, each text holds two, separated
     by a tab. Raises UserError for one that does not, and for pairs if the model reads single texts only.
     """
-    task = task_of(model)
+    task = find_task(model)
     num_texts = 2 if pairs else task.num_texts[0]
     if num_texts not in task.num_texts:
         raise UserError("--pairs: this model labels the words of single texts; leave --pairs out")
@@ -79,7 +79,7 @@ def read_texts(file: str | None, column: str) -> Iterator[str]:
 
 
 def format_prediction(prediction: Any) -> str:
-    """Format a prediction as a line of text; without any entity it is a dash."""
+    """Format a prediction as a line of text: a dash if there are no entities."""
     keys = ("label", "entity_group", "word", "answer")
     entries = prediction if isinstance(prediction, list) else [prediction]
     formatted = (

@@ -79,12 +79,8 @@ def log_split(name: str, split: Split, task: Task, labels: list[str], settings: 
 
 def fingerprint_data(splits: dict[str, Split]) -> str:
     """Return a digest of all examples of a run: a resumed run must read the same ones."""
-    return fingerprint(
-        [
-            [
-                [encoding.ids for encoding in split.examples.encodings],
-                [np.asarray(target).tolist() for target in split.examples.targets],
-            ]
-            for split in splits.values()
-        ]
-    )
+    contents = []
+    for split in splits.values():
+        ids = [encoding.ids for encoding in split.examples.encodings]
+        contents.append([ids, [np.asarray(target).tolist() for target in split.examples.targets]])
+    return fingerprint(contents)

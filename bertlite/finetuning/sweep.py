@@ -1,4 +1,4 @@
-"""`bertlite sweep`: search the best settings of a fine-tuning with Optuna, on validation data alone."""
+"""`bertlite sweep`: search for the best settings of a fine-tuning with Optuna, on validation data alone."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ Space = dict[str, list[Any] | Range]  # the values that a setting may have, by t
 
 
 def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
-    """Run the trials that are left, each a fine-tuning into `output_dir`/trial-… with all seeds of the configuration.
+    """Run the remaining trials, each a fine-tuning into `output_dir`/trial-… with all seeds of the configuration.
 
     Returns the number, value and settings of each trial, best first. Writes study.db (Optuna's), trials.csv,
     trials.png, the best trial's model, and best.yaml, which `bertlite finetune` reads; trials do not read test data.
@@ -78,7 +78,6 @@ def suggest_value(trial: Any, name: str, choice: list[Any] | Range) -> Any:
 
 
 def trial_folder(folder: Path, number: int) -> Path:
-    """Return the run folder of a trial."""
     return folder / f"trial-{number:03d}"
 
 
@@ -89,7 +88,7 @@ def rank_trials(study: Any) -> list[dict[str, Any]]:
 
 
 def write_best(folder: Path, study: Any, base: FinetuneConfig, space: Space) -> None:
-    """Write what the trials so far have found; a sweep may be stopped at any time and call this again."""
+    """Write the trials so far and the best model; called again, it completes what a stopped process left undone."""
     trials = rank_trials(study)
     if not trials:
         return

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import TaskSettings
@@ -28,7 +27,7 @@ class Task:
     output_labels: Callable[[list[Record], TaskSettings], list[str]]  # names of the outputs, from training records
     make_examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
     encode: Callable[[list[tuple[str, ...]], PreTrainedTokenizerBase, TaskSettings], Examples]  # texts without labels
-    loss: Callable[..., tuple[Tensor, Tensor]]  # losses.Loss
+    loss: losses.Loss
     decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
     describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
@@ -71,13 +70,13 @@ TASKS = {
         QuestionAnswerer, None, metrics.ANSWERS, PAIR,
         lambda records, settings: ["start", "end"], examples.answer_examples, examples.encode_questions,
         losses.answer_loss,
-        decode=lambda outputs: [answer["answer"] for answer in decoding.best_answers(outputs)],
-        results=lambda outputs, top_k: decoding.best_answers(outputs),
+        decode=lambda outputs: [answer["answer"] for answer in decoding.find_best_answers(outputs)],
+        results=lambda outputs, top_k: decoding.find_best_answers(outputs),
     ),
 }  # fmt: skip
 
 
-def task_of(model: Classifier) -> Task:
+def find_task(model: Classifier) -> Task:
     """Return the task that a fine-tuned model does: of its head and, where there is a choice, of its problem type."""
     tasks = [task for task in TASKS.values() if task.head is type(model)]
     return next((task for task in tasks if task.problem_type == model.problem_type), tasks[0])

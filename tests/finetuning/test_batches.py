@@ -7,7 +7,7 @@ from tiny_tasks import prepared
 
 from bertlite.data.masking import IGNORED
 from bertlite.finetuning.batches import ExampleBatches, choose_sequence_length, count_sequences
-from bertlite.finetuning.experiment import training_settings
+from bertlite.finetuning.experiment import make_train_settings
 
 
 def test_batches_are_a_pure_function_of_seed_and_index_with_little_padding(write):
@@ -44,7 +44,7 @@ def test_an_epoch_has_all_examples_and_a_step_about_global_batch_size(write):
     sample = {"task__train": "sample", "task__validation": "sample"}
     config = write(**sample, train__max_steps=None, train__num_train_epochs=3, train__global_batch_size=32)
     batches = prepared(config).splits["train"].batches
-    settings = training_settings(config.train, batches, 0)
+    settings = make_train_settings(config.train, batches, 0)
     rows = range(settings.max_steps * settings.global_batch_size)
     seen = sum(len(batches.members(*divmod(row, batches.num_sequences))) for row in rows)
     assert seen == pytest.approx(3 * 1330, rel=0.05)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from bertlite.config.finetune_settings import FinetuneTrainSettings, TaskSettings
-from bertlite.finetuning.experiment import initial_model, layerwise_decay, training_settings
+from bertlite.finetuning.experiment import build_initial_model, layerwise_decay, make_train_settings
 from bertlite.finetuning.finetune import run
 from bertlite.training.optim import Optimizer
 
@@ -103,8 +103,8 @@ def test_layerwise_rates_and_frozen_layers(write):
         frozen = name.startswith(("embeddings.", "encoder.layer.0."))
         assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
     work = prepared(config)
-    model = initial_model(work, "sdpa", 0)
-    settings = training_settings(config.train, work.splits["train"].batches, 0)
+    model = build_initial_model(work, "sdpa", 0)
+    settings = make_train_settings(config.train, work.splits["train"].batches, 0)
     optimizer = Optimizer(model, settings, layerwise_decay(0.5, 2))
     rates = {
         name: group["lr"] / 1e-3

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from bertlite.core.random import EPOCH_ORDER, permute
 from bertlite.data.masking import IGNORED
 from bertlite.finetuning.batches import ExampleBatches
-from bertlite.finetuning.experiment import initial_model, training_settings
+from bertlite.finetuning.experiment import build_initial_model, make_train_settings
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.losses import compute_scores, label_loss, sum_losses
 from bertlite.finetuning.outputs import compute_outputs
@@ -38,7 +38,7 @@ def test_twenty_steps_equal_those_of_transformers(kind, write, vocabulary, tmp_p
     work = prepared(config)
     train = work.splits["train"]
     batches = ExampleBatches(train.examples, 0, seed=0, sequence_length=train.batches.sequence_length)
-    settings = training_settings(config.train, batches, 0)
+    settings = make_train_settings(config.train, batches, 0)
     theirs = HEADS[kind][0].from_pretrained(model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     groups = [
         {"params": [one for one in theirs.parameters() if one.ndim > 1], "weight_decay": 0.01},
@@ -134,14 +134,14 @@ def test_class_weights(write):
 
 def test_the_evaluation_loss_has_no_class_weights(write):
     plain, weighted = prepared(write()), prepared(write(task__class_weights="balanced"))
-    model = initial_model(plain, "sdpa", 0)
+    model = build_initial_model(plain, "sdpa", 0)
     assert plain.evaluate(model, "validation").scores == weighted.evaluate(model, "validation").scores
 
 
 def test_sequence_heads_read_the_first_token_of_each_packed_example(write):
     """A wrong place for an example's first token would be seen."""
     work = prepared(write())
-    model = initial_model(work, "sdpa", 0)
+    model = build_initial_model(work, "sdpa", 0)
     assert isinstance(model, SequenceClassifier)
     batch = work.splits["train"].batches.training(0, 2)
     scores = compute_scores(model.eval(), batch)
