@@ -25,25 +25,19 @@ from bertlite.finetuning.experiment import Experiment, prepare
 from bertlite.finetuning.tasks import TASKS
 
 SENTENCES = [line.split("\t") for line in (SAMPLE / "subject_train.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-
-
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-
-
 SUBJECTS = sorted({label for label, _ in SENTENCES})
 
 
-def rows_of(kind: str) -> list[dict[str, Any]]:
-    """The records of a table for a type of task, made of the sample's sentences."""
-    rows: list[dict[str, Any]] = []
+def make_records(kind: str) -> list[dict[str, Any]]:
+    """Make a table for a type of task from the sample's sentences."""
+    records: list[dict[str, Any]] = []
     for number, (label, text) in enumerate(SENTENCES[:120]):
         words = text.split()[:15]
         capital = [word[:1].isupper() for word in words]
-        tags = [
-            f"{'I' if place and capital[place - 1] else 'B'}-CAP" if one else "O" for place, one in enumerate(capital)
-        ]
-        start = text.index(words[3])
-        rows.append(
+        prefixes = ["I" if follows else "B" for follows in [False, *capital]]
+        tags = [f"{prefix}-CAP" if has else "O" for prefix, has in zip(prefixes, capital, strict=False)]
+        records.append(
             {
                 "classification": {"text": text, "label": label},
                 "multilabel": {"text": text, "label": [word for word in ("the", "of", "a") if word in text.split()]},
@@ -52,12 +46,12 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
                 "question-answering": {
                     "question": f"What follows {words[2]}?",
                     "context": text,
-                    "answers": {"text": [words[3]], "answer_start": [start]},
+                    "answers": {"text": [words[3]], "answer_start": [text.index(words[3])]},
                     "id": str(number),
                 },
             }[kind]
         )
-    return rows
+    return records
 
 
 # transformers' class and configuration for each type of task.
@@ -70,34 +64,34 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def with_head(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
+def save_model(vocabulary: Path, kind: str, out: Path, std: float = 0.1) -> Path:
     """Save a tiny BERT of random weights, of transformers' class for a type of task, with a tokenizer."""
     shutil.copytree(vocabulary, out, dirs_exist_ok=True)
-    theirs, labels = HEADS.get(kind, (BertModel, {}))
+    model, labels = HEADS.get(kind, (BertModel, {}))
     config = BertConfig(**TINY, vocab_size=1000, max_position_embeddings=128, **labels)
     config.problem_type = TASKS[kind].problem_type if kind in TASKS else None
-    randomize(theirs(config), std).save_pretrained(out)
+    randomize(model(config), std).save_pretrained(out)
     return out
 
 
-def prepared(config: FinetuneConfig) -> Experiment:
+def make_experiment(config: FinetuneConfig) -> Experiment:
     """Prepare the task of a configuration."""
     return prepare(config, config.task, initialize_runtime("fp32"))
 
 
-def log(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
-    """The values of a metric in a run's metrics.jsonl."""
+def read_metric(folder: str | Path, key: str = "loss", seed: int = 0) -> list[float]:
+    """Return the values of a metric in the metrics.jsonl of one seed of a run."""
     lines = map(json.loads, (Path(folder) / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines())
     return [line[key] for line in lines if key in line]
 
 
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a run's final model."""
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's final model."""
     return load_file(Path(folder) / "model" / "model.safetensors")
 
 
-def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
-    """transformers' own loss of one example by itself, and the number of tokens or examples it is the mean of."""
+def transformers_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
+    """Return the loss of one example in transformers, and the number of tokens or examples that it is the mean of."""
     target = torch.as_tensor(np.asarray(examples.targets[member]))
     inputs = {
         "input_ids": torch.tensor([examples.encodings[member].ids]),
@@ -111,5 +105,5 @@ def their_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch
         target = target.view(1, 1)
     else:
         target = target[None]
-    scored = int((target != IGNORED).sum()) if kind == "token-classification" else 1
-    return model(**inputs, labels=target).loss, scored
+    count = int((target != IGNORED).sum()) if kind == "token-classification" else 1
+    return model(**inputs, labels=target).loss, count

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from paths import SAMPLE
-from tiny_tasks import rows_of, with_head
+from tiny_tasks import make_records, save_model
 
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
@@ -27,14 +27,14 @@ def vocabulary(tmp_path_factory) -> Path:
 def write(vocabulary, tmp_path):
     """Write the tables and the YAML of a short run; changes are named section__setting. Returns the configuration."""
 
-    def make(kind: str = "classification", rows: list[dict[str, Any]] | None = None, name: str = "run", **changes):
-        rows = rows_of(kind) if rows is None else rows
-        for split, records in {"train": rows[24:], "validation": rows[:24]}.items():
-            lines = "".join(json.dumps(record) + "\n" for record in records)
+    def make(kind: str = "classification", records: list[dict[str, Any]] | None = None, name: str = "run", **changes):
+        records = make_records(kind) if records is None else records
+        for split, split_records in {"train": records[24:], "validation": records[:24]}.items():
+            lines = "".join(json.dumps(record) + "\n" for record in split_records)
             (tmp_path / f"{split}.jsonl").write_text(lines)
         model = tmp_path / "bert"
         if not model.exists():
-            with_head(vocabulary, "", model)
+            save_model(vocabulary, "", model)
         values: dict[str, Any] = {
             "model": {"init_from": str(model)},
             "task": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}

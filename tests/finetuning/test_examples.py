@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tasks import prepared, rows_of
+from tiny_tasks import make_experiment, make_records
 
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.core.errors import UserError
@@ -19,42 +19,37 @@ from bertlite.finetuning.finetune import run
 from bertlite.finetuning.labels import read_label, read_label_list
 
 
-def bad_rows(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
-    rows = rows_of(kind)
-    rows[number] |= changes
-    return rows
+def bad_records(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
+    records = make_records(kind)
+    records[number] |= changes
+    return records
 
 
 C, R, T, Q = "classification", "regression", "token-classification", "question-answering"
 
 
 BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
-    "label in dev alone": (C, bad_rows(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
-    "one class": (C, [row | {"label": "a"} for row in rows_of(C)], {}, r"all 96 examples have the label 'a'"),
+    "unknown label": (C, bad_records(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
+    "one class": (C, [{"text": "x", "label": "a"}] * 120, {}, r"all 96 examples have the label 'a'"),
     "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
     "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
-    "empty": (C, bad_rows(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
-    "no label": (C, bad_rows(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
-    "NaN": (R, bad_rows(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
-    "no number": (R, bad_rows(R, 30, label="much"), {}, r"is 'much', not a finite number"),
-    "no number that fp32 has": (R, bad_rows(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
-    "a number of many digits": (R, bad_rows(R, 30, label=10**400), {}, r"not a finite number"),
-    "a list": (C, bad_rows(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\], not a single text"),
-    "tags": (T, bad_rows(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
-    "words": (T, bad_rows(T, 30, text="Ada spoke"), {}, r"train\.jsonl:7: .* should be lists of words and of tags"),
-    "no words": (T, bad_rows(T, 30, text=[], label=[]), {}, r"train\.jsonl:7: the sentence is empty"),
-    "no labels": ("multilabel", [row | {"label": ""} for row in rows_of("multilabel")], {}, "no example has a label"),
-    "tag": (T, bad_rows(T, 30, text=["x"], label=["B"]), {}, r"'B' is not a tag"),
-    "no entity": (T, [row | {"label": ["O"] * len(row["text"])} for row in rows_of(T)], {}, "all tags .* are O"),
-    "answers": (Q, bad_rows(Q, 30, answers="x"), {}, r"answers should hold the lists text and answer_start"),
+    "empty": (C, bad_records(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
+    "no label": (C, bad_records(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
+    "NaN": (R, bad_records(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
+    "no number": (R, bad_records(R, 30, label="much"), {}, r"is 'much', not a finite number"),
+    "number beyond fp32": (R, bad_records(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
+    "number beyond fp64": (R, bad_records(R, 30, label=10**400), {}, r"not a finite number"),
+    "a list": (C, bad_records(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\], not a single text"),
+    "tags": (T, bad_records(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
+    "words": (T, bad_records(T, 30, text="Ada spoke"), {}, r"train\.jsonl:7: .* should be lists of words and of tags"),
+    "no words": (T, bad_records(T, 30, text=[], label=[]), {}, r"train\.jsonl:7: the sentence is empty"),
+    "no labels": ("multilabel", [{"text": "x", "label": ""}] * 120, {}, "no example has a label"),
+    "tag": (T, bad_records(T, 30, text=["x"], label=["B"]), {}, r"'B' is not a tag"),
+    "no entity": (T, [{"text": ["x", "y"], "label": ["O", "O"]}] * 120, {}, "all tags .* are O"),
+    "answers": (Q, bad_records(Q, 30, answers="x"), {}, r"answers should hold the lists text and answer_start"),
     "stride": (Q, None, {"task__doc_stride": 62}, r"task\.doc_stride is 62, which leaves no room"),
     "length": (C, None, {"task__max_length": 200}, r"task\.max_length is 200, more than the 128 positions"),
-    "type": (
-        C,
-        None,
-        {"task__type": "klassification"},
-        r"task\.type is 'klassification'.* Did you mean classification",
-    ),
+    "type": (C, None, {"task__type": "klassification"}, r"task\.type is 'klass.*Did you mean classification"),
     "metric": (C, None, {"task__metric": "pearson"}, r"task\.metric is 'pearson', which is not one of accuracy"),
     "weights": (R, None, {"task__class_weights": "balanced"}, r"task\.class_weights .* regression does not use it"),
     "weight": (C, None, {"task__class_weights": {"x": 2}}, r"task\.class_weights: 'x' is not a label"),
@@ -63,20 +58,15 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "texts": (T, None, {"task__text": ["a", "b"]}, r"task\.text names 2 columns; token-classification reads 1"),
     "model": (C, None, {"model__init_from": None}, r"no model to start from: give it by --model"),
     "no model": (C, None, {"model__init_from": "/nowhere"}, r"/nowhere: no such model folder"),
-    "one row": (
-        R,
-        rows_of(R)[:25],
-        {"task__validation": None},
-        r"task\.train holds one example, too few to split",
-    ),
+    "one record": (R, make_records(R)[:25], {"task__validation": None}, r"task\.train holds one example, too few"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_invalid_input_is_named_and_no_run_is_written(name, write, tmp_path):
-    kind, rows, changes, message = BAD[name]
+    kind, records, changes, message = BAD[name]
     with pytest.raises(UserError, match=message):
-        run(write(kind, rows, **changes))
+        run(write(kind, records, **changes))
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
 
 
@@ -90,63 +80,58 @@ def test_labels_are_stripped():
 def test_doc_stride_and_max_answer_length(write):
     counts = []
     for stride in (1, 12):
-        work = prepared(write(Q, task__max_length=32, task__doc_stride=stride))
-        counts.append(len(work.splits["train"].examples.encodings))
+        experiment = make_experiment(write(Q, task__max_length=32, task__doc_stride=stride))
+        counts.append(len(experiment.splits["train"].examples.encodings))
     assert 96 < counts[0] < counts[1]
-    examples = work.splits["train"].examples
+    examples = experiment.splits["train"].examples
     scores = [np.outer(np.arange(len(encoding)), [-1.0, 1.0]) for encoding in examples.encodings]
     for most in (1, 3):
-        settings = work.settings.model_copy(update={"max_answer_length": most})
-        answers = work.task.decode(Outputs(scores, examples, work.labels, settings))
-        assert max(len(work.tokenizer.tokenize(answer)) for answer in answers) == most
+        settings = experiment.settings.model_copy(update={"max_answer_length": most})
+        answers = experiment.task.decode(Outputs(scores, examples, experiment.labels, settings))
+        assert max(len(experiment.tokenizer.tokenize(answer)) for answer in answers) == most
 
 
 def test_answers_missing_from_their_context_are_logged_and_ignored(write, capsys):
-    rows = rows_of(Q)
+    records = make_records(Q)
     for number in (30, 31):
-        rows[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
-    config = write(Q, rows)
-    work = prepared(config)
+        records[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
+    experiment = make_experiment(write(Q, records))
     assert "2 of 96 questions have no answer at their answer_start, such as" in capsys.readouterr().err
-    examples = work.splits["train"].examples
+    examples = experiment.splits["train"].examples
     pairs = list(zip(examples.record_indices, examples.targets, strict=True))
     ignored = {record for record, target in pairs if target[0] == IGNORED}
     assert ignored == {6, 7}
-    texts = {number: row["answers"]["text"][0] for number, row in enumerate(rows[24:])}
-    found = set()
+    with_answer = set()
     for encoding, (record, target) in zip(examples.encodings, pairs, strict=True):
         if target[0] > 0:
             offsets = context_offsets(encoding)
-            covered = rows[24 + record]["context"][offsets[target[0], 0] : offsets[target[1], 1]]
-            assert texts[record] in covered and len(encoding) >= target[1]
-            found.add(record)
-    assert len(found) > 80
+            covered = records[24 + record]["context"][offsets[target[0], 0] : offsets[target[1], 1]]
+            assert records[24 + record]["answers"]["text"][0] in covered and len(encoding) >= target[1]
+            with_answer.add(record)
+    assert len(with_answer) > 80
 
 
 def test_labels_without_examples_and_untrained_positions_are_logged(write, vocabulary, capsys):
-    rows = rows_of("classification")
-    labels = sorted({row["label"] for row in rows})
-    other = next(row for row in rows if row["label"] != labels[0])
-    config = write("classification", [row if row["label"] != labels[0] else other for row in rows[:24]] + rows[24:])
-    prepared(config)
-    told = capsys.readouterr().err
-    assert f"validation: no example has the label {labels[0]}, so it is not measured" in told
-    assert (
-        "has the label" not in told.replace("validation: no example has the label", "")
-        and "later positions" not in told
-    )
+    records = make_records("classification")
+    validation, train = records[:24], records[24:]
+    label = min(record["label"] for record in records)
+    other = next(record for record in records if record["label"] != label)
+    config = write("classification", [other if record["label"] == label else record for record in validation] + train)
+    make_experiment(config)
+    messages = capsys.readouterr().err
+    assert f"validation: no example has the label {label}, so it is not measured" in messages
+    assert messages.count("has the label") == 1 and "later positions" not in messages
 
-    train = [
-        {**row, "label": "rare" if out else row["label"]}
-        for row, out in zip(rows[24:], choose_validation(len(rows[24:]), 0.1), strict=True)
-    ]
-    prepared(write("classification", rows[:24] + train, task__validation=None))
+    for record, is_validation in zip(train, choose_validation(len(train), 0.1), strict=True):
+        if is_validation:
+            record["label"] = "rare"
+    make_experiment(write("classification", records, task__validation=None))
     assert "train: no example has the label rare, so it is not learned" in capsys.readouterr().err
 
     tokenizer = load_tokenizer(str(config.model.init_from))
     tokenizer.model_max_length = 16
     tokenizer.save_pretrained(str(config.model.init_from))
-    longest = int(max(part.batches.lengths.max() for part in prepared(config).splits.values()))
+    longest = int(max(split.batches.lengths.max() for split in make_experiment(config).splits.values()))
     assert longest > 16
     assert f"examples have up to {longest} tokens, but {config.model.init_from} was trained on 16" in (
         capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import run_ranks
 from sklearn.metrics import ConfusionMatrixDisplay
-from tiny_tasks import SENTENCES, log, prepared, weights
+from tiny_tasks import SENTENCES, make_experiment, read_metric, read_weights
 
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.core.errors import Failure, UserError
@@ -26,12 +26,12 @@ from bertlite.finetuning.results import EvaluationResult, format_results, write_
 def test_resuming_is_bit_for_bit(write, tmp_path):
     whole, cut = write(name="whole", train__seeds=[0, 1]), write(name="cut", train__seeds=[0, 1])
     run(whole)
-    measured = ExampleBatches.training
+    training = ExampleBatches.training
 
     def interrupted(self: ExampleBatches, first: int, count: int) -> Batch:
         if self.seed == 1 and first >= 4 * count:
             stop_request.number = 15
-        return measured(self, first, count)
+        return training(self, first, count)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExampleBatches, "training", interrupted)
@@ -42,9 +42,9 @@ def test_resuming_is_bit_for_bit(write, tmp_path):
     assert not (tmp_path / "cut" / "results.json").exists()
     results = run(cut, resume=True)
     assert results == json.loads((tmp_path / "whole/results.json").read_text())
-    assert log(tmp_path / "cut", seed=1) == log(tmp_path / "whole", seed=1)
-    one, other = weights(tmp_path / "cut"), weights(tmp_path / "whole")
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert read_metric(tmp_path / "cut", seed=1) == read_metric(tmp_path / "whole", seed=1)
+    resumed, expected = read_weights(tmp_path / "cut"), read_weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert run(cut, resume=True) == results  # it has finished
     gone = cut.model_copy(update={"model": cut.model.model_copy(update={"init_from": str(tmp_path / "gone")})})
     source = Path(cut.model.init_from)
@@ -81,32 +81,34 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_training(interrupted, wri
     results = run(config, resume=interrupted)
     assert results["seeds"]["0"]["best_step"] == 2  # 0.5 again is not better
     assert results["seeds"]["0"]["validation_accuracy"] == 0.5
-    assert log(config.output_dir, "eval_accuracy") == [0.2, 0.5, 0.4, 0.3, 0.5]
+    assert read_metric(config.output_dir, "eval_accuracy") == [0.2, 0.5, 0.4, 0.3, 0.5]
     assert measured[5] == measured[1] != measured[4]  # what is measured at the end is the model of step 2
 
 
 def test_two_ranks_equal_one(write, tmp_path):
-    still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
-    one = run(write(name="one", **still))
-    write(name="two", **still)
+    no_dropout = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    single = run(write(name="one", **no_dropout))
+    write(name="two", **no_dropout)
     run_ranks("finetune", tmp_path / "two.yaml")
     two = json.loads((tmp_path / "two/results.json").read_text())
-    assert two["seeds"]["0"] == pytest.approx(one["seeds"]["0"], abs=1e-4)
-    assert log(tmp_path / "two") == pytest.approx(log(tmp_path / "one"), abs=1e-5)
+    assert two["seeds"]["0"] == pytest.approx(single["seeds"]["0"], abs=1e-4)
+    assert read_metric(tmp_path / "two") == pytest.approx(read_metric(tmp_path / "one"), abs=1e-5)
 
 
 def test_reports_hold_the_worst_hundred_examples_and_the_confusion_matrix(write, tmp_path, monkeypatch):
-    work = prepared(write(rows=[{"text": text, "label": label} for label, text in SENTENCES[:300]]))
-    predictions = [(target + 1) % 7 for target in work.splits["train"].examples.targets]
+    experiment = make_experiment(write(records=[{"text": text, "label": label} for label, text in SENTENCES[:300]]))
+    predictions = [(target + 1) % 7 for target in experiment.splits["train"].examples.targets]
     drawn, plot = [], ConfusionMatrixDisplay.plot
     monkeypatch.setattr(
         ConfusionMatrixDisplay, "plot", lambda self, **o: drawn.append(self.confusion_matrix) or plot(self, **o)
     )
     evaluation = EvaluationResult({}, predictions, list(range(276)))
-    write_reports(tmp_path, work.task, work.labels, work.splits["train"], evaluation)
+    write_reports(tmp_path, experiment.task, experiment.labels, experiment.splits["train"], evaluation)
     worst = [json.loads(line) for line in (tmp_path / "worst.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in worst] == list(range(275, 175, -1))
-    assert all(line["predicted"] == work.labels[(work.labels.index(line["label"]) + 1) % 7] for line in worst)
+    assert all(
+        line["predicted"] == experiment.labels[(experiment.labels.index(line["label"]) + 1) % 7] for line in worst
+    )
     assert np.array_equal(drawn[0], np.roll(np.eye(7), 1, axis=1))
 
 
@@ -125,9 +127,7 @@ def test_several_tasks_and_their_results(write, tmp_path):
     results = run(suite)
     assert json.loads((tmp_path / "suite" / "results.json").read_text()) == results
     lines = format_results(results).splitlines()
-    assert (
-        lines[0].startswith("one") and "accuracy" in lines[0] and lines[1].startswith("two") and "macro_f1" in lines[1]
-    )
+    assert lines[0].split()[:2] == ["one", "accuracy"] and lines[1].split()[:2] == ["two", "macro_f1"]
     shutil.rmtree(tmp_path / "suite" / "two")
     assert run(suite, resume=True) == results
     gone = other.model_copy(update={"validation": other.train.model_copy(update={"path": "gone.tsv"})})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_tasks import log, prepared, weights
+from tiny_tasks import make_experiment, read_metric, read_weights
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -40,54 +40,52 @@ CHANGES: dict[str, Any] = {
     "max_length": 16,
     "validation_split": 0.5,
 }
+HALF_AN_EPOCH = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
 
 
 @pytest.fixture
 def usual(write) -> list[float]:
-    config = write(
-        "token-classification", name="usual", train__max_steps=None, train__num_train_epochs=0.5, task__validation=None
-    )
+    """Return the losses of a run without changes."""
+    config = write("token-classification", name="usual", **HALF_AN_EPOCH)
     run(config)
-    return log(config.output_dir)
+    return read_metric(config.output_dir)
 
 
 def test_every_setting_changes_the_training(write, usual):
     for name, value in CHANGES.items():
-        if value is None:  # which may change no number
+        if value is None:  # tested below
             continue
         section = "task" if name in ("class_weights", "max_length", "validation_split") else "train"
         section = "model" if "dropout" in name else section
-        changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
-        config = write("token-classification", name=name, **(changes | {f"{section}__{name}": value}))
+        config = write("token-classification", name=name, **(HALF_AN_EPOCH | {f"{section}__{name}": value}))
         run(config)
-        assert log(config.output_dir, seed=3 if name == "seeds" else 0) != usual, name
+        assert read_metric(config.output_dir, seed=3 if name == "seeds" else 0) != usual, name
     untested = FinetuneTrainSettings.model_fields.keys() - CHANGES.keys()
     assert untested == {"per_device_train_batch_size", "muon_learning_rate", "compile", "logging_steps", "eval_steps",
                         "early_stopping_patience"}  # fmt: skip
 
 
 def test_settings_that_may_leave_the_loss_unchanged(write, monkeypatch):
-    changes = {"train__max_steps": None, "train__num_train_epochs": 0.5, "task__validation": None}
-    still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
-    config = write(name="still", **changes, **still)
+    no_dropout = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    config = write(name="usual", **HALF_AN_EPOCH, **no_dropout)
     run(config)
     calls = []
     monkeypatch.setattr("bertlite.model.encoder.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
     counters.clear()
     for name, value in {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "compile": True}.items():
-        other = write(name=name, **changes, **still, **{f"train__{name}": value})
+        other = write(name=name, **HALF_AN_EPOCH, **no_dropout, **{f"train__{name}": value})
         run(other)
-        assert log(other.output_dir) == pytest.approx(log(config.output_dir), rel=1e-4), name
+        assert read_metric(other.output_dir) == pytest.approx(read_metric(config.output_dir), rel=1e-4), name
         assert bool(calls) == (name == "gradient_checkpointing")
         assert bool(counters["stats"]["unique_graphs"]) == (name == "compile")
         calls.clear()
-    config = write(name="muon", **changes, train__optim="muon")
-    faster = write(name="faster", **changes, train__optim="muon", train__muon_learning_rate=0.1)
+    config = write(name="muon", **HALF_AN_EPOCH, train__optim="muon")
+    faster = write(name="faster", **HALF_AN_EPOCH, train__optim="muon", train__muon_learning_rate=0.1)
     run(config), run(faster)
-    assert log(config.output_dir) != log(faster.output_dir)
+    assert read_metric(config.output_dir) != read_metric(faster.output_dir)
     config = write(name="intervals", train__logging_steps=2, train__eval_steps=2, train__max_steps=4)
     run(config)
-    assert len(log(config.output_dir)) == len(log(config.output_dir, "eval_accuracy")) == 2
+    assert len(read_metric(config.output_dir)) == len(read_metric(config.output_dir, "eval_accuracy")) == 2
 
 
 def test_class_weights_of_numeric_labels():
@@ -98,13 +96,13 @@ def test_class_weights_of_numeric_labels():
 def test_layerwise_rates_and_frozen_layers(write):
     config = write(train__frozen_layers=1, train__max_steps=2)
     run(config)
-    before, after = load_file(Path(str(config.model.init_from)) / "model.safetensors"), weights(config.output_dir)
+    before, after = load_file(Path(str(config.model.init_from)) / "model.safetensors"), read_weights(config.output_dir)
     for name, weight in before.items():
         frozen = name.startswith(("embeddings.", "encoder.layer.0."))
         assert torch.equal(weight, after[f"bert.{name}"]) == frozen, name
-    work = prepared(config)
-    model = build_initial_model(work, "sdpa", 0)
-    settings = make_train_settings(config.train, work.splits["train"].batches, 0)
+    experiment = make_experiment(config)
+    model = build_initial_model(experiment, "sdpa", 0)
+    settings = make_train_settings(config.train, experiment.splits["train"].batches, 0)
     optimizer = Optimizer(model, settings, layerwise_decay(0.5, 2))
     rates = {
         name: group["lr"] / 1e-3

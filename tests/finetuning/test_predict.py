@@ -2,16 +2,14 @@
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from seqeval.metrics.sequence_labeling import get_entities
-from tiny_tasks import SENTENCES, prepared, with_head
-from transformers import (
-    BertForQuestionAnswering,
-    pipeline,
-)
+from tiny_tasks import SENTENCES, make_experiment, save_model
+from transformers import BertForQuestionAnswering, pipeline
 
 from bertlite.api import LoadedModel
 from bertlite.core.errors import UserError
@@ -19,7 +17,7 @@ from bertlite.core.runtime import initialize_runtime
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning.decoding import group_entities
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.predict import predict, read_texts
+from bertlite.finetuning.predict import read_texts
 
 PIPELINES = {
     "classification": ("text-classification", {}),
@@ -29,27 +27,29 @@ PIPELINES = {
 }
 
 
+def as_list(prediction: Any) -> list[Any]:
+    return prediction if isinstance(prediction, list) else [prediction]
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_predictions_equal_those_of_the_pipeline(kind, vocabulary, tmp_path):
-    folder = with_head(vocabulary, kind, tmp_path, std=0.3)
+    folder = save_model(vocabulary, kind, tmp_path, std=0.3)
     texts = [text for _, text in SENTENCES[200:270]]
     name, options = PIPELINES[kind]
     expected = pipeline(name, model=str(folder), device="cpu")(texts, **options)
-    loaded = LoadedModel(folder, initialize_runtime("fp32"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    found = list(predict(model, tokenizer, texts, initialize_runtime("fp32")))
-    assert len(found) == len(expected) == 70  # more than are computed at a time, in their order
-    for ours, theirs, text in zip(found, expected, texts, strict=True):
-        for one, other in zip(*([ours], [theirs]) if isinstance(ours, dict) else (ours, theirs), strict=True):
-            keys = ("label",) if "label" in one else ("entity_group", "start", "end")
-            assert [one[key] for key in keys] == [other[key] for key in keys]
-            assert one["score"] == pytest.approx(float(other["score"]), abs=1e-5)
-            assert "word" not in one or one["word"] == text[one["start"] : one["end"]]
+    model = LoadedModel(folder, initialize_runtime("fp32"))
+    predictions = model.predict(texts)
+    assert len(predictions) == len(expected) == 70  # more than a chunk of texts, in their order
+    for prediction, result, text in zip(predictions, expected, texts, strict=True):
+        for ours, theirs in zip(as_list(prediction), as_list(result), strict=True):
+            keys = ("label",) if "label" in ours else ("entity_group", "start", "end")
+            assert [ours[key] for key in keys] == [theirs[key] for key in keys]
+            assert ours["score"] == pytest.approx(float(theirs["score"]), abs=1e-5)
+            assert "word" not in ours or ours["word"] == text[ours["start"] : ours["end"]]
     if name == "text-classification":
-        every = pipeline(name, model=str(folder), device="cpu")(texts[:1], top_k=3)[0]
-        (ours,) = predict(model, tokenizer, texts[:1], initialize_runtime("fp32"), top_k=3)
-        for one, other in zip(*((ours, every) if isinstance(ours, list) else ([ours], every)), strict=True):
-            assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
+        expected = pipeline(name, model=str(folder), device="cpu")(texts[0], top_k=3)
+        for ours, theirs in zip(as_list(model.predict(texts[0], top_k=3)), expected, strict=True):
+            assert ours["label"] == theirs["label"] and ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
 
 def test_tags_are_grouped_into_entities_as_in_seqeval(vocabulary):
@@ -63,55 +63,60 @@ def test_tags_are_grouped_into_entities_as_in_seqeval(vocabulary):
     generator = np.random.default_rng(0)
     for _ in range(50):
         chosen = generator.integers(0, 5, len(words))
-        scores = generator.random((len(encoding.ids), 5), np.float32)  # of the pieces that do not count
+        scores = generator.random((len(encoding.ids), 5), np.float32)  # later tokens of a word do not count
         for word, label in zip(words, chosen, strict=True):
             scores[encoding.word_ids.index(word), label] = 2.0
-        found = group_entities(scores, encoding, text, labels)
+        entities = group_entities(scores, encoding, text, labels)
         expected = [
             (kind, spans[first][0], spans[last][1])
-            for kind, first, last in get_entities([labels[one] for one in chosen])
+            for kind, first, last in get_entities([labels[label] for label in chosen])
         ]
-        assert [(one["entity_group"], one["start"], one["end"]) for one in found] == expected
-        assert all(one["word"] == text[one["start"] : one["end"]] and one["score"] == 2 for one in found)
+        assert [(entity["entity_group"], entity["start"], entity["end"]) for entity in entities] == expected
+        assert all(entity["word"] == text[entity["start"] : entity["end"]] for entity in entities)
+        assert all(entity["score"] == 2 for entity in entities)
 
 
 def test_answers_are_the_best_spans_of_the_context(vocabulary, tmp_path):
-    folder = with_head(vocabulary, "question-answering", tmp_path, std=0.3)
-    loaded = LoadedModel(folder, initialize_runtime("fp32"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    tokenizer.model_max_length = 64  # so that contexts are read in pieces
+    folder = save_model(vocabulary, "question-answering", tmp_path, std=0.3)
+    model = LoadedModel(folder, initialize_runtime("fp32"))
+    tokenizer = model.tokenizer
+    tokenizer.model_max_length = 64  # shorter than the context
     theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
     context = " ".join(text for _, text in SENTENCES[:4])
-    (answer,) = predict(model, tokenizer, [f"What is it?\t{context}"], initialize_runtime("fp32"))
+    answer = model.predict(f"What is it?\t{context}")
     assert context[answer["start"] : answer["end"]] == answer["answer"]
-    pieces = tokenizer("What is it?", context, truncation="only_second", max_length=64, stride=16,
+    encoded = tokenizer("What is it?", context, truncation="only_second", max_length=64, stride=16,
                        return_overflowing_tokens=True)  # fmt: skip
-    assert len(pieces.encodings) > 2
+    assert len(encoded.encodings) > 2
     best = (-math.inf, 0, 0)
-    for one in pieces.encodings:
-        result = theirs(torch.tensor([one.ids]), token_type_ids=torch.tensor([one.type_ids]))
-        places = [place for place, part in enumerate(one.sequence_ids) if part == 1]
-        for first in places:
-            for last in range(first, min(first + 30, places[-1] + 1)):
+    for encoding in encoded.encodings:
+        result = theirs(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([encoding.type_ids]))
+        positions = [position for position, text in enumerate(encoding.sequence_ids) if text == 1]
+        for first in positions:
+            for last in range(first, min(first + 30, positions[-1] + 1)):
                 score = (result.start_logits[0, first] + result.end_logits[0, last]).item()
-                best = max(best, (score, one.offsets[first][0], one.offsets[last][1]))
+                best = max(best, (score, encoding.offsets[first][0], encoding.offsets[last][1]))
     assert (answer["start"], answer["end"]) == best[1:]
-    (nothing,) = predict(model, tokenizer, ["What?\t\u200b"], initialize_runtime("fp32"))  # no token
-    assert nothing == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+    assert model.predict("What?\t\u200b") == {  # a context without tokens
+        "score": 0.0,
+        "start": 0,
+        "end": 0,
+        "answer": "",
+    }
     with pytest.raises(UserError, match=r"text 2: should be two texts, .*, separated by a tab"):
-        list(predict(model, tokenizer, ["a\tb", "no tab"], initialize_runtime("fp32")))
+        model.predict(["a\tb", "no tab"])
 
 
 def test_pairs(write, tmp_path):
-    rows = [{"a": text, "b": other, "label": str(number % 2)} for number, ((_, text), (_, other)) in
-            enumerate(zip(SENTENCES[:60], SENTENCES[60:120], strict=True))]  # fmt: skip
-    config = write(rows=rows, task__text=["a", "b"])
+    texts = [text for _, text in SENTENCES[:120]]
+    pairs = enumerate(zip(texts[:60], texts[60:], strict=True))
+    records = [{"a": first, "b": second, "label": str(number % 2)} for number, (first, second) in pairs]
+    config = write(records=records, task__text=["a", "b"])
     run(config)
-    batch = prepared(config).splits["train"].batches.training(0, 2)
+    batch = make_experiment(config).splits["train"].batches.training(0, 2)
     assert batch.token_type_ids.max() == 1
-    loaded = LoadedModel(tmp_path / "run" / "model", initialize_runtime("fp32"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    (ours,) = predict(model, tokenizer, ["one text\tanother one"], initialize_runtime("fp32"), pairs=True)
+    model = LoadedModel(tmp_path / "run" / "model", initialize_runtime("fp32"))
+    ours = model.predict("one text\tanother one", pairs=True)
     theirs = pipeline("text-classification", model=str(tmp_path / "run" / "model"), device="cpu")
     expected = theirs({"text": "one text", "text_pair": "another one"})
     assert ours["label"] == expected["label"] and ours["score"] == pytest.approx(expected["score"], abs=1e-5)

@@ -8,7 +8,7 @@ import sys
 import optuna
 import pytest
 import yaml
-from tiny_tasks import rows_of, with_head
+from tiny_tasks import make_records, save_model
 
 from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import load_config
@@ -42,25 +42,25 @@ def no_plot(monkeypatch) -> None:
 
 
 def test_a_sweep_writes_a_table_a_plot_and_the_best_configuration(write_sweep, tmp_path):
-    rows = sweep(write_sweep())
-    assert len(rows) == 3 and rows == sorted(rows, key=lambda row: -row["value"])
-    for row in rows:
-        assert 1e-5 <= row["train.learning_rate"] <= 1e-2 and row["train.global_batch_size"] in (8, 16)
-        assert isinstance(row["task.max_length"], int) and 16 <= row["task.max_length"] <= 48
-        results = json.loads((tmp_path / f"sweep/trial-{row['trial']:03d}/results.json").read_text())
-        assert results["mean"] == row["value"] and results["measured_on"] == "validation"
+    trials = sweep(write_sweep())
+    assert len(trials) == 3 and trials == sorted(trials, key=lambda trial: -trial["value"])
+    for trial in trials:
+        assert 1e-5 <= trial["train.learning_rate"] <= 1e-2 and trial["train.global_batch_size"] in (8, 16)
+        assert isinstance(trial["task.max_length"], int) and 16 <= trial["task.max_length"] <= 48
+        results = json.loads((tmp_path / f"sweep/trial-{trial['trial']:03d}/results.json").read_text())
+        assert results["mean"] == trial["value"] and results["measured_on"] == "validation"
     folder = tmp_path / "sweep"
     written = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
-    assert [int(row["trial"]) for row in written] == [row["trial"] for row in rows]
+    assert [int(line["trial"]) for line in written] == [trial["trial"] for trial in trials]
     assert (folder / "trials.png").read_bytes().startswith(b"\x89PNG")
     best = load_config(FinetuneConfig, folder / "best.yaml")
-    assert best.train.learning_rate == rows[0]["train.learning_rate"] and best.task.test is not None
+    assert best.train.learning_rate == trials[0]["train.learning_rate"] and best.task.test is not None
     assert [path.parent.name for path in folder.rglob("model")] == ["sweep"]
     again = run(best)
-    trial = json.loads((folder / f"trial-{rows[0]['trial']:03d}/results.json").read_text())
+    results = json.loads((folder / f"trial-{trials[0]['trial']:03d}/results.json").read_text())
     name = f"validation_{again['metric']}"
-    assert again["seeds"]["0"][name] == trial["seeds"]["0"][name]
-    lines = format_trials(rows).splitlines()
+    assert again["seeds"]["0"][name] == results["seeds"]["0"][name]
+    lines = format_trials(trials).splitlines()
     assert len(lines) == 4 and lines[0].split() == ["trial", "value", *sorted(SPACE)]
 
 
@@ -81,7 +81,7 @@ def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, no
 
     whole = sweep(write_sweep("whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bertlite.finetuning.sweep.write_best", killed)  # the trial is told, its model has no place yet
+        patch.setattr("bertlite.finetuning.sweep.write_best", killed)  # has its value; its model is not moved
         sweep(write_sweep("cut"))
     assert sweep(write_sweep("cut"), resume=True) == whole
     assert [path.parent.name for path in (tmp_path / "cut").rglob("model")] == ["cut"]
@@ -104,8 +104,8 @@ def test_a_trial_that_fails_does_not_end_the_sweep(write_sweep, no_plot, capsys)
     with pytest.raises(Failure, match="all trials failed"):
         sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
     assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
-    rows = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
-    assert {row["train.learning_rate"] for row in rows} == {1e-4}
+    trials = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
+    assert {trial["train.learning_rate"] for trial in trials} == {1e-4}
 
 
 def test_a_sweep_over_several_tasks_is_refused(write_sweep):
@@ -143,16 +143,16 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
     code, _, err = bertlite("finetune", path)
     assert code == 2 and "no model to start from" in err
 
-    texts = [row["text"] for row in rows_of("classification")[:3]]
+    texts = [record["text"] for record in make_records("classification")[:3]]
     _, from_arguments, _ = bertlite("predict", tmp_path / "run", *texts, "--json")
     lines = "\n".join(texts).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     assert bertlite("predict", tmp_path / "run", "--json")[1] == from_arguments
     (tmp_path / "texts.txt").write_bytes(lines + b"\r\n")
     _, from_file, _ = bertlite("predict", tmp_path / "run", "--file", tmp_path / "texts.txt", "--json", "--top-k", "2")
-    one, best = json.loads(from_arguments.splitlines()[0]), json.loads(from_file.splitlines()[0])
-    assert len(from_file.splitlines()) == 3 and set(one) == {"label", "score"} and best[0] == one and len(best) == 2
-    assert bertlite("predict", tmp_path / "run", texts[0])[1] == f"{one['score']:.4f}  {one['label']}\n"
+    best, two = json.loads(from_arguments.splitlines()[0]), json.loads(from_file.splitlines()[0])
+    assert len(from_file.splitlines()) == 3 and set(best) == {"label", "score"} and two[0] == best and len(two) == 2
+    assert bertlite("predict", tmp_path / "run", texts[0])[1] == f"{best['score']:.4f}  {best['label']}\n"
     (tmp_path / "texts.txt").write_bytes(b"fine\ncaf\xe9\n")
     for arguments, message in {
         (tmp_path / "run", "--file", "nowhere"): "no such file",
@@ -167,7 +167,7 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
     code, _, err = bertlite("predict", tmp_path / "run")
     assert code == 2 and "standard input:2: not UTF-8" in err
 
-    with_head(vocabulary, "token-classification", tmp_path / "tokens")
+    save_model(vocabulary, "token-classification", tmp_path / "tokens")
     code, _, err = bertlite("predict", tmp_path / "tokens", "--pairs", "Ada\tspoke")
     assert code == 2 and "--pairs: this model labels the words of single texts" in err
     assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
