@@ -18,7 +18,7 @@ ORDER = {
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",
-    "finetuning": "metrics labels examples batches losses decoding tasks outputs splits results experiment finetune"
+    "finetuning": "metrics labels examples batches losses decoding tasks splits results experiment finetune"
     " predict sweep",
     "": "api cli __main__",
 }

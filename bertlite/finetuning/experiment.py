@@ -23,8 +23,7 @@ from bertlite.core.runtime import Runtime
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
-from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
-from bertlite.finetuning.outputs import compute_outputs
+from bertlite.finetuning.losses import Loss, compute_outputs, compute_scores, sum_losses
 from bertlite.finetuning.results import EvaluationResult, write_reports
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task

@@ -93,8 +93,8 @@ def check_settings(config: FinetuneConfig) -> None:
     require("bertlite finetune", "bertlite[finetune]", "sklearn", "scipy", "seqeval", "matplotlib")
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
-    several = {f"tasks.{name}": settings for name, settings in config.tasks.items()}
-    for name, settings in ({"task": config.task} if config.task else several).items():
+    tasks = {"task": config.task} if config.task else {f"tasks.{name}": task for name, task in config.tasks.items()}
+    for name, settings in tasks.items():
         check_task(name, settings, config.train.label_smoothing_factor)
     if len(set(config.train.seeds)) < len(config.train.seeds):
         raise UserError(f"train.seeds is {config.train.seeds}, which holds a seed twice; remove the duplicate")

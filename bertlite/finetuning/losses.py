@@ -1,15 +1,23 @@
-"""Losses of the types of task."""
+"""A model's scores for examples, and the losses of the types of task."""
 
 # Shapes: B sequences, T positions of a sequence, E places for examples in a sequence, L labels.
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from bertlite.core.runtime import Runtime
 from bertlite.data.masking import IGNORED
-from bertlite.finetuning.batches import TaskBatch
+from bertlite.finetuning.batches import ExampleBatches, TaskBatch
 from bertlite.model.heads import Classifier
+from bertlite.training.trainer import evaluate
+
+MICRO_BATCH_TOKENS = 4096  # positions that an evaluation computes together
 
 # Takes scores and a batch; returns the loss of each example (B,E) or token (B,T), and which of them count (bool).
 Loss = Callable[..., tuple[Tensor, Tensor]]
@@ -66,3 +74,28 @@ def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
 def sum_losses(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of the losses that count, and their number."""
     return torch.where(counted, losses, 0).sum(), counted.sum()
+
+
+def compute_outputs(
+    model: Classifier, batches: ExampleBatches, runtime: Runtime, compute_scores: Callable[..., Tensor], loss: Loss
+) -> tuple[list[NDArray[np.float32]], list[float], float]:
+    """Return each example's scores, each example's mean loss, in order, and the mean loss of all examples or tokens."""
+    outputs: dict[int, NDArray[np.float32]] = {}
+    losses: dict[int, float] = {}
+
+    def evaluate_batch(model: Any, batch: Any) -> dict[str, Tensor]:
+        scores = compute_scores(model, batch)
+        batch_losses, counted = loss(scores, batch)
+        outputs.update(batches.unpack(scores, batch))
+        losses_and_counts = torch.stack([torch.where(counted, batch_losses, 0), counted], -1)
+        for index, values in batches.unpack(losses_and_counts, batch).items():
+            total, count = values.reshape(-1, 2).sum(0)
+            losses[index] = float(total / max(1, count))
+        loss_sum, num_counted = sum_losses(batch_losses, counted)
+        return {"loss": loss_sum, "count": num_counted}
+
+    single_rank = replace(runtime, rank=0, world_size=1)  # every rank evaluates all examples: all choose one checkpoint
+    micro_batch_size = max(1, min(batches.num_sequences, MICRO_BATCH_TOKENS // batches.sequence_length))
+    means = evaluate(model, evaluate_batch, batches.evaluation, batches.num_sequences, micro_batch_size, single_rank)
+    indices = range(len(outputs))
+    return [outputs[index] for index in indices], [losses[index] for index in indices], means["loss"]

@@ -15,13 +15,12 @@ from bertlite.data.formats import decode_line
 from bertlite.data.sources import read_file_texts
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
-from bertlite.finetuning.losses import compute_scores, no_loss
-from bertlite.finetuning.outputs import compute_outputs
+from bertlite.finetuning.losses import compute_outputs, compute_scores, no_loss
 from bertlite.finetuning.tasks import find_task
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier
 
-NUM_TEXTS = 64  # that are tokenized and packed together
+CHUNK_SIZE = 64  # texts that are tokenized and packed together
 
 
 def predict(
@@ -46,7 +45,7 @@ def predict(
         raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     settings = TaskSettings(train=DataLocation(path="-"), max_length=length, doc_stride=min(64, length // 4))
-    for chunk in chunks(enumerate(texts, 1), NUM_TEXTS):
+    for chunk in chunks(enumerate(texts, 1), CHUNK_SIZE):
         inputs = [split_text(text, number) if num_texts == 2 else (text,) for number, text in chunk]
         examples = task.encode(inputs, tokenizer, settings)
         batches = ExampleBatches(examples, model.config.pad_token_id)

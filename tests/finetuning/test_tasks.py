@@ -14,8 +14,7 @@ from bertlite.data.masking import IGNORED
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.experiment import build_initial_model, make_train_settings
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.losses import compute_scores, label_loss, sum_losses
-from bertlite.finetuning.outputs import compute_outputs
+from bertlite.finetuning.losses import compute_outputs, compute_scores, label_loss, sum_losses
 from bertlite.finetuning.tasks import TASKS
 from bertlite.model.heads import SequenceClassifier
 from bertlite.model.huggingface import load_model
