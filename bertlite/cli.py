@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that --help is immediate."""
+"""The command line. A command imports what it needs when it runs, so that --help is immediate."""
 
 import errno
 import json
@@ -112,14 +112,12 @@ def evaluate(
     model: Model,
     data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Text to evaluate on; repeatable.")] = None,
     pairs: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs in the format of BLiMP; repeatable.")
+        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs, as BLiMP; repeatable.")
     ] = None,
     pseudo_perplexity: Annotated[
         bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
     ] = False,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Positions of a sequence; default: as in pretraining.")
-    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: as in pretraining.")] = None,
     document: Annotated[Literal["blank-line", "line"], typer.Option(help="What ends a document.")] = "blank-line",
     column: Column = "text",
     precision: Precision = "fp32",
@@ -174,19 +172,16 @@ def sweep(
 ) -> None:
     """Search for the best settings of a fine-tuning."""
     from bertlite.config.finetune_settings import SweepConfig
-    from bertlite.finetuning.sweep import format_trials
-    from bertlite.finetuning.sweep import sweep as run_sweep
+    from bertlite.finetuning import sweep as sweeping
 
-    trials = run_sweep(_load_config(SweepConfig, config, overrides, out, model), resume=resume)
-    _print_result(trials, as_json, format_trials)
+    trials = sweeping.sweep(_load_config(SweepConfig, config, overrides, out, model), resume=resume)
+    _print_result(trials, as_json, sweeping.format_trials)
 
 
 @app.command()
 def predict(
     model: Model,
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: the lines of standard input.")
-    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: lines of stdin.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
     column: Column = "text",
     pairs: Annotated[bool, typer.Option("--pairs", help="Each text is a pair, separated by a tab.")] = False,
@@ -314,7 +309,7 @@ def main() -> None:
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:
-    """Return the message for an error and the exit code; None for an error in bertlite, which needs its traceback."""
+    """Return the message for an error and the exit code; None for a bug, which needs its traceback."""
     from bertlite.core.errors import Failure, UserError
     from bertlite.core.signals import Stopped
 
@@ -335,7 +330,7 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
 
 def _load_config(
     config_type: type[Config],
-    config: Path,
+    path: Path,
     overrides: list[str] | None,
     out: Path | None = None,
     model: str | None = None,
@@ -345,7 +340,7 @@ def _load_config(
 
     options = {"model.init_from": model, "output_dir": out and str(out)}
     changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
-    return load_config(config_type, config, [*(overrides or []), *changes])
+    return load_config(config_type, path, [*(overrides or []), *changes])
 
 
 def _load_model(model: str, precision: str) -> "LoadedModel":
@@ -360,6 +355,6 @@ def _print_result(result: Any, as_json: bool, format_text: Callable[[Any], str])
 
 
 def _print(result: object) -> None:
-    """Print the result of a command; under torchrun, rank 0 does."""
+    """Print the result of a command, on rank 0."""
     if get_rank() == 0:
         print(result, flush=True)

@@ -1,4 +1,4 @@
-"""Load, train, extend and pad tokenizers: always Hugging Face tokenizers with BERT's five special tokens."""
+"""Load, train, extend and pad tokenizers, which are Hugging Face's and have BERT's five special tokens."""
 
 import json
 import re
@@ -24,14 +24,14 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
 UNUSED = re.compile(r"\[unused\d+\]")  # tokens that BERT's vocabularies reserve for their users
-CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK] and leave their places to longer tokens
+CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK], which leaves room for longer tokens
 
 
 def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
     """Load `vocab.txt`, `tokenizer.json`, a Hugging Face folder or a hub name.
 
-    `lowercase` is used for a `vocab.txt` only; the other files hold this setting. Raises UserError when there is no
-    such tokenizer, when it lacks a special token, or when it is not a fast tokenizer.
+    `lowercase` is for `vocab.txt`; the others bring this setting. Raises UserError for a name without a tokenizer, and
+    for one that lacks a special token or is not a fast tokenizer.
     """
     path, local = Path(name), Path(name).is_dir()
     if local:
@@ -71,8 +71,8 @@ def prepare_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer on the documents or load `base`; extend and pad it as configured.
 
-    A tokenizer that was trained or changed is cached by fingerprint; `digest` stands for the documents in it. Raises
-    UserError when `base` cannot be loaded, or cannot be changed.
+    A trained or changed tokenizer is cached; `digest` identifies its documents. Raises UserError if `base` cannot be
+    loaded or changed.
     """
     loaded = None if base is None else load_tokenizer(base, settings.lowercase)
     if loaded is not None and not settings.extend and not settings.pad_to_multiple_of:
@@ -90,9 +90,9 @@ def prepare_tokenizer(
 
 
 def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
-    """Choose documents of at most `limit` characters together at random, the same every time; all of them if they fit.
+    """Choose documents with at most `limit` characters in total at random, the same every time.
 
-    A document is kept while its random number is below a threshold, which is halved whenever too many are kept.
+    A document is kept while its random number is below a threshold, which is halved whenever the total is too large.
     """
     kept: list[tuple[int, str]] = []
     threshold, characters = 1 << 32, 0
@@ -110,8 +110,8 @@ def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
 def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     """Train a WordPiece vocabulary (Devlin et al. 2018, section 3), the same in every process.
 
-    The library numbers the tokens that continue a word in the order of a hash map, and breaks ties by these numbers.
-    Passing them as special tokens, sorted, makes their order certain.
+    The library would number the tokens that continue a word in the order of a hash map, and break ties by these
+    numbers. Passing them as special tokens fixes their order.
     """
     alphabet = _alphabet(documents, vocab_size, lowercase)
     continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
@@ -149,7 +149,7 @@ def pad_vocabulary(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
 
 
 def spell_token(token: str, vocabulary: dict[str, int]) -> list[int]:
-    """Split a token that a vocabulary lacks into ids that it has, longest match first; [] if that is impossible.
+    """Split a token into ids of a vocabulary that lacks it, longest match first; [] if that is impossible.
 
     Example: with `un` and `##it` in the vocabulary, `unit` gives the ids of these two.
     """
@@ -164,7 +164,7 @@ def spell_token(token: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
-    """BERT's tokenizer for a vocabulary: clean, split at punctuation and around Chinese characters, WordPiece."""
+    """Build BERT's tokenizer: clean, split at punctuation and around Chinese characters, WordPiece."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -173,12 +173,12 @@ def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    """Wrap a tokenizer into transformers' class, which saves what AutoTokenizer reads."""
+    """Wrap a tokenizer in transformers' class, which saves files for AutoTokenizer."""
     return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
 
 
 def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What masking needs to know about a tokenizer. [UNK] is a special token, as in Hugging Face."""
+    """Return what masking needs to know about a tokenizer. [UNK] is a special token, as in Hugging Face."""
     special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
     ordinary = np.setdiff1d(np.arange(len(tokenizer), dtype=np.int64), special)
     if not len(ordinary):
@@ -192,7 +192,7 @@ def _save_tokenizer(
     documents: Callable[[], Iterable[str]],
     settings: TokenizerSettings,
 ) -> None:
-    """Save the loaded or else a trained tokenizer, and change its vocabulary in the files."""
+    """Save the loaded tokenizer or train one, and change the vocabulary in its files."""
     tokenizer = _train(documents(), settings) if loaded is None else loaded
     tokenizer.save_pretrained(folder)
     if loaded is not None and settings.extend:
@@ -246,7 +246,7 @@ def _random_numbers() -> Iterator[int]:
 
 
 def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
-    """The most frequent characters that cover the text and fit into the vocabulary, sorted."""
+    """Choose the most frequent characters that cover the text and fit into the vocabulary, sorted."""
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     counts: Counter[str] = Counter()
     for document in documents:
@@ -268,7 +268,7 @@ def _most_frequent_first(counts: Counter[str]) -> list[tuple[str, int]]:
 
 
 def _continues_words(character: str, lowercase: bool) -> bool:
-    """Whether a character may continue a word: punctuation and Chinese characters are words of their own."""
+    """Return whether a character may continue a word: punctuation and Chinese characters may not."""
     text = normalizers.BertNormalizer(lowercase=lowercase).normalize_str("a" + character)
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
 
@@ -309,7 +309,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         raise UserError(f"{path}: the vocabulary is not UTF-8") from None
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
-        raise UserError(f"{path}: {len(tokens):,} tokens, without {', '.join(missing)}; add them, one a line")
+        raise UserError(f"{path}: {len(tokens):,} tokens, without {', '.join(missing)}; add them, one per line")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         token = next(token for token, count in Counter(tokens).items() if count > 1)

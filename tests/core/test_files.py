@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic files and folders, leftovers, checksums."""
 
 import os
 import stat
@@ -12,24 +12,24 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_folder, remove_leftovers, sha256, write_text
 
 
-def test_new_folder_appears_only_when_filled(tmp_path):
-    with atomic_folder(tmp_path / "model") as aside:
-        (aside / "a").write_text("1")
-        (aside / "inner").mkdir()
-        (aside / "inner" / "b").write_text("2")
+def test_an_atomic_folder_appears_only_when_complete(tmp_path):
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("1")
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "b").write_text("2")
         assert not (tmp_path / "model").exists()
     assert (tmp_path / "model" / "inner" / "b").read_text() == "2"
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_new_folder_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(KeyError), atomic_folder(tmp_path / "model") as aside:
-        (aside / "a").write_text("1")
+def test_an_atomic_folder_leaves_nothing_after_an_error(tmp_path):
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("1")
         raise KeyError
     assert os.listdir(tmp_path) == []
 
 
-def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
+def test_an_atomic_file_keeps_the_old_content_after_an_error(tmp_path):
     path = tmp_path / "config.yaml"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
@@ -38,7 +38,7 @@ def test_write_whole_keeps_the_old_file_when_the_new_one_fails(tmp_path):
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
-def test_a_file_is_as_readable_as_any_new_one(tmp_path):
+def test_an_atomic_file_has_the_permissions_of_any_new_file(tmp_path):
     write_text(tmp_path / "ours", "x")
     (tmp_path / "theirs").write_text("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
@@ -52,7 +52,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     for name in (".step-00000020.abc_1xyz", ".step-00000020.12345678"):
         (tmp_path / name).mkdir()
     (tmp_path / ".step-00000040.q2w3e4r5").write_text("")
@@ -63,13 +63,13 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     assert set(os.listdir(tmp_path)) == kept
 
 
-def test_what_a_killed_process_leaves_has_the_names_that_are_removed(tmp_path):
+def test_files_left_by_a_killed_process_are_recognized_as_leftovers(tmp_path):
     code = (
         "import os, pathlib, sys\nfrom bertlite.core import files\npath = pathlib.Path(sys.argv[1])\n"
         "files.fsync = lambda path: os.kill(os.getpid(), 9)\n"
     )
     ends = {
-        "model": "with files.atomic_folder(path / 'model') as aside: (aside / 'a').write_text('1')",
+        "model": "with files.atomic_folder(path / 'model') as temporary: (temporary / 'a').write_text('1')",
         "config.yaml": "files.write_text(path / 'config.yaml', 'text')",
     }
     for name, end in ends.items():

@@ -76,20 +76,20 @@ def test_64_bits_are_split_without_loss(value):
 
 
 @given(random=st.lists(WORD, max_size=20), limit=st.integers(1, 2**20))
-def test_below_is_the_number_scaled_and_rounded_down(random, limit):
+def test_map_to_range_is_the_number_scaled_and_rounded_down(random, limit):
     assert map_to_range(np.array(random, dtype=np.uint64), limit).tolist() == [
         number * limit // 2**32 for number in random
     ]
 
 
 @given(limit=st.integers(1, 2**20))
-def test_below_reaches_both_ends_and_not_further(limit):
+def test_map_to_range_reaches_both_ends(limit):
     assert map_to_range(np.array([0, 2**32 - 1], dtype=np.uint64), limit).tolist() == [0, limit - 1]
 
 
 @pytest.mark.parametrize("limit", [2, 3, 10, 1000])
 @pytest.mark.parametrize("word", range(4))
-def test_below_is_uniform(limit, word):
+def test_map_to_range_is_uniform(limit, word):
     random = philox((3, TRAINING_MASKS), (np.arange(100_000), 0, 0, 0))[:, word]
     assert_uniform(np.bincount(map_to_range(random, limit), minlength=limit))
 
@@ -105,14 +105,14 @@ def test_every_permutation_is_a_bijection(size, seed, epoch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 255, 256, 257, 4096, 4097, 100_000])
-def test_sizes_about_powers_of_two_are_bijections(size):
+def test_sizes_near_powers_of_two_are_bijections(size):
     assert np.array_equal(np.sort(permute(np.arange(size), size, (5, EPOCH_ORDER), 9)), np.arange(size))
 
 
 @settings(deadline=None)
 @given(data=st.data(), size=st.integers(1, 1000), key=st.tuples(WORD, WORD))
 def test_a_permutation_does_not_depend_on_how_indexes_are_grouped(data, size, key):
-    """One call over several epochs gives what calls for shares of it give, in any order."""
+    """One call over several epochs equals calls for any of its indices, in any order."""
     samples = np.arange(3 * size)
     whole = permute(samples % size, size, key, samples // size)
     chosen = np.array(data.draw(st.lists(st.integers(0, 3 * size - 1), min_size=1, max_size=30)))
@@ -140,7 +140,7 @@ def test_every_position_is_equally_likely_over_the_epochs(size):
 
 @pytest.mark.parametrize("size", [10, 64, 100, 1000])
 def test_neighbours_end_up_any_distance_apart(size):
-    """Four rounds leave a trace in small tables; half to twice what chance gives is good enough to shuffle rows."""
+    """Four rounds leave a trace in small tables; half to twice the expected count is enough to shuffle sequences."""
     epochs = 200 * size
     first, second = (permute(np.full(epochs, element), size, (0, EPOCH_ORDER), np.arange(epochs)) for element in (4, 5))
     counts = np.bincount((second - first) % size, minlength=size)[1:]
@@ -156,7 +156,7 @@ def test_no_two_purposes_share_numbers():
         assert not (first == second).any()
 
 
-def test_many_draws_are_those_of_its_parts():
+def test_draws_do_not_depend_on_how_they_are_grouped():
     parts = [
         draw_uint32(count, (3, PACKING), 1, first) for first, count in ((5, 65_000), (65_005, 70_000), (135_005, 1))
     ]
@@ -164,7 +164,7 @@ def test_many_draws_are_those_of_its_parts():
 
 
 def test_a_seed_means_the_same_in_every_version():
-    """Else what a run has seen, and what was held out from it, would change when it is resumed by a newer version."""
+    """Otherwise a run that a newer version resumes would see other text and another validation split."""
     assert permute(np.arange(10), 10, (7, EPOCH_ORDER), 3).tolist() == [2, 5, 9, 8, 0, 3, 6, 7, 1, 4]
     few = [permute(np.arange(size), size, (0, EPOCH_ORDER), 1).tolist() for size in (2, 3, 4)]
     assert few == [[1, 0], [2, 0, 1], [3, 0, 1, 2]]

@@ -84,7 +84,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 def spans_of(batch: Batch) -> list[list[int]]:
     """Check how each sequence is built, and return the tokens of its spans, without [CLS] and [SEP]."""
-    pieces = []
+    spans = []
     for ids, positions, documents in zip(
         original_ids(batch).tolist(), batch.position_ids.tolist(), batch.document_ids.tolist(), strict=True
     ):
@@ -95,10 +95,10 @@ def spans_of(batch: Batch) -> list[list[int]]:
             assert positions[at:end] == list(range(end - at)), "positions restart at 0"
             assert end - at >= 3 and ids[at] == CLS and ids[end - 1] == SEP
             assert not {PAD, CLS, SEP} & set(ids[at + 1 : end - 1])
-            pieces.append(ids[at + 1 : end - 1])
+            spans.append(ids[at + 1 : end - 1])
             at = end
         assert set(ids[at:]) <= {PAD} and set(positions[at:]) <= {0} and set(documents[at:]) <= {0}
-    return pieces
+    return spans
 
 
 # Packing
@@ -121,13 +121,13 @@ def test_packing_is_complete_and_as_good_as_plain_best_fit(data, capacity, seed)
     kinds = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=20))
     count = data.draw(st.integers(1, 400))
     lengths = np.random.default_rng(seed).choice(kinds, count)
-    pieces, starts = pack_lengths(lengths, capacity)
-    assert np.array_equal(np.sort(pieces), np.arange(count)), "every piece exactly once"
+    spans, starts = pack_lengths(lengths, capacity)
+    assert np.array_equal(np.sort(spans), np.arange(count)), "every item exactly once"
     assert starts[0] == 0 and starts[-1] == count and (np.diff(starts) > 0).all()
-    assert np.add.reduceat(lengths[pieces], starts[:-1]).max() <= capacity
+    assert np.add.reduceat(lengths[spans], starts[:-1]).max() <= capacity
     assert len(starts) - 1 <= best_fit_decreasing(lengths.tolist(), capacity)
     again = pack_lengths(lengths, capacity)
-    assert np.array_equal(again[0], pieces) and np.array_equal(again[1], starts)
+    assert np.array_equal(again[0], spans) and np.array_equal(again[1], starts)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_packing_of_a_few_items(lengths, capacity, rows):
 
 def test_documents_of_one_length_are_paired_at_random():
     """Neighbours in the text share a sequence no more often than other documents."""
-    pieces, starts = pack_lengths(np.full(10_000, 50), 100)
+    spans, starts = pack_lengths(np.full(10_000, 50), 100)
     assert np.array_equal(starts, np.arange(0, 10_001, 2))
-    distance = np.abs(pieces[0::2] - pieces[1::2])
+    distance = np.abs(spans[0::2] - spans[1::2])
     assert (distance == 1).sum() < 10
     assert abs(distance.mean() / 10_000 - 1 / 3) < 0.02
 
@@ -166,29 +166,29 @@ def test_real_text_fills_the_sequences(length):
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40), T=st.integers(12, 70))
 def test_documents_that_fit_stay_whole_and_longer_ones_are_split(lengths, T):
     starts = np.cumsum([0, *lengths])
-    piece_starts, piece_lengths, row_starts = pack_documents(starts[:-1], np.array(lengths), T)
-    pieces = sorted(zip(piece_starts.tolist(), piece_lengths.tolist(), strict=True))
-    ends = [start + length for start, length in pieces]
-    assert [start for start, _ in pieces] == [0, *ends[:-1]] and ends[-1] == starts[-1], "each token once"
+    span_starts, span_lengths, sequence_starts = pack_documents(starts[:-1], np.array(lengths), T)
+    spans = sorted(zip(span_starts.tolist(), span_lengths.tolist(), strict=True))
+    ends = [start + length for start, length in spans]
+    assert [start for start, _ in spans] == [0, *ends[:-1]] and ends[-1] == starts[-1], "each token once"
     assert set(starts.tolist()) <= {0, *ends}, "no piece goes from one document into the next"
     whole = [(start, length) for start, length in zip(starts.tolist(), lengths, strict=False) if length <= T - 2]
-    assert set(whole) <= set(pieces)
-    sums = np.add.reduceat(piece_lengths + 2, row_starts[:-1])
-    assert (np.diff(row_starts) > 0).all() and row_starts[-1] == len(pieces) and sums.max() <= T
+    assert set(whole) <= set(spans)
+    sums = np.add.reduceat(span_lengths + 2, sequence_starts[:-1])
+    assert (np.diff(sequence_starts) > 0).all() and sequence_starts[-1] == len(spans) and sums.max() <= T
 
 
 def test_long_documents_fill_the_sequences():
     """They are split where a sequence ends, so at most one sequence has room for another span."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 300, 500)
-    _, piece_lengths, row_starts = pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 64)
-    room = 64 - np.add.reduceat(piece_lengths + 2, row_starts[:-1])
+    _, span_lengths, sequence_starts = pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 64)
+    room = 64 - np.add.reduceat(span_lengths + 2, sequence_starts[:-1])
     assert (room >= 10).sum() <= 1
 
 
 @pytest.mark.parametrize(("room", "rows"), [(7, 3), (8, 2), (9, 2)])
 def test_a_span_of_a_long_document_has_at_least_eight_tokens(room, rows):
-    lengths = np.array([28 - room, 30 + room])  # the first leaves that room in its row of 32
+    lengths = np.array([28 - room, 30 + room])  # the first leaves that room in its sequence of 32
     assert len(pack_documents(np.cumsum([0, *lengths])[:-1], lengths, 32)[2]) - 1 == rows
 
 
@@ -249,20 +249,20 @@ def test_the_splits_hold_whole_documents_and_nothing_is_lost(lengths, share, mak
         tokens[part] = [token for piece in spans_of(batch) for token in piece]
     assert tokens["train"] and tokens["validation"]
     assert sorted(tokens["train"] + tokens["validation"]) == sorted(corpus.tokens.tolist())
-    held_out = choose_validation(len(corpus), share)
+    is_validation = choose_validation(len(corpus), share)
     assert sorted(tokens["validation"]) == sorted(
-        np.concatenate([corpus.document(n) for n in np.flatnonzero(held_out)])
+        np.concatenate([corpus.document(n) for n in np.flatnonzero(is_validation)])
     )
-    assert np.array_equal(held_out, choose_validation(len(corpus), share))
+    assert np.array_equal(is_validation, choose_validation(len(corpus), share))
 
 
 def test_the_validation_share_is_as_configured_and_spread_over_the_text(make_corpus):
     corpus = make_corpus([1] * 5000)
     for share in (0.02, 0.2, 0.5):
-        held_out = choose_validation(len(corpus), share)
+        is_validation = choose_validation(len(corpus), share)
         spread = np.sqrt(5000 * share * (1 - share))
-        assert abs(held_out.sum() - 5000 * share) < 5 * spread
-        assert abs(held_out[:2500].sum() - 2500 * share) < 5 * spread
+        assert abs(is_validation.sum() - 5000 * share) < 5 * spread
+        assert abs(is_validation[:2500].sum() - 2500 * share) < 5 * spread
 
 
 def test_one_document_cannot_be_split(make_corpus):
@@ -306,7 +306,7 @@ def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
     packing, masking = pack_corpus(corpus, 16), MaskingSettings(rate=0.3, strategy="whole-word")
     stream = Batches(corpus, packing, tokenizer, 16, masking, TrainSettings(seed=7))
     assert stream.select_sequences(np.arange(10)).tolist() == [4, 1, 5, 3, 0, 2, 5, 3, 1, 0]
-    batch, held_out = stream.training(3, 4), stream.evaluation(3, 1)
+    batch, is_validation = stream.training(3, 4), stream.evaluation(3, 1)
     assert batch.input_ids.tolist() == [
         [2, 61, 62, 63, 64, 4, 66, 67, 4, 3, 2, 59, 4, 3, 0, 0],
         [2, 15, 16, 17, 18, 19, 20, 21, 4, 4, 4, 25, 26, 27, 28, 3],
@@ -314,7 +314,7 @@ def test_a_seed_means_the_same_batches_in_every_version(make_corpus, tokenizer):
         [2, 4, 4, 48, 49, 50, 51, 52, 53, 3, 0, 0, 0, 0, 0, 0],
     ]
     assert batch.labels.tolist() == [[65, 68, 60, -100], [18, 22, 23, 24], [56, 57, -100, -100], [46, 47, -100, -100]]
-    assert held_out.input_ids.tolist() == [[2, 4, 62, 63, 64, 65, 66, 67, 68, 3, 2, 59, 4, 3, 0, 0]]
+    assert is_validation.input_ids.tolist() == [[2, 4, 62, 63, 64, 65, 66, 67, 68, 3, 2, 59, 4, 3, 0, 0]]
     row = "[CLS] w10 w11 w12 {w13 → w13} w14 w15 w16 {[MASK] → w17} {[MASK] → w18} {[MASK] → w19} w20 w21 w22 w23 [SEP]"
     other = ["[CLS] w49 w50 {[MASK] → w51} {w52 → w52} w53 [SEP]", "[CLS] w9 [SEP]"]
     assert stream.describe(batch.slice(1, 3)) == [[row], other]
@@ -609,9 +609,9 @@ def test_sources_of_equal_weight_are_packed_as_without_weights(tmp_path, tokeniz
 
 def test_weights_change_neither_the_validation_split_nor_mix_sources_in_a_sequence(tmp_path, tokenizer):
     corpus = weighted_corpus(tmp_path, tokenizer, [20, 30, 40])
-    held_out = choose_validation(len(corpus), 0.3)
+    is_validation = choose_validation(len(corpus), 0.3)
     packing = pack_corpus(corpus, 66, [0.2, 1.0, 5.0], 0.3, "train")
-    assert packing.span_lengths.sum() == 30 * (~held_out).sum()
+    assert packing.span_lengths.sum() == 30 * (~is_validation).sum()
     owner = np.repeat([0.2, 1.0, 5.0], [20, 30, 40])[np.searchsorted(corpus.starts, packing.span_starts, "right") - 1]
     rows = np.repeat(np.arange(len(packing)), np.diff(packing.sequence_starts))
     first_row = 0
