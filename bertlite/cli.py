@@ -111,9 +111,7 @@ def batch(
 def evaluate(
     model: Model,
     data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Text to evaluate on; repeatable.")] = None,
-    pairs: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Minimal pairs, as BLiMP; repeatable.")
-    ] = None,
+    pairs: Annotated[list[str] | None, typer.Option(metavar="FILE", help="File of BLiMP pairs; repeatable.")] = None,
     pseudo_perplexity: Annotated[
         bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
     ] = False,
