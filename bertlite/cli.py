@@ -249,11 +249,10 @@ def export(
     licence: Annotated[str, typer.Option("--license", help="License in the model card, such as mit.")] = "unknown",
 ) -> None:
     """Export a model for other programs, with a model card."""
-    from bertlite.export.formats import ExportOptions
     from bertlite.export.formats import export as export_model
     from bertlite.training.run_folder import model_folder
 
-    export_model(model_folder(model), out, format, ExportOptions(dtype, pooling, licence))
+    export_model(model_folder(model), out, format, dtype, pooling, licence)
     print(out)
 
 

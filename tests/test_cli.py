@@ -393,7 +393,7 @@ def test_what_the_hub_answers_is_told_in_one_line(bertlite):
         snapshot_download("org/name")
     code, _, err = bertlite("fill", "org/name", "a [MASK]")
     assert code == 2 and err.endswith(
-        f"no such folder, and the hub gave none: {str(caught.value).strip().splitlines()[0]}\n"
+        f"no such folder, and the download from the hub failed: {str(caught.value).strip().splitlines()[0]}\n"
     )
 
 

@@ -25,14 +25,14 @@ SHAPE = {
 }
 
 
-def make_rows(rows: list[list[int]], length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random input ids, positions and document ids (B,T) of rows that hold documents of these lengths."""
-    document_ids, position_ids = torch.zeros(len(rows), length).long(), torch.zeros(len(rows), length).long()
-    for row, documents in enumerate(rows):
+def make_sequences(sequences: list[list[int]], length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input ids, positions and document ids (B,T) of packed sequences, from the lengths of their documents."""
+    document_ids, position_ids = torch.zeros(2, len(sequences), length).long()
+    for index, documents in enumerate(sequences):
         ends = itertools.accumulate(documents)
         for number, (size, end) in enumerate(zip(documents, ends, strict=True), 1):
-            document_ids[row, end - size : end] = number
-            position_ids[row, end - size : end] = torch.arange(size)
+            document_ids[index, end - size : end] = number
+            position_ids[index, end - size : end] = torch.arange(size)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1, SHAPE["vocab_size"], document_ids.shape, generator=generator)
     return input_ids * (document_ids > 0), position_ids, document_ids
@@ -42,14 +42,14 @@ def make_segments(shape: torch.Size) -> Tensor:
     return torch.randint(2, shape, generator=torch.Generator().manual_seed(1))
 
 
-# Of the largest reference value: about a hundred roundings of each precision, few of which add up.
+# Relative to the largest reference value: about a hundred roundings of each precision, few of which add up.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def assert_close_to_scale(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    """Compare relative to the largest reference value, since rounding errors are as large as what is summed.
+    """Compare relative to the largest reference value, since rounding errors grow with the values that are summed.
 
-    By default the tolerance follows from the precision of `expected`. NaN and another shape or dtype fail.
+    By default the tolerance follows from the precision of `expected`. NaN, a wrong shape or a wrong dtype fails.
     """
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
@@ -88,12 +88,12 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str,
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def assert_same_weights(one: nn.Module, another: nn.Module) -> None:
-    first, second = dict(one.named_parameters()), dict(another.named_parameters())
-    assert list(first) == list(second)
-    for name, weight in first.items():
-        assert weight.dtype == second[name].dtype == torch.float32
-        assert torch.equal(weight, second[name]), name
+def assert_same_weights(model: nn.Module, reference: nn.Module) -> None:
+    weights, expected = dict(model.named_parameters()), dict(reference.named_parameters())
+    assert list(weights) == list(expected)
+    for name, weight in weights.items():
+        assert weight.dtype == expected[name].dtype == torch.float32
+        assert torch.equal(weight, expected[name]), name
 
 
 HEADS = {

@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,24 +24,15 @@ from bertlite.model.huggingface import load_model, load_tokenizer_of, save_model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """The dtype and pooling of an export (None: the format's default), and the licence that its card states."""
-
-    dtype: str | None = None
-    pooling: str | None = None
-    licence: str = "unknown"
-
-
-def hugging_face(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: ExportOptions) -> list[str]:
+def hugging_face(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "fp32") -> list[str]:
     """Write a Hugging Face folder: config.json, model.safetensors and the tokenizer."""
-    save_model(model, folder, DTYPES[options.dtype or "fp32"])
+    save_model(model, folder, DTYPES[dtype])
     tokenizer.save_pretrained(folder)
-    return [f"The weights are stored in {options.dtype or 'fp32'}."]
+    return [f"The weights are stored in {dtype}."]
 
 
 def sentence_transformers(
-    model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: ExportOptions
+    model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "fp32", pooling: str = "mean"
 ) -> list[str]:
     """Write a folder that SentenceTransformer(path) loads and that gives the vectors of `bertlite embed`."""
     from sentence_transformers import SentenceTransformer
@@ -54,17 +44,19 @@ def sentence_transformers(
             f"--format sentence-transformers has no labels, so it cannot express a {type(model).__name__}; "
             "export the pretrained model"
         )
-    encoder, pooling = model.encoder, options.pooling or "mean"
+    encoder = model.encoder
     model_kwargs = {} if encoder.pooler else {"add_pooling_layer": False}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        save_model(encoder, Path(temporary))
+        save_model(encoder, Path(temporary), DTYPES[dtype])
         tokenizer.save_pretrained(temporary)
         transformer = Transformer(temporary, model_kwargs=model_kwargs)
         modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode=pooling)]
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    path = folder / "sentence_bert_config.json"
+    config = json.loads(path.read_text())
     if model_kwargs:  # older versions of the library call it model_args, which newer ones read, too
-        config = folder / "sentence_bert_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_args": model_kwargs}, indent=2) + "\n")
+        config["model_args"] = model_kwargs
+    path.write_text(json.dumps(config, indent=2) + "\n")
     texts = ["a", *sample_texts(15)]
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False)
     ours = Embedder(encoder.eval(), tokenizer, pooling)(texts)
@@ -74,58 +66,54 @@ def sentence_transformers(
     return [f"`SentenceTransformer` against `bertlite embed`, {pooling} pooling, {len(texts)} texts: {difference:.1e}"]
 
 
-def onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, options: ExportOptions) -> list[str]:
-    """Write graphs for onnxruntime in fp32 and int8."""
-    return write_onnx(model, tokenizer, folder, options.dtype)
-
-
 class Format(NamedTuple):
-    """A format: the function that writes it, the dtypes and poolings that it can express, the packages it needs.
+    """A format: the function that writes it, the values of `--dtype` and `--pooling` it has, the packages it needs.
 
-    `write` writes a model and its tokenizer into an empty folder and returns the results of its checks, as lines of
-    the model card. It raises Failure when a check fails.
+    `write(model, tokenizer, folder, **options)` writes into an empty folder and returns the results of its checks, as
+    lines of the model card. It raises Failure when a check fails.
     """
 
-    write: Callable[[Model, PreTrainedTokenizerBase, Path, ExportOptions], list[str]]
-    dtypes: tuple[str, ...]
-    poolings: tuple[str, ...]
-    packages: tuple[str, ...]
+    write: Callable[..., list[str]]
+    options: dict[str, tuple[str, ...]]
+    packages: tuple[str, ...] = ()
 
 
-# The first dtype and pooling are the defaults; onnx writes both its dtypes.
 FORMATS = {
-    "hf": Format(hugging_face, dtypes=tuple(DTYPES), poolings=(), packages=()),
-    "onnx": Format(onnx, dtypes=("fp32", "int8"), poolings=(), packages=("onnx", "onnxscript", "onnxruntime")),
+    "hf": Format(hugging_face, {"dtype": tuple(DTYPES)}),
+    "onnx": Format(write_onnx, {"dtype": ("fp32", "int8")}, packages=("onnx", "onnxscript", "onnxruntime")),
     "sentence-transformers": Format(
-        sentence_transformers, dtypes=("fp32",), poolings=tuple(POOLINGS), packages=("sentence_transformers",)
+        sentence_transformers, {"dtype": ("fp32",), "pooling": tuple(POOLINGS)}, packages=("sentence_transformers",)
     ),
 }
 
 
-def export(source: Path, out: Path, format: str, options: ExportOptions = ExportOptions()) -> None:
+def export(
+    source: Path, out: Path, format: str, dtype: str | None = None, pooling: str | None = None, licence: str = "unknown"
+) -> None:
     """Write the model in folder `source` to `out`, a new or empty folder, with a model card.
 
-    Raises UserError for an unknown format, an option that the format lacks, or a folder that is not empty, and Failure
-    when a check fails; in both cases nothing is written.
+    A dtype or pooling of None is the format's default. Raises UserError for an unknown format, an option that the
+    format lacks, or a folder that is not empty, and Failure when a check fails; in both cases nothing is written.
     """
     target: Format = choose(FORMATS, format, "--format")
-    for option, allowed in {"dtype": target.dtypes, "pooling": target.poolings}.items():
-        value = getattr(options, option)
-        if value is not None and value not in allowed:
-            raise UserError(f"--{option} is {value!r}; --format {format} has {', '.join(allowed) or f'no {option}'}")
+    options = {name: value for name, value in {"dtype": dtype, "pooling": pooling}.items() if value is not None}
+    for name, value in options.items():
+        allowed = target.options.get(name, ())
+        if value not in allowed:
+            raise UserError(f"--{name} is {value!r}; --format {format} has {', '.join(allowed) or f'no {name}'}")
     require(f"--format {format}", f"bertlite[{format}]", *target.packages)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
     tokenizer = load_tokenizer_of(source, model.config)
     with atomic_folder(out) as temporary:
-        results = target.write(model, tokenizer, temporary, options)
+        results = target.write(model, tokenizer, temporary, **options)
         checks = check_parity(temporary if format == "hf" else source)
         for check in checks:
             if not check.ok:
                 raise Failure(
                     f"the model differs from transformers in {check.quantity} ({check.inputs}); see bertlite verify"
                 )
-        graph = "model.onnx" if (temporary / "model.onnx").exists() else "model_int8.onnx"
-        card = model_card(source, out.name, model, format, options.licence, checks, results, graph)
+        graph = "model_int8.onnx" if dtype == "int8" else "model.onnx"
+        card = model_card(source, out.name, model, format, licence, checks, results, graph)
         (temporary / "README.md").write_text(card, encoding="utf-8")

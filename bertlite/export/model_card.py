@@ -67,7 +67,7 @@ def model_card(
         library_name="sentence-transformers" if sentence_vectors else "transformers",
         pipeline_tag="sentence-similarity" if sentence_vectors else task,
         tags=["bert", "bertlite", *(["onnx"] if format == "onnx" else [])],
-        model_name=name if eval_results else None,  # without results it would stand in the metadata by itself
+        model_name=name if eval_results else None,  # which the library writes even without results
         eval_results=eval_results or None,
     )
     example = EXAMPLES.get(task, EXAMPLES["hf"]) if format == "hf" else EXAMPLES[format]
@@ -144,7 +144,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _source_names(sources: list[Any]) -> str:
-    """Name the sources of a split, a comma between them."""
+    """Return the names of the sources of a split, separated by commas."""
     names = [source if isinstance(source, str) else source.get("path") or source["dataset"] for source in sources]
     return ", ".join(map(str, names))
 

@@ -30,7 +30,7 @@ TEXTS = 100  # on which int8 and fp32 are compared
 
 
 class Graph(nn.Module):
-    """A model as programs call it that know Hugging Face's: three inputs (B,T), and Hugging Face's outputs."""
+    """A model with Hugging Face's inputs, three of (B,T), and Hugging Face's outputs."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class Graph(nn.Module):
         return tuple(self.model.hf_outputs(hidden).values())
 
 
-def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None) -> list[str]:
+def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> list[str]:
     """Write model.onnx (`dtype` "fp32"), model_int8.onnx ("int8"), or both (None); return the results of the checks.
 
     In int8, weights are stored and multiplied in 8 bits, with a scale for each output, and activations are rounded to
-    8 bits as they are computed. If it agrees too little with fp32, int8 is refused where it was asked for by name, and
-    left out otherwise. Raises Failure when a check fails.
+    8 bits as they are computed. With None, int8 is left out if it agrees too little with fp32. Raises Failure
+    when another check fails.
     """
     from onnxruntime import InferenceSession
 

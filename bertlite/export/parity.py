@@ -1,7 +1,6 @@
 """`bertlite verify`: compare a model folder in bertlite and in transformers, number by number, on the same inputs."""
 
 # Shapes: B batch, T tokens, D hidden size.
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -66,16 +65,17 @@ def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             differences = compare(ours, theirs, inputs)
         doubtful = [name for name in ("loss", "gradients") if differences[name] > tolerances[name]]
+        exact = {}
         if doubtful and precision == "fp32":
             # With saturated attention, gradients of q and k are small differences of large numbers, and the rounding
             # of fp32 alone exceeds the tolerance in both implementations. fp64 distinguishes it from a real difference.
-            exact = compare(ours.double(), theirs.double(), inputs)
+            in_fp64 = compare(ours.double(), theirs.double(), inputs)
             ours.float(), theirs.float()
-            for name in doubtful:
-                checks.append(Check(inputs_name, f"{name} in fp64", exact[name], tolerances[name]))
-                del differences[name]
+            exact = {name: in_fp64[name] for name in doubtful}
         for name, difference in differences.items():
-            checks.append(Check(inputs_name, name, difference, tolerances.get(name, tolerances["outputs"])))
+            quantity = f"{name} in fp64" if name in exact else name
+            tolerance = tolerances.get(name, tolerances["outputs"])
+            checks.append(Check(inputs_name, quantity, exact.get(name, difference), tolerance))
     return checks
 
 
@@ -112,9 +112,8 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     except Exception as error:  # transformers raises many types, for settings that bertlite ignores
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{folder}: transformers cannot load it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: transformers cannot load it: {reason}") from None
     names = map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
     unused = ARCHITECTURES[ours.config.model_type].unused
     return theirs.eval(), [name for name in names if not unused.match(name)]
@@ -183,14 +182,16 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
     }
     compared = [name for name in outputs if name != "last_hidden_state"]  # which is among the hidden states
     if compared:
-        mine, other = (
+        quantity = "pooler" if compared == ["pooler_output"] else "logits"
+        stacked = [
             torch.stack([at_real_tokens(ours, name, side[name], real) for name in compared])
             for side in (outputs, reference)
-        )
-        differences["pooler" if compared == ["pooler_output"] else "logits"] = _relative(mine, other)
-    our_loss = head.loss(_at_least_fp32(outputs, outputs), targets, real)
+        ]
+        differences[quantity] = _relative(*stacked)
+    outputs = {name: output.to(torch.promote_types(output.dtype, torch.float32)) for name, output in outputs.items()}
+    our_loss = head.loss(outputs, targets, real)
     # transformers' encoder by itself has no loss.
-    their_loss = reference["loss"] if "loss" in reference else head.loss(_at_least_fp32(reference, outputs), {}, real)
+    their_loss = reference["loss"] if "loss" in reference else head.loss(reference, targets, real)
     differences["loss"] = ((our_loss - their_loss).abs() / (their_loss.abs().item() or 1.0)).item()
     differences["gradients"] = _gradient_difference(ours, _gradients(our_loss, ours), _gradients(their_loss, theirs))
     return differences
@@ -199,10 +200,6 @@ def compare(ours: Model, theirs: nn.Module, inputs: Inputs) -> dict[str, float]:
 def at_real_tokens(model: Model, name: str, output: Tensor, real: Tensor) -> Tensor:
     """Select an output at real tokens, or the whole output if it is one per sequence."""
     return output[real] if model.per_token and name != "pooler_output" else output
-
-
-def _at_least_fp32(outputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: outputs[name].to(torch.promote_types(outputs[name].dtype, torch.float32)) for name in names}
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:

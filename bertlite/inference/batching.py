@@ -27,7 +27,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def prepare_for_inference(model: Module, runtime: Runtime) -> Module:
-    """Move a model to the device, in eval mode and with the fastest linear layers, in place; it can train no more."""
+    """Move a model to the device, in eval mode and with the fastest linear layers, in place, for good."""
     model.to(runtime.device).eval()
     has_onednn = torch.backends.mkldnn.is_available()
     if has_onednn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:

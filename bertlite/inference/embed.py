@@ -23,23 +23,13 @@ from bertlite.model.encoder import Encoder
 TEXTS_PER_CHUNK = 8192  # sorted by length together; memory does not grow with the file
 
 
-def mean(hidden: Tensor, real: Tensor) -> Tensor:
-    """Average over the tokens of a text, [CLS] and [SEP] included, as sentence-transformers does."""
-    return (hidden * real).sum(1) / real.sum(1)
-
-
-def cls(hidden: Tensor, real: Tensor) -> Tensor:
-    """Take the vector of the first token."""
-    return hidden[:, 0]
-
-
-def maximum(hidden: Tensor, real: Tensor) -> Tensor:
-    """Take the maximum of each dimension over the tokens of a text."""
-    return hidden.masked_fill(real == 0, -torch.inf).amax(1)
-
-
-# Each takes hidden states (B,T,D) in fp32 and a mask (B,T,1), 1 for real tokens, and returns (B,D).
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean, "cls": cls, "max": maximum}
+# Each takes hidden states (B,T,D) in fp32 and a mask (B,T,1), 1 for real tokens, and returns (B,D). As in
+# sentence-transformers, [CLS] and [SEP] are real tokens.
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda hidden, real: (hidden * real).sum(1) / real.sum(1),
+    "cls": lambda hidden, real: hidden[:, 0],
+    "max": lambda hidden, real: hidden.masked_fill(real == 0, -torch.inf).amax(1),
+}
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ def fill(
     """
     ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]])
     mask_positions = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]
-    positions = model.config.max_position_embeddings
+    max_length = model.config.max_position_embeddings
     if not len(mask_positions):
         raise UserError(f"the text has no {tokenizer.mask_token}: {text[:60]!r}")
-    if ids.shape[1] > positions:
-        raise UserError(f"the text has {ids.shape[1]} tokens, more than the model's {positions} positions")
+    if ids.shape[1] > max_length:
+        raise UserError(f"the text has {ids.shape[1]} tokens, more than the model's {max_length} positions")
     if not 0 < top_k <= model.config.vocab_size:
         raise UserError(f"--top-k is {top_k}; it should be 1 to {model.config.vocab_size}, the vocabulary size")
     with torch.inference_mode():
@@ -36,8 +36,9 @@ def fill(
         for score, token in zip(*best, strict=True):
             filled = ids[0].index_fill(0, position, token)
             sequence = tokenizer.decode(filled, skip_special_tokens=len(mask_positions) == 1)
-            answer = {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence}
-            results[-1].append(answer)
+            results[-1].append(
+                {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence}
+            )
     return results[0] if len(results) == 1 else results
 
 
@@ -46,6 +47,7 @@ def format_predictions(result: list[Any]) -> str:
     masks = [result] if isinstance(result[0], dict) else result
     lines = []
     for number, predictions in enumerate(masks, 1):
-        lines += [f"mask {number}"] if len(masks) > 1 else []
+        if len(masks) > 1:
+            lines.append(f"mask {number}")
         lines += [f"{entry['score']:.4f}  {entry['token_str']:16}  {entry['sequence']}" for entry in predictions]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ class EncoderArchitecture:
 
     build: Callable[[Architecture, str, bool], Encoder]  # of config, attention kernel, and whether it has a pooler
     config: type[Architecture]
-    hf_config: type[PreTrainedConfig]  # for what a config.json leaves out
+    hf_config: type[PreTrainedConfig]  # its defaults stand in for keys that config.json lacks
     class_prefix: str  # of transformers' classes
     weight_prefix: str  # of the encoder's weights under a head
     encoder: dict[str, list[str]]
@@ -31,7 +31,7 @@ class EncoderArchitecture:
     heads: dict[str, dict[str, list[str]]]  # keys are the suffixes of transformers' classes
     tied: dict[str, str]  # weights that must equal others, and are not kept
     unused: re.Pattern[str]  # weights that a folder may hold and the model does not need
-    required: dict[str, tuple[Any, ...]]  # keys of config.json that mean another computation, with the values allowed
+    required: dict[str, tuple[Any, ...]]  # keys of config.json that change the computation, and bertlite's values
 
 
 BERT = EncoderArchitecture(

@@ -1,4 +1,4 @@
-"""Heads on top of the encoder: masked language modelling and those of fine-tuning, and one record about each."""
+"""Heads on top of the encoder, and what transformers, verification and export need to know of each."""
 
 # Shapes: B batch, T tokens, P prediction positions, D hidden size, V vocabulary, L labels.
 from collections.abc import Callable, Mapping
@@ -181,7 +181,7 @@ def answer_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
     return (start + F.cross_entropy(outputs["end_logits"], targets["end_positions"])) / 2
 
 
-def make_scores(model: Classifier, input_ids: Tensor, modulus: int) -> dict[str, Tensor]:
+def make_number_labels(model: Classifier, input_ids: Tensor, modulus: int) -> dict[str, Tensor]:
     """Make up numbers (B,L) below `modulus`, in the model's dtype."""
     numbers = input_ids[:, :1] + torch.arange(len(model.labels))
     return {"labels": (numbers % modulus).to(model.classifier.weight.dtype)}
@@ -221,13 +221,13 @@ HEADS = {
     ),
     "multi_label_classification": Head(
         "text-classification",
-        make_targets=lambda model, input_ids, _: make_scores(model, input_ids, 2),
+        make_targets=lambda model, input_ids, _: make_number_labels(model, input_ids, 2),
         loss=lambda outputs, targets, _: F.binary_cross_entropy_with_logits(outputs["logits"], targets["labels"]),
         decide=lambda outputs: outputs[0] > 0,
     ),
     "regression": Head(
         "text-classification",
-        make_targets=lambda model, input_ids, _: make_scores(model, input_ids, 5),
+        make_targets=lambda model, input_ids, _: make_number_labels(model, input_ids, 5),
         loss=lambda outputs, targets, _: F.mse_loss(outputs["logits"], targets["labels"]),
         decide=None,
     ),

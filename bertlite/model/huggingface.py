@@ -35,12 +35,13 @@ MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
 class SavedModel(NamedTuple):
-    """What a model folder holds: its path, config.json, the encoder's configuration in it, and the weights by name."""
+    """The contents of a model folder; `config` is the encoder's part of config.json, `hf_config`."""
 
     folder: Path
     hf_config: dict[str, Any]
     config: Architecture
-    weights: dict[str, Tensor]
+    architecture: EncoderArchitecture
+    weights: dict[str, Tensor]  # keys are Hugging Face's names
 
 
 def hf_class(model: Model) -> str:
@@ -116,18 +117,18 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
     Raises UserError, naming the file, for a folder that holds no model of a known architecture.
     """
     saved = _read_folder(folder)
-    config, weights, prefix = saved.config, saved.weights, ARCHITECTURES[saved.config.model_type].weight_prefix
-    model_class = _find_model_class(saved)
+    weights, model_class = saved.weights, _find_model_class(saved)
     model: Model
     with torch.device("meta"):
         if issubclass(model_class, Classifier):
             labels = _read_labels(saved, model_class)
-            model = model_class(config, labels, kernel, saved.hf_config.get("problem_type"))
+            model = model_class(saved.config, labels, kernel, saved.hf_config.get("problem_type"))
         elif issubclass(model_class, MaskedLanguageModel):
-            model = MaskedLanguageModel(config, kernel)
+            model = MaskedLanguageModel(saved.config, kernel)
         else:
+            prefix = saved.architecture.weight_prefix
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-            model = build_encoder(config, kernel, pooler="pooler.dense.weight" in weights)
+            model = build_encoder(saved.config, kernel, pooler="pooler.dense.weight" in weights)
     model.load_state_dict(_from_hf(model, weights, folder)[0], assign=True)
     return model
 
@@ -139,14 +140,13 @@ def load_weights_for(model_class: type[Classifier], labels: list[str], folder: P
     file, when the folder holds no encoder of this architecture.
     """
     saved = _read_folder(folder)
-    architecture, saved_class = ARCHITECTURES[saved.config.model_type], _find_model_class(saved)
-    weights, prefix = saved.weights, architecture.weight_prefix
+    saved_class, prefix, weights = _find_model_class(saved), saved.architecture.weight_prefix, saved.weights
     if saved_class is Encoder:
         weights = {prefix + name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         model = model_class(saved.config, labels)
     same_head = saved_class is model_class and _read_labels(saved, model_class) == labels
-    heads = tuple(f"{_hf_classifier(architecture, head)}." for head in (SequenceClassifier, QuestionAnswerer))
+    heads = tuple(f"{_hf_classifier(saved, head)}." for head in (SequenceClassifier, QuestionAnswerer))
     usable = (prefix, *heads) if same_head else (prefix,)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(usable)}
     pooler = f"{prefix}pooler."
@@ -183,15 +183,14 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such folder, and the hub gave none: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no such folder, and the download from the hub failed: {reason}") from None
 
 
 def _read_folder(folder: Path) -> SavedModel:
     """Read config.json and all weights, and check that they belong together."""
     hf_config, config = _read_config(folder)
-    weights = _read_weights(folder)
-    architecture = ARCHITECTURES[config.model_type]
+    architecture, weights = ARCHITECTURES[config.model_type], _read_weights(folder)
     layer_number = re.compile(re.escape(architecture.layer_prefix).replace(r"\{number\}", r"(\d+)"))
     numbers = {int(match[1]) for name in weights if (match := layer_number.search(name))}
     layers = config.num_hidden_layers
@@ -203,7 +202,7 @@ def _read_folder(folder: Path) -> SavedModel:
     for name, tied in architecture.tied.items():
         if name in weights and tied in weights and not torch.equal(weights[name], weights[tied]):
             raise UserError(f"{folder}: {name} differs from {tied}, to which bertlite ties it")
-    return SavedModel(folder, hf_config, config, weights)
+    return SavedModel(folder, hf_config, config, architecture, weights)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
@@ -243,30 +242,30 @@ def _validate_config(path: Path, hf_config: dict[str, Any], architecture: Encode
 
 def _find_model_class(saved: SavedModel) -> type[Model]:
     """Find which model the weights are of, by their names, and by config.json where two models share the names."""
-    architecture, weights = ARCHITECTURES[saved.config.model_type], saved.weights
+    architecture, weights = saved.architecture, saved.weights
     masked_lm = f"{architecture.heads[MaskedLanguageModel.class_suffix]['head'][0]}."
     if any(name.startswith(masked_lm) for name in weights):
         return MaskedLanguageModel
-    if f"{_hf_classifier(architecture, QuestionAnswerer)}.weight" in weights:
+    if f"{_hf_classifier(saved, QuestionAnswerer)}.weight" in weights:
         return QuestionAnswerer
-    if f"{_hf_classifier(architecture, SequenceClassifier)}.weight" not in weights:
+    if f"{_hf_classifier(saved, SequenceClassifier)}.weight" not in weights:
         return Encoder
     has_pooler = f"{architecture.weight_prefix}pooler.dense.weight" in weights
     for_tokens = saved.hf_config.get("architectures") == [architecture.class_prefix + TokenClassifier.class_suffix]
     return SequenceClassifier if has_pooler and not for_tokens else TokenClassifier
 
 
-def _hf_classifier(architecture: EncoderArchitecture, model_class: type[Classifier]) -> str:
+def _hf_classifier(saved: SavedModel, model_class: type[Classifier]) -> str:
     """Return Hugging Face's name of the linear layer on top of the encoder."""
-    return architecture.heads[model_class.class_suffix]["classifier"][0]
+    return saved.architecture.heads[model_class.class_suffix]["classifier"][0]
 
 
 def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
     """Read the labels from id2label; without it they are Hugging Face's LABEL_0, LABEL_1, …"""
-    name = f"{_hf_classifier(ARCHITECTURES[saved.config.model_type], model_class)}.weight"
+    name = f"{_hf_classifier(saved, model_class)}.weight"
     weight = saved.weights[name]
     if weight.ndim != 2 or not weight.numel():
-        raise UserError(f"{saved.folder}: {name} has shape {tuple(weight.shape)}, which is no head's")
+        raise UserError(f"{saved.folder}: {name} has shape {tuple(weight.shape)}, which no head has")
     numbers = [str(number) for number in range(len(weight))]
     labels = saved.hf_config.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
     if not isinstance(labels, dict) or labels.keys() != set(numbers):

@@ -1,4 +1,4 @@
-"""What is exported loads in transformers, onnxruntime and sentence-transformers, and says the same there."""
+"""Exported models load in transformers, onnxruntime and sentence-transformers, and compute the same there."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from bertlite import load
 from bertlite.core.errors import Failure, UserError
 from bertlite.export import onnx as export_onnx
 from bertlite.export import parity
-from bertlite.export.formats import DTYPES, FORMATS, ExportOptions, export
+from bertlite.export.formats import DTYPES, FORMATS, export
 from bertlite.export.model_card import describe_run
 from bertlite.inference.batching import onednn_linear
 from bertlite.inference.embed import POOLINGS
@@ -58,7 +58,7 @@ def test_a_hugging_face_folder_is_the_same_model(every_head, tmp_path, head):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_can_be_stored_in_half_the_bytes(every_head, tmp_path, dtype):
     source = every_head["BertForMaskedLM"]
-    export(source, tmp_path / "out", "hf", ExportOptions(dtype=dtype))
+    export(source, tmp_path / "out", "hf", dtype=dtype)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, weight in after.items():
@@ -71,7 +71,7 @@ def test_a_weight_that_fp16_cannot_express_is_named(every_head, tmp_path):
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "large")
     change_weights(tmp_path / "large", lambda weights: weights | {"cls.predictions.bias": torch.full((600,), 1e5)})
     with pytest.raises(UserError, match=r"cls\.predictions\.bias holds 1e\+05, more than .*use bf16"):
-        export(tmp_path / "large", tmp_path / "out", "hf", ExportOptions(dtype="fp16"))
+        export(tmp_path / "large", tmp_path / "out", "hf", dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
@@ -79,7 +79,7 @@ def test_a_weight_that_fp16_cannot_express_is_named(every_head, tmp_path):
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "BertModel"])
 def test_sentence_transformers_gives_the_vectors_of_embed(every_head, tmp_path, head, pooling):
     library = pytest.importorskip("sentence_transformers")
-    export(every_head[head], tmp_path / "out", "sentence-transformers", ExportOptions(pooling=pooling))
+    export(every_head[head], tmp_path / "out", "sentence-transformers", pooling=pooling)
     theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     ours = load(every_head[head]).encode(TEXTS, pooling=pooling)
     assert np.abs(theirs - ours).max() <= 1e-5 * max(1, np.abs(theirs).max())
@@ -101,32 +101,32 @@ OFTEN = ("BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAns
     "head", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
 )
 def test_onnxruntime_computes_what_transformers_computes(every_head, tmp_path, head):
-    """With dynamic axes: other rows, other lengths, padding and pairs."""
+    """With dynamic axes: other batch sizes, other lengths, padding and pairs."""
     pytest.importorskip("onnxruntime")
-    export(every_head[head], tmp_path / "out", "onnx", ExportOptions(dtype="fp32"))
+    export(every_head[head], tmp_path / "out", "onnx", dtype="fp32")
     theirs = theirs_of(every_head[head], head)
     for text in (TEXTS, TEXTS[:1], [("The state", "of the union"), ("a", "b")], ["people " * 40]):
-        found, inputs = run(tmp_path / "out", "model.onnx", text)
+        outputs, inputs = run(tmp_path / "out", "model.onnx", text)
         with torch.inference_mode():
             output = theirs(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         if head == "BertForQuestionAnswering":
             expected = [output.start_logits, output.end_logits]
         else:
             expected = [output.last_hidden_state, output.pooler_output] if head == "BertModel" else [output.logits]
-        assert len(found) == len(expected)
-        for mine, other in zip(found, expected, strict=True):
-            assert mine.shape == other.shape
+        assert len(outputs) == len(expected)
+        for array, reference in zip(outputs, expected, strict=True):
+            assert array.shape == reference.shape
             real = inputs["attention_mask"].astype(bool)
-            per_token = mine.shape[:2] == real.shape
-            difference = np.abs(mine - other.numpy())[real if per_token else ...]
-            assert difference.max() <= 1e-5 * max(1, np.abs(other.numpy()).max())
-    about = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert about["architectures"] == [type(theirs).__name__]
+            per_token = array.shape[:2] == real.shape
+            difference = np.abs(array - reference.numpy())[real if per_token else ...]
+            assert difference.max() <= 1e-5 * max(1, np.abs(reference.numpy()).max())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [type(theirs).__name__]
 
 
 @pytest.fixture(scope="module")
 def decided(every_head, tmp_path_factory) -> Path:
-    """A classifier whose choices are far apart."""
+    """A classifier whose scores differ widely."""
     folder = tmp_path_factory.mktemp("decided") / "model"
     shutil.copytree(every_head["BertForSequenceClassification"], folder)
     bias = torch.tensor([0.0, 9.0, 0.0])
@@ -143,11 +143,11 @@ def test_int8_is_a_quarter_and_agrees(decided, tmp_path):
     assert "model_int8.onnx" in (tmp_path / "both" / "README.md").read_text()
 
 
-def test_int8_that_answers_otherwise_is_refused_or_left_out(decided, tmp_path, monkeypatch, capsys):
+def test_int8_that_decides_otherwise_is_refused_or_left_out(decided, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export_onnx, "AGREEMENT", 1.01)
     with pytest.raises(Failure, match=r"int8: only \d+\.\d% of its decisions are those of fp32"):
-        export(decided, tmp_path / "small", "onnx", ExportOptions(dtype="int8"))
+        export(decided, tmp_path / "small", "onnx", dtype="int8")
     assert list(tmp_path.iterdir()) == []
     export(decided, tmp_path / "both", "onnx")
     assert [path.name for path in (tmp_path / "both").glob("*.onnx")] == ["model.onnx"]
@@ -184,7 +184,7 @@ def spoil_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def spoil_graph(patch: pytest.MonkeyPatch) -> None:
-    """The graph is another one than what PyTorch computes."""
+    """Let the graph differ from what PyTorch computes."""
     pool = Pooler.forward
     scale = lambda: 1.001 if torch.compiler.is_exporting() else 1.0  # noqa: E731
     patch.setattr(Pooler, "forward", lambda self, hidden: pool(self, hidden) * scale())
@@ -220,7 +220,7 @@ def test_nothing_is_written_when_a_check_fails(every_head, tmp_path, monkeypatch
 )
 def test_what_a_format_cannot_express_is_named(every_head, tmp_path, head, format, options, message):
     with pytest.raises(UserError, match=message):
-        export(every_head[head], tmp_path / "out", format, ExportOptions(**options))
+        export(every_head[head], tmp_path / "out", format, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +231,7 @@ def test_a_package_that_is_missing_is_named(every_head, tmp_path, monkeypatch, f
         export(every_head["BertModel"], tmp_path / "out", format)
 
 
-def test_the_model_card_tells_of_the_run(every_head, tmp_path):
+def test_the_model_card_describes_the_run(every_head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(every_head["BertForMaskedLM"], run / "model")
     shutil.copytree(every_head["BertForMaskedLM"], run / "checkpoints" / "step-00000002")
@@ -246,7 +246,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
               "elapsed_seconds": 1.0} for step in range(1, 41)]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    export(run / "model", tmp_path / "out", "hf", ExportOptions(licence="mit"))
+    export(run / "model", tmp_path / "out", "hf", licence="mit")
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
@@ -267,7 +267,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     assert "learning_rate: 0.25" in "".join(describe_run(run / "model", "fill-mask")[0])
     (run / "best.yaml").unlink()
 
-    # Somebody else's file beside a folder that is in no run tells nothing, and is not published.
+    # A config.yaml that bertlite did not write is not published.
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "mine")
     for text in ("database: {password: hunter2}", "data: {root: x}", ""):
         (tmp_path / "config.yaml").write_text(text)
@@ -281,7 +281,7 @@ def test_the_model_card_tells_of_the_run(every_head, tmp_path):
     assert "Tokens seen: 2,345 in 2 steps." in card and "license: unknown" in card
 
 
-def test_the_model_card_tells_of_a_task_and_of_nothing(every_head, tmp_path):
+def test_the_model_card_describes_a_task_or_says_that_nothing_is_known(every_head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(every_head["BertForSequenceClassification"], run / "model")
     (run / "config.yaml").write_text("task: {type: classification, train: ../data/train.tsv}")
@@ -313,8 +313,9 @@ def test_a_model_in_python(every_head):
     assert any(getattr(module, "linear", None) is onednn_linear for module in model.model.modules())
     text = "The [MASK] of the state."
     reference = pipeline("fill-mask", model=str(every_head["BertForMaskedLM"]), device="cpu")(text, top_k=3)
-    found = model.fill(text, top_k=3)
-    assert [one["token"] for one in found] == [one["token"] for one in reference]
-    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in reference], abs=1e-5)
+    predictions = model.fill(text, top_k=3)
+    assert [entry["token"] for entry in predictions] == [entry["token"] for entry in reference]
+    expected = pytest.approx([entry["score"] for entry in reference], abs=1e-5)
+    assert [entry["score"] for entry in predictions] == expected
     with pytest.raises(UserError, match="no masked language modelling head"):
         load(every_head["BertModel"]).fill(text)

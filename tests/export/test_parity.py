@@ -22,14 +22,7 @@ from bertlite.model.architectures import build_encoder
 from bertlite.model.attention import KERNELS
 from bertlite.model.encoder import Encoder
 from bertlite.model.heads import MaskedLanguageModel
-from bertlite.model.huggingface import (
-    load_model,
-    local_folder,
-    read_architecture,
-    save_model,
-    to_hf,
-    weight_names,
-)
+from bertlite.model.huggingface import load_model, local_folder, read_architecture, save_model, to_hf, weight_names
 from bertlite.model.layers import ACTIVATIONS
 
 CLASSES: dict[str, Callable[..., Any]] = {
@@ -104,7 +97,7 @@ def test_models_of_odd_shapes_compute_the_same_here(tmp_path, kind, shape):
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @pytest.mark.parametrize("kind", ["masked language model", "encoder with pooler"])
-def test_models_of_odd_shapes_come_out_as_they_went_in(tmp_path, kind, shape):
+def test_models_of_odd_shapes_are_saved_as_they_were_loaded(tmp_path, kind, shape):
     theirs = make_theirs(kind, **ODD_SHAPES[shape])
     theirs.save_pretrained(tmp_path / "in")
     (tmp_path / "out").mkdir()
@@ -129,7 +122,7 @@ def test_the_table_compares_every_quantity_for_every_kind_of_input(folders):
     for kind, expected in quantities.items():
         checks = [(check.inputs, check.quantity) for check in check_parity(folders[kind])]
         compared = [(inputs, quantity) for inputs in ("padded", "packed", "pair") for quantity in expected]
-        assert sorted(checks[2:]) == sorted(compared)
+        assert checks[2:] == compared
         assert {inputs for inputs, _ in checks[:2]} == {"weights"}
 
 
@@ -152,16 +145,16 @@ EVERY_WEIGHT = [
 
 
 def change_reference(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let transformers' model have one element of a weight, one that the inputs use, differ by 1e-3."""
+    """Let transformers' model differ by 1e-3 in one element of a weight, which the inputs use."""
     load = load_reference
     inputs = make_inputs(Architecture(**FOLDER_SHAPE))
     row = inputs["padded"].input_ids[0, 0] if "word_embeddings" in name else 0
 
     def load_and_change(folder: Path, ours: MaskedLanguageModel | Encoder) -> tuple[nn.Module, list[str]]:
-        theirs, surprises = load(folder, ours)
+        theirs, odd_names = load(folder, ours)
         with torch.no_grad():
             theirs.get_parameter(name)[row].view(-1)[0] += 1e-3
-        return theirs, surprises
+        return theirs, odd_names
 
     monkeypatch.setattr(parity, "load_reference", load_and_change)
 
@@ -174,7 +167,7 @@ def test_one_element_of_any_weight_is_noticed(folders, monkeypatch, kind, name):
     assert [(check.difference, check.ok) for check in by_weight] == [(1.0, False)]
     by_numbers = [check for check in checks if check.inputs != "weights" and not check.ok]
     if name.endswith("key.bias"):
-        assert not by_numbers  # it adds the same to all scores of a query, which softmax does not see
+        assert not by_numbers  # it adds the same to all scores of a query, which softmax ignores
     else:
         assert by_numbers
 
@@ -196,7 +189,7 @@ def test_the_gradient_of_every_weight_is_compared(folders, kind, name):
 
 
 def test_names_that_only_one_side_has_are_reported(folders):
-    """Of a folder that holds another kind of model than the one it is compared with."""
+    """When a folder is compared with a model that has another head."""
     with_head, with_pooler = folders["masked language model"], folders["encoder with pooler"]
     _, unknown = load_reference(with_head, load_model(with_pooler))
     _, missing = load_reference(with_pooler, load_model(with_head))
@@ -248,10 +241,10 @@ def test_a_difference_that_matters_is_noticed_in_bf16(folders, monkeypatch):
     load = load_reference
 
     def load_and_change(folder: Path, ours: MaskedLanguageModel) -> tuple[nn.Module, list[str]]:
-        theirs, surprises = load(folder, ours)
+        theirs, odd_names = load(folder, ours)
         with torch.no_grad():
             theirs.get_parameter("bert.encoder.layer.0.output.dense.weight").neg_()
-        return theirs, surprises
+        return theirs, odd_names
 
     monkeypatch.setattr(parity, "load_reference", load_and_change)
     failed = {(check.inputs, check.quantity) for check in failures(folders["masked language model"], "bf16")}
@@ -262,7 +255,7 @@ OUR_KINDS = ["masked language model", "encoder with pooler", "encoder without po
 
 
 @pytest.mark.parametrize("kind", OUR_KINDS)
-def test_our_folder_loads_in_transformers_and_comes_back_without_a_changed_bit(tmp_path, kind):
+def test_our_folder_is_the_same_after_transformers_loads_and_saves_it(tmp_path, kind):
     ours = make_ours(kind)
     (tmp_path / "ours").mkdir()
     save_model(ours, tmp_path / "ours")
@@ -313,12 +306,12 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-def test_gradients_are_cut_as_the_weights_are():
+def test_tensors_are_split_as_the_weights_are():
     ours = make_ours()
     numbered = {name: torch.arange(weight.numel()).view_as(weight) for name, weight in ours.named_parameters()}
-    cut = to_hf(ours, numbered)
+    split = to_hf(ours, numbered)
     for name, names in weight_names(ours).items():
-        assert torch.equal(torch.cat([cut[their] for their in names]), numbered[name])
+        assert torch.equal(torch.cat([split[their] for their in names]), numbered[name])
 
 
 def rename_as_tensorflow_did(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -517,18 +510,18 @@ def test_every_weight_is_needed(folder):
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing", "~nothing", "a/b/c"])
-def test_a_folder_that_is_not_there_is_not_sought_on_the_hub(name):
+def test_the_path_of_a_missing_folder_is_not_looked_up_on_the_hub(name):
     with pytest.raises(UserError, match=f"{name}: no such model folder"):
         local_folder(name)
 
 
-def test_a_file_is_no_model_folder(folder):
+def test_a_file_is_not_a_model_folder(folder):
     with pytest.raises(UserError, match=r"config\.json: no such model folder"):
         local_folder(str(folder / "config.json"))
     assert local_folder(str(folder)) == folder
 
 
-def test_saturated_attention_is_no_false_alarm_and_hides_no_difference(tmp_path):
+def test_saturated_attention_passes_and_a_difference_in_it_is_noticed(tmp_path):
     """Large queries and keys leave gradients that fp32 cannot resolve; a real difference is still seen."""
     torch.manual_seed(0)
     model = BertForMaskedLM(BertConfig(**FOLDER_SHAPE))
@@ -540,6 +533,8 @@ def test_saturated_attention_is_no_false_alarm_and_hides_no_difference(tmp_path)
     checks = check_parity(tmp_path)
     assert any(check.quantity == "gradients in fp64" for check in checks)
     assert all(check.ok for check in checks)
+    order = [check.quantity.removesuffix(" in fp64") for check in checks[2:]]
+    assert order == 3 * ["hidden states", "logits", "loss", "gradients"]
 
     ours = load_model(tmp_path).double()
     theirs, _ = load_reference(tmp_path, ours)

@@ -1,5 +1,7 @@
 """`verify` for every head: outputs, loss and gradients against transformers' own model and loss."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_models import HEADS as CLASSES
@@ -28,17 +30,17 @@ def test_every_head_equals_that_of_transformers(every_head, head, precision):
         assert {(inputs, quantity) for quantity in ("hidden states", output, "loss", "gradients")} <= quantities
 
 
-@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
 @pytest.mark.parametrize("head", FINE_TUNED)
-def test_one_element_of_a_head_is_noticed(every_head, head, part):
+def test_one_element_of_a_head_is_noticed(every_head, head, parameter):
     ours = load_model(every_head[head])
     theirs, _ = load_reference(every_head[head], ours)
     name = "qa_outputs" if head == "BertForQuestionAnswering" else "classifier"
     with torch.no_grad():
-        theirs.get_parameter(f"{name}.{part}").view(-1)[0] += 1e-2
+        theirs.get_parameter(f"{name}.{parameter}").view(-1)[0] += 1e-2
     differences = compare(ours, theirs, make_inputs(ours.config)["packed"])
     assert differences["logits"] > parity.TOLERANCES["fp32"]["outputs"]
-    if (name, part) != ("qa_outputs", "bias"):  # which softmax does not see
+    if (name, parameter) != ("qa_outputs", "bias"):  # which softmax ignores
         assert differences["loss"] > parity.TOLERANCES["fp32"]["loss"]
 
 
@@ -52,9 +54,7 @@ def test_the_gradient_of_a_head_is_compared(every_head, head):
 
 @pytest.mark.parametrize("other", ["regression", "multi_label_classification"])
 def test_another_meaning_of_the_scores_is_noticed(every_head, tmp_path, other):
-    """The loss of the reference is transformers' own, by what config.json says."""
-    import shutil
-
+    """transformers chooses the reference loss by the problem_type in config.json."""
     shutil.copytree(every_head["BertForSequenceClassification"], tmp_path / "other")
     change_config(tmp_path / "other", problem_type=other)
     ours = load_model(tmp_path / "other")

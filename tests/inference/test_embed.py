@@ -1,4 +1,4 @@
-"""Sentences to vectors, against transformers and sentence-transformers."""
+"""Vectors of texts, against transformers."""
 
 import copy
 import os
@@ -72,17 +72,17 @@ def test_fine_tuned_models_embed_by_their_encoder(every_head, kind):
     assert_close(load(every_head[kind]).encode(TEXTS), reference(every_head[kind]))
 
 
-def test_vectors_can_have_the_length_1_and_texts_be_cut_elsewhere(every_head):
+def test_vectors_can_be_normalized_and_texts_truncated_earlier(every_head):
     model = load(every_head["BertModel"])
-    vectors, cut = model.encode(TEXTS), reference(every_head["BertModel"], length=7)
+    vectors, truncated = model.encode(TEXTS), reference(every_head["BertModel"], length=7)
     unit = model.encode(TEXTS, normalize=True)
     assert np.allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
     assert np.allclose(unit * np.linalg.norm(vectors, axis=1, keepdims=True), vectors, atol=1e-5)
-    assert_close(model.encode(TEXTS, sequence_length=7), cut)
-    assert np.abs(vectors - cut).max() > 0.01
+    assert_close(model.encode(TEXTS, sequence_length=7), truncated)
+    assert np.abs(vectors - truncated).max() > 0.01
 
 
-def test_what_a_batch_holds_changes_nothing(every_head, monkeypatch):
+def test_vectors_do_not_depend_on_the_batch(every_head, monkeypatch):
     model = load(every_head["BertModel"])
     together = model.encode(TEXTS)
     for text, vector in zip(TEXTS, together, strict=True):
@@ -113,7 +113,7 @@ def test_linear_layers_compute_the_same_by_onednn(every_head):
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_no_linear_layer_is_computed_by_another_library(name, every_head):
-    """Also where the last layer computes a part of its outputs."""
+    """Also where the last layer computes some positions alone."""
     model = prepare_for_inference(load_model(every_head[name]), FP32)
     inputs = pad([[5] * 20, [7] * 3], 0, CPU)
     with torch.inference_mode(), torch.profiler.profile() as profile:
@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_file(every_head, tmp_path, monkeypatch):
     encoder, tokenizer = load_encoder(every_head["BertModel"])
     embedder = Embedder(prepare_for_inference(encoder, FP32), tokenizer)
     peaks = []
-    for count in (200, 200, 4000):  # the first time, things are loaded
+    for count in (200, 200, 4000):  # the first run also loads libraries
         tracemalloc.start()
         embedder.write((f"text {number}" for number in range(count)), tmp_path / "v.npy")
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -32,7 +32,7 @@ SOURCES = {
 
 
 def make_inputs(source: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Leaf tensors by letter, and query, key and value among them; what the letter q names is Q long, the others T."""
+    """Leaf tensors by letter, and query, key and value among them; the tensor of letter q has Q tokens, others T."""
     generator = torch.Generator().manual_seed(1)
     leaves = {
         letter: torch.randn(B, Q if letter == "q" else T, D, generator=generator).to(dtype).requires_grad_()
@@ -51,9 +51,9 @@ def make_pair(kernel: str, dropout: float = 0.0) -> tuple[MultiHeadAttention, nn
     theirs = nn.MultiheadAttention(D, H, dropout, batch_first=True)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for mine, other in same_parameters(ours, theirs):
-            mine.normal_(std=0.5, generator=generator)
-            other.copy_(mine)
+        for weight, reference in same_parameters(ours, theirs):
+            weight.normal_(std=0.5, generator=generator)
+            reference.copy_(weight)
     return ours, theirs
 
 
@@ -92,9 +92,9 @@ def test_outputs_weights_and_gradients_are_those_of_torch(kernel, source, mask_n
     assert_close_to_scale(output, expected)
     assert_close_to_scale(ours.weights(query, key, mask), weights)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
-    mine, other = zip(*same_parameters(ours, theirs), strict=True)
-    gradients = torch.autograd.grad((output * direction).sum(), [*leaves.values(), *mine])
-    references = torch.autograd.grad((expected * direction).sum(), [*leaves.values(), *other])
+    our_parameters, their_parameters = zip(*same_parameters(ours, theirs), strict=True)
+    gradients = torch.autograd.grad((output * direction).sum(), [*leaves.values(), *our_parameters])
+    references = torch.autograd.grad((expected * direction).sum(), [*leaves.values(), *their_parameters])
     for gradient, reference in zip(gradients, references, strict=True):
         assert_close_to_scale(gradient, reference)
 
@@ -112,7 +112,7 @@ def test_weights_sum_to_1_and_are_0_where_the_mask_forbids(mask_name):
 
 
 def dropped_weights(kernel: str, rate: float, training: bool = True) -> Tensor:
-    """Weights after dropout (H,Q,T), where all attend to all alike: a key's value is 1 in two places of its own."""
+    """Weights after dropout (H,Q,T), all equal before it; the value of each key is 1 in two dimensions, else 0."""
     heads, keys = 4, 64
     hidden_size = heads * 2 * keys
     layer = MultiHeadAttention(hidden_size, heads, rate, kernel).train(training)
@@ -137,7 +137,7 @@ def test_dropout_drops_single_weights_at_its_rate_and_scales_up_the_rest(kernel,
     assert abs(dropped.float().mean() - rate) < 5 * deviation
     kept = weights[~dropped]
     assert_close_to_scale(kept, torch.full_like(kept, 1 / (1 - rate) / weights.shape[-1]))
-    # Were whole queries, keys or heads dropped together, their shares would lie far apart.
+    # If whole queries, keys or heads were dropped together, their shares would differ more.
     for dimension in range(3):
         shares = dropped.float().mean(dimension)
         expected = (rate * (1 - rate) / dropped.shape[dimension]) ** 0.5
@@ -157,18 +157,18 @@ def test_dropout_keeps_the_expected_output(kernel, mask_name):
     repeats = 4000
     _, inputs = make_inputs("cross")
     mask = make_mask(mask_name, Q)
-    many = None if mask is None else mask.expand(B, H, Q, T).repeat(repeats, 1, 1, 1)
+    masks = None if mask is None else mask.expand(B, H, Q, T).repeat(repeats, 1, 1, 1)
     with torch.no_grad():
         expected = layer.eval()(*inputs, mask)
         torch.manual_seed(0)
-        outputs = layer.train()(*(x.repeat(repeats, 1, 1) for x in inputs), many).view(repeats, B, Q, D)
+        outputs = layer.train()(*(x.repeat(repeats, 1, 1) for x in inputs), masks).view(repeats, B, Q, D)
     deviation = outputs.std(0)
     assert (deviation > 0.01).all()
     assert ((outputs.mean(0) - expected).abs() < 5 * deviation / repeats**0.5).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_dropout_lets_the_same_weights_through_backward_as_forward(kernel):
+def test_dropout_keeps_the_same_weights_in_the_backward_pass(kernel):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, H, T, 4, generator=generator, requires_grad=True) for _ in range(3))
     torch.manual_seed(1)
@@ -201,7 +201,7 @@ def test_padding_never_reaches_real_tokens(kernel, training):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_query_that_may_attend_nowhere_gives_numbers(kernel):
+def test_a_query_that_may_attend_to_nothing_gives_finite_numbers(kernel):
     layer, _ = make_pair(kernel)
     leaves, (x, _, _) = make_inputs("self")
     mask = torch.ones(B, 1, T, T).bool()

@@ -1,6 +1,6 @@
 """The encoder against transformers.BertModel: in training and evaluation mode, with and without dropout, packed."""
 
-# Shapes: B batch, T tokens, D hidden size, V vocabulary, P predictions of a row.
+# Shapes: B batch, T tokens, D hidden size, V vocabulary, P predictions of a sequence.
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import SHAPE, TOLERANCES, assert_close_to_scale, make_rows, make_segments
+from tiny_models import SHAPE, TOLERANCES, assert_close_to_scale, make_segments, make_sequences
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
@@ -39,7 +39,7 @@ def make_pair(
 ) -> tuple[Any, Any]:
     """Our model and transformers', in training mode, with the same random weights; no bias is 0, no scale 1.
 
-    In fp64, where a difference is one of the formulas and not of the roundings of a processor.
+    In fp64, so that a difference comes from the formulas, not from a processor's rounding.
     """
     our_class, their_class = KINDS[kind]
     ours = our_class(architecture(**changes), kernel)
@@ -62,7 +62,7 @@ def test_outputs_of_all_layers_are_those_of_transformers(kernel, activation, tra
     ours, theirs = make_pair(kernel, "encoder", hidden_act=activation)
     ours.train(training)
     theirs.train(training)
-    tokens = input_ids, _, document_ids = make_rows([[16], [9], [1]], 16)
+    tokens = input_ids, _, document_ids = make_sequences([[16], [9], [1]], 16)
     segments = make_segments(input_ids.shape)
 
     states = ours.hidden_states(*tokens, segments)
@@ -73,23 +73,23 @@ def test_outputs_of_all_layers_are_those_of_transformers(kernel, activation, tra
     for state, reference in zip(states, expected.hidden_states, strict=True):
         assert_close_to_scale(state[real], reference[real])
     assert torch.equal(ours(*tokens, segments), states[-1])
-    few = torch.tensor([[3, 0], [8, 1], [0, 0]])
+    chosen = torch.tensor([[3, 0], [8, 1], [0, 0]])
     for depth in (1, 2):
         assert torch.equal(ours(*tokens, segments, depth=depth), states[depth])
-        assert_close_to_scale(ours(*tokens, segments, few, depth), gather_positions(states[depth], few))
+        assert_close_to_scale(ours(*tokens, segments, chosen, depth), gather_positions(states[depth], chosen))
     assert_close_to_scale(ours.pooler(states[-1]), expected.pooler_output)
 
 
 @pytest.mark.parametrize("hidden, attention", [(0.2, 0.0), (0.0, 0.2), (0.1, 0.3)])
 @pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
 def test_dropout_falls_where_that_of_transformers_does(kernel, hidden, attention):
-    """With the same random numbers, since both draw them in the order of the layers."""
+    """Both draw random numbers in the order of the layers, so that one seed gives both the same."""
     rates = {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention}
     ours, theirs = make_pair(kernel, **rates)
-    tokens = input_ids, _, document_ids = make_rows([[16], [9]], 16)
-    everywhere = torch.arange(16).expand_as(input_ids)
+    tokens = input_ids, _, document_ids = make_sequences([[16], [9]], 16)
+    all_positions = torch.arange(16).expand_as(input_ids)
     torch.manual_seed(0)
-    scores = ours(*tokens, everywhere)
+    scores = ours(*tokens, all_positions)
     torch.manual_seed(0)
     expected = theirs(input_ids, document_ids).logits
     real = document_ids > 0
@@ -97,23 +97,23 @@ def test_dropout_falls_where_that_of_transformers_does(kernel, hidden, attention
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_scores_at_the_wanted_positions_are_those_of_transformers_there(kernel):
+def test_scores_at_the_prediction_positions_are_those_of_transformers_there(kernel):
     ours, theirs = make_pair(kernel)
-    tokens = input_ids, _, document_ids = make_rows([[16], [9]], 16)
+    tokens = input_ids, _, document_ids = make_sequences([[16], [9]], 16)
     segments = make_segments(input_ids.shape)
     positions = torch.tensor([[15, 0, 3, 3, 7], [8, 1, 0, 0, 0]])
     scores = ours(*tokens, positions, segments)
     expected = theirs(input_ids, document_ids, segments).logits
     assert scores.shape == (2, 5, SHAPE["vocab_size"])
     assert_close_to_scale(
-        scores, torch.stack([logits[wanted] for logits, wanted in zip(expected, positions, strict=True)])
+        scores, torch.stack([logits[chosen] for logits, chosen in zip(expected, positions, strict=True)])
     )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_loss_and_gradients_are_those_of_transformers(kernel):
     ours, theirs = make_pair(kernel)
-    tokens = input_ids, _, document_ids = make_rows([[16], [9]], 16)
+    tokens = input_ids, _, document_ids = make_sequences([[16], [9]], 16)
     segments = make_segments(input_ids.shape)
     positions = torch.tensor([[1, 4, 12], [0, 3, 8]])
     targets = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -131,65 +131,65 @@ def test_loss_and_gradients_are_those_of_transformers(kernel):
 
 def test_without_segments_all_tokens_are_in_the_first():
     ours, _ = make_pair(kind="encoder")
-    tokens = make_rows([[16], [9]], 16)
+    tokens = make_sequences([[16], [9]], 16)
     assert_close_to_scale(ours(*tokens), ours(*tokens, torch.zeros_like(tokens[0])))
 
 
-PACKED = {"one a row": [[7], [4], [5]], "packed": [[7, 4, 5]], "packed and padded": [[4, 7, 3], [1, 9]]}
+PACKED = {"one document each": [[7], [4], [5]], "packed": [[7, 4, 5]], "packed and padded": [[4, 7, 3], [1, 9]]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("sequences", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_packed_row_gives_each_document_what_it_gets_alone(kernel, training, rows, dtype):
+def test_a_document_in_a_packed_sequence_gets_what_it_gets_alone(kernel, training, sequences, dtype):
     """In fp64, and in bf16 by autocast against fp32."""
     exact = torch.float32 if dtype == torch.bfloat16 else dtype
     ours, theirs = make_pair(kernel, "encoder", exact)
     ours.train(training)
     theirs.train(training)
-    tokens = input_ids, _, document_ids = make_rows(rows, 18)
+    tokens = input_ids, _, document_ids = make_sequences(sequences, 18)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         packed = ours(*tokens)
-    for row, documents in enumerate(rows):
+    for index, documents in enumerate(sequences):
         for number in range(1, len(documents) + 1):
-            of_document = document_ids[row] == number
-            alone = input_ids[None, row, of_document]
+            of_document = document_ids[index] == number
+            alone = input_ids[None, index, of_document]
             expected = theirs(alone).last_hidden_state[0]
-            assert_close_to_scale(packed[row, of_document].to(exact), expected, TOLERANCES[dtype])
+            assert_close_to_scale(packed[index, of_document].to(exact), expected, TOLERANCES[dtype])
             length = alone.shape[1]
-            by_itself = ours(alone, torch.arange(length)[None], torch.ones(1, length).long())
-            assert_close_to_scale(by_itself[0], expected)
+            our_alone = ours(alone, torch.arange(length)[None], torch.ones(1, length).long())
+            assert_close_to_scale(our_alone[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_some_positions_of_packed_rows_get_what_they_get_among_all(kernel, training, dtype):
-    """Outputs and gradients, also where a position is wanted twice; in fp64, and in bf16 by autocast."""
+def test_chosen_positions_of_packed_sequences_get_what_they_get_among_all(kernel, training, dtype):
+    """Outputs and gradients, also where a position is chosen twice; in fp64, and in bf16 by autocast."""
     ours, _ = make_pair(kernel, "encoder", torch.float32 if dtype == torch.bfloat16 else dtype)
     ours.train(training)
-    tokens = make_rows([[7, 4, 5], [1, 9]], 18)
-    wanted = torch.tensor([[0, 6, 8, 15], [0, 1, 9, 0]])
+    tokens = make_sequences([[7, 4, 5], [1, 9]], 18)
+    chosen = torch.tensor([[0, 6, 8, 15], [0, 1, 9, 0]])
     results = []
-    for few in (True, False):
+    for chosen_alone in (True, False):
         ours.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = ours(*tokens, output_positions=wanted) if few else gather_positions(ours(*tokens), wanted)
+            output = ours(*tokens, output_positions=chosen) if chosen_alone else gather_positions(ours(*tokens), chosen)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         output.tanh().sum().backward()
         gradients = [parameter.grad for name, parameter in ours.named_parameters() if "pooler" not in name]
         results.append([output, *gradients])
     tolerance = {torch.float64: 1e-13, torch.bfloat16: 0.1}[dtype]
-    for some, all_of_them in zip(*results, strict=True):
-        assert (some - all_of_them).norm() <= tolerance * all_of_them.norm()
+    for alone, among_all in zip(*results, strict=True):
+        assert (alone - among_all).norm() <= tolerance * among_all.norm()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_other_documents_and_padding_change_nothing_bit_for_bit(kernel):
     ours, _ = make_pair(kernel, "encoder", torch.float32, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    input_ids, position_ids, document_ids = make_rows([[6, 5]], 16)
-    others, _, _ = make_rows([[16]], 16, seed=9)
+    input_ids, position_ids, document_ids = make_sequences([[6, 5]], 16)
+    others, _, _ = make_sequences([[16]], 16, seed=9)
     first = document_ids == 1
     torch.manual_seed(0)
     before = ours(input_ids, position_ids, document_ids)[first]
@@ -204,7 +204,7 @@ RATES = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dropout_is_active_in_training_and_off_in_eval_mode_and_at_rate_0(kernel, rate):
-    tokens = make_rows([[16], [9]], 16)
+    tokens = make_sequences([[16], [9]], 16)
     dropping, _ = make_pair(kernel, "encoder", num_hidden_layers=1, **{rate: 0.1})
     dropping.embeddings.dropout.p = 0.0
     plain, _ = make_pair(kernel, "encoder", num_hidden_layers=1)
@@ -221,7 +221,7 @@ def test_hidden_dropout_drops_units_of_the_embeddings_at_its_rate_and_scales_up_
     config = architecture(hidden_size=120, hidden_dropout_prob=rate)
     embeddings = Embeddings(config)
     initialize(embeddings, 0.02, seed=0)
-    input_ids, position_ids, _ = make_rows([[20]] * 40, 20)
+    input_ids, position_ids, _ = make_sequences([[20]] * 40, 20)
     torch.manual_seed(0)
     dropped = embeddings(input_ids, position_ids)
     expected = embeddings.eval()(input_ids, position_ids)
@@ -236,7 +236,7 @@ def test_hidden_dropout_drops_units_of_the_embeddings_at_its_rate_and_scales_up_
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(kernel, dropout):
     rates = dict.fromkeys(RATES, dropout)
     ours, _ = make_pair(kernel, **rates)
-    tokens = make_rows([[7, 4], [9]], 16)
+    tokens = make_sequences([[7, 4], [9]], 16)
     positions = torch.tensor([[0, 6, 10], [0, 3, 8]])
     results = []
     for enabled in (False, True):
@@ -254,7 +254,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(kernel, dropo
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass_in_training_alone(training):
     ours, _ = make_pair(kind="encoder")
     ours.train(training)
-    tokens = make_rows([[16]], 16)
+    tokens = make_sequences([[16]], 16)
     sizes = []
     for enabled in (False, True):
         ours.gradient_checkpointing = enabled
@@ -271,12 +271,12 @@ def test_an_unknown_activation_is_refused():
 
 
 @pytest.mark.parametrize("std", [0.02, 0.1])
-def test_initialisation_is_that_of_bert(std):
+def test_initialization_is_that_of_bert(std):
     model = MaskedLanguageModel(architecture(vocab_size=3000, hidden_size=120, intermediate_size=300))
     initialize(model, std, seed=0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            # A normal distribution cut at two deviations has 0.8796 of its deviation.
+            # A normal distribution truncated at two deviations has 0.8796 of its deviation.
             assert parameter.abs().max() <= 2 * std, name
             assert abs(parameter.mean()) < 5 * std / parameter.numel() ** 0.5, name
             assert abs(parameter.std() / std - 0.8796) < 5 / parameter.numel() ** 0.5, name
@@ -290,7 +290,7 @@ def weights_of_seed(seed: int) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def test_initialisation_follows_from_the_seed_alone():
+def test_initialization_follows_from_the_seed_alone():
     torch.manual_seed(1)
     first = weights_of_seed(7)
     torch.manual_seed(2)
@@ -301,10 +301,10 @@ def test_initialisation_follows_from_the_seed_alone():
             assert not torch.equal(parameter, other[name]), name
 
 
-def test_initialisation_gives_no_two_matrices_the_same_numbers():
+def test_initialization_gives_no_two_matrices_the_same_numbers():
     matrices = [parameter for parameter in weights_of_seed(0).values() if parameter.ndim > 1]
-    for one, another in itertools.combinations(matrices, 2):
-        assert not torch.equal(one.flatten()[:20], another.flatten()[:20])
+    for first, second in itertools.combinations(matrices, 2):
+        assert not torch.equal(first.flatten()[:20], second.flatten()[:20])
 
 
 # Layers and hidden size, as google-research/bert sized them.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, assert_close_to_scale, make_rows, make_segments, randomize
+from tiny_models import SHAPE, assert_close_to_scale, make_segments, make_sequences, randomize
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -39,8 +39,8 @@ def make_theirs(ours: type[Classifier], labels: int = 2, **changes: Any) -> Any:
     return randomize(HEADS[ours][0](BertConfig(**{**SHAPE, "num_labels": labels, **changes})), 0.3)
 
 
-def make_ours(kind: type[Classifier], labels: list[str], **changes: Any) -> Classifier:
-    model = kind(Architecture(**{**SHAPE, **changes}), labels)
+def make_ours(model_class: type[Classifier], labels: list[str], **changes: Any) -> Classifier:
+    model = model_class(Architecture(**{**SHAPE, **changes}), labels)
     initialize(model, 0.02, seed=1)
     return model
 
@@ -52,53 +52,53 @@ def theirs_of(model: Any, tokens: tuple[torch.Tensor, ...], segments: torch.Tens
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", HEADS)
-def test_scores_are_those_of_transformers(kind, kernel, training, tmp_path):
-    theirs = make_theirs(kind, 2 if kind is QuestionAnswerer else 5)
+@pytest.mark.parametrize("model_class", HEADS)
+def test_scores_are_those_of_transformers(model_class, kernel, training, tmp_path):
+    theirs = make_theirs(model_class, 2 if model_class is QuestionAnswerer else 5)
     theirs.save_pretrained(tmp_path)
     ours, theirs = load_model(tmp_path, kernel).double(), theirs.double()
-    assert type(ours) is kind
-    tokens = make_rows([[16], [9], [2]], 16)
+    assert type(ours) is model_class
+    tokens = make_sequences([[16], [9], [2]], 16)
     segments = make_segments(tokens[0].shape)
     for pair in (torch.zeros_like(segments), segments):
         scores = ours.train(training)(*tokens, pair)
         expected = theirs_of(theirs.train(training), tokens, pair)
-        real = slice(None) if kind is SequenceClassifier else tokens[2] > 0
+        real = slice(None) if model_class is SequenceClassifier else tokens[2] > 0
         assert scores.shape == expected.shape
         assert_close_to_scale(scores[real], expected[real])
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_dropout_falls_where_that_of_transformers_does(kind, tmp_path):
-    """With the same random numbers, since both draw them in the order of the layers."""
-    theirs = make_theirs(kind, hidden_dropout_prob=0.3)
+@pytest.mark.parametrize("model_class", HEADS)
+def test_dropout_falls_where_that_of_transformers_does(model_class, tmp_path):
+    """Both draw random numbers in the order of the layers, so that one seed gives both the same."""
+    theirs = make_theirs(model_class, hidden_dropout_prob=0.3)
     theirs.save_pretrained(tmp_path)
     ours, theirs = load_model(tmp_path, "sdpa").double(), theirs.double()
-    tokens = make_rows([[16], [9]], 16)
+    tokens = make_sequences([[16], [9]], 16)
     torch.manual_seed(0)
     scores = ours.train()(*tokens)
     torch.manual_seed(0)
     expected = theirs_of(theirs.train(), tokens, None)
-    real = slice(None) if kind is SequenceClassifier else tokens[2] > 0
+    real = slice(None) if model_class is SequenceClassifier else tokens[2] > 0
     assert_close_to_scale(scores[real], expected[real])
 
 
 @pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
-@pytest.mark.parametrize("kind", HEADS)
-def test_a_folder_goes_to_transformers_and_back_without_a_changed_bit(kind, problem_type, tmp_path):
-    labels = ["start", "end"] if kind is QuestionAnswerer else ["Größe", "b", "好"]
-    ours = randomize(make_ours(kind, labels))
+@pytest.mark.parametrize("model_class", HEADS)
+def test_a_folder_is_the_same_after_transformers_loads_and_saves_it(model_class, problem_type, tmp_path):
+    labels = ["start", "end"] if model_class is QuestionAnswerer else ["Größe", "b", "好"]
+    ours = randomize(make_ours(model_class, labels))
     ours.problem_type = problem_type
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
     save_model(ours, tmp_path / "ours")
-    theirs, report = HEADS[kind][1].from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, report = HEADS[model_class][1].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    assert type(theirs) is HEADS[kind][0]
+    assert type(theirs) is HEADS[model_class][0]
     assert theirs.config.id2label == dict(enumerate(labels)) and theirs.config.problem_type == problem_type
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_model(tmp_path / "theirs")
-    assert type(back) is kind and back.labels == labels and back.problem_type == problem_type
+    assert type(back) is model_class and back.labels == labels and back.problem_type == problem_type
     for (name, weight), (other, expected) in zip(back.named_parameters(), ours.named_parameters(), strict=True):
         assert name == other and torch.equal(weight, expected), name
 
@@ -113,21 +113,21 @@ PRETRAINED = {
 
 
 def weights_of(model, folder):
-    """What a folder has for a model like this one."""
+    """Weights of a folder that a model like this one can use."""
     return load_weights_for(type(model), model.labels, folder)
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_fine_tuning_starts_from_any_bert(name, tmp_path, capsys):
-    kind, missing = PRETRAINED[name]
-    theirs = randomize(kind(BertConfig(**SHAPE)), 0.3)
+    model_class, missing = PRETRAINED[name]
+    theirs = randomize(model_class(BertConfig(**SHAPE)), 0.3)
     theirs.save_pretrained(tmp_path)
     ours = make_ours(SequenceClassifier, ["a", "b"])
     before = ours.classifier.weight.clone(), ours.encoder.pooler.dense.weight.clone()
     capsys.readouterr()
     ours.load_state_dict(ours.state_dict() | weights_of(ours, tmp_path))
-    encoder = theirs if kind is BertModel else theirs.bert
-    tokens = make_rows([[16], [9]], 16)
+    encoder = theirs if model_class is BertModel else theirs.bert
+    tokens = make_sequences([[16], [9]], 16)
     expected = encoder(tokens[0], tokens[2])
     assert_close_to_scale(ours.encoder(*tokens)[tokens[2] > 0], expected.last_hidden_state[tokens[2] > 0])
     if "pooler" in missing:
@@ -156,11 +156,11 @@ def test_a_head_for_the_same_labels_is_kept_and_no_other(tmp_path, capsys):
 
 def test_a_folder_of_another_shape_or_without_an_encoder_is_refused(tmp_path):
     make_theirs(SequenceClassifier).save_pretrained(tmp_path)
-    about = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(about.replace('"vocab_size": 50', '"vocab_size": 60'))
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"vocab_size": 50', '"vocab_size": 60'))
     with pytest.raises(UserError, match=r"word_embeddings.weight has shape \(50, 24\)"):
         weights_of(make_ours(SequenceClassifier, ["a"]), tmp_path)
-    (tmp_path / "config.json").write_text(about)
+    (tmp_path / "config.json").write_text(config)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["bert.embeddings.LayerNorm.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

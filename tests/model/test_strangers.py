@@ -1,4 +1,4 @@
-"""Model folders from strangers: whatever they hold, the answer is a model or one line, and nothing else is touched."""
+"""Untrusted model folders: whatever they hold, they give a model or one line, and nothing else is read or written."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def folder(valid, tmp_path) -> Path:
 
 
 def use(folder: Path) -> None:
-    """All that commands do with a model folder."""
+    """Do with a model folder all that commands do."""
     model = load_model(folder)
     tokenizer = load_tokenizer_of(folder, model.config)
     fill(model, tokenizer, "w1 [MASK] w2")
@@ -82,7 +82,7 @@ def test_a_file_that_is_larger_than_any_of_its_kind_is_not_read(folder, monkeypa
 
 
 @pytest.mark.parametrize("changes", [{"return_dict": False}, {"chunk_size_feed_forward": 7}])
-def test_settings_that_change_no_number_are_passed_over(folder, changes):
+def test_settings_that_change_no_number_are_ignored(folder, changes):
     change_json(folder / "config.json", **changes)
     assert all(check.ok for check in check_parity(folder))
 
@@ -135,7 +135,7 @@ def test_a_pipe_is_not_waited_for(folder):
         {"num_hidden_layers": 10_000},
     ],
 )
-def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
+def test_absurd_shapes_are_refused_before_memory_is_allocated(folder, changes):
     change_json(folder / "config.json", **changes)
     message = (
         rf"config\.json: {next(iter(changes))} is \d+: Input should be less than"
@@ -150,9 +150,10 @@ def test_absurd_shapes_are_refused_before_they_have_room(folder, changes):
 
 @pytest.mark.parametrize("shape", [(), (3,), (0, 8), (10**9, 0)])
 def test_a_head_of_an_odd_shape_is_refused(folder, shape):
-    weights = {name: one for name, one in load_file(folder / "model.safetensors").items() if "cls." not in name}
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if "cls." not in name}
     save_file(weights | {"classifier.weight": torch.zeros(shape)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=re.escape(f"classifier.weight has shape {shape}, which is no head's")):
+    with pytest.raises(UserError, match=re.escape(f"classifier.weight has shape {shape}, which no head has")):
         load_model(folder)
 
 
@@ -192,13 +193,13 @@ BIAS = "cls.predictions.bias"
         ({}, None),
     ],
 )
-def test_sizes_that_lie_are_refused(folder, header, size):
+def test_headers_with_wrong_sizes_are_refused(folder, header, size):
     write_header(folder / "model.safetensors", header, b"\0" * 3000, size)
     with pytest.raises(UserError, match=str(folder)):
         load_model(folder)
 
 
-def test_code_and_names_of_other_places_in_a_folder_are_never_followed(folder, tmp_path, monkeypatch):
+def test_code_in_a_folder_never_runs_and_nothing_is_downloaded(folder, tmp_path, monkeypatch):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for name in ("modeling_x.py", "tokenization_x.py", "configuration_x.py"):
         (folder / name).write_text(code)
@@ -234,9 +235,9 @@ def test_versions_of_a_tokenizer_by_name_are_refused(folder, tmp_path):
 
 
 def test_ids_beyond_the_embedding_are_refused(folder):
-    about = json.loads((folder / "tokenizer.json").read_text())
-    about["model"]["vocab"]["one more"] = 30
-    (folder / "tokenizer.json").write_text(json.dumps(about))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["one more"] = 30
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=r"has 31 tokens, but the model's vocabulary has 30"):
         use(folder)
 
@@ -249,7 +250,7 @@ def test_a_deep_index_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "training/../../secret", "link"])
-def test_a_manifest_that_names_other_places_is_no_checkpoint(folder, tmp_path, name):
+def test_a_manifest_that_names_files_outside_is_not_a_checkpoint(folder, tmp_path, name):
     (tmp_path / "secret").write_text("x")
     (folder / "training").mkdir()
     (folder / "link").symlink_to(tmp_path / "secret")
@@ -341,7 +342,7 @@ def spoil(folder: Path, data: st.DataObject) -> None:
 
 @settings(max_examples=200, deadline=60_000, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_two_hundred_spoiled_folders_end_in_a_model_or_one_line(valid, tmp_path_factory, data):
+def test_two_hundred_damaged_folders_give_a_model_or_one_line(valid, tmp_path_factory, data):
     base = tmp_path_factory.getbasetemp() / "spoiled"
     shutil.rmtree(base, ignore_errors=True)
     folder = shutil.copytree(valid, base / "model")
