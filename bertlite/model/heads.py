@@ -148,22 +148,22 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """How transformers trains a model with this head, and what other programs read from its outputs.
+    """The targets and loss of a head for comparison with transformers, its decisions, and its pipeline.
 
     `make_targets` makes up targets from the model, token ids (B,T), and token labels (B,T): token ids, or IGNORED.
-    `loss` is transformers' own, of its outputs by name, such targets, and which tokens are real (B,T).
+    `loss` computes transformers' loss from outputs by name, such targets, and which tokens are real (B,T).
     """
 
     pipeline: str  # Hugging Face's name of the task
     make_targets: Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
     loss: Callable[[Tensors, Tensors, Tensor], Tensor]
-    decide: Callable[[list[NDArray[Any]]], NDArray[Any]] | None  # from outputs to decisions, if there are any
-    example: str = '"A sentence."'  # what the pipeline may be called with, as Python
-    unseen_biases: tuple[str, ...] = ()  # that the loss does not depend on, as softmax ignores what all scores share
+    decide: Callable[[list[NDArray[Any]]], NDArray[Any]] | None = None  # from outputs to decisions
+    example: str = '"A sentence."'  # an input of the pipeline, as Python code
+    unseen_biases: tuple[str, ...] = ()  # without effect on the loss: softmax ignores what all scores share
 
 
 def encoder_loss(outputs: Tensors, targets: Tensors, real: Tensor) -> Tensor:
-    """Sum up all outputs in a number that depends on each in its own way, as an encoder by itself has no loss."""
+    """Compute a number that depends on every output, each with its own weight; transformers has none for encoders."""
     hidden = outputs["last_hidden_state"]
     weights = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype)
     loss = (hidden[real] @ weights).square().mean()
@@ -193,19 +193,19 @@ def make_token_labels(model: Classifier, input_ids: Tensor, token_labels: Tensor
 
 
 def make_answers(model: Classifier, input_ids: Tensor, token_labels: Tensor) -> dict[str, Tensor]:
-    """Make up where each answer starts and ends."""
+    """Make up the first and last token of each answer."""
     positions = input_ids % input_ids.shape[1]
     return {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
 
 
 def choose_highest(outputs: list[NDArray[Any]]) -> NDArray[Any]:
-    """Return the number of the highest score in the last dimension of each output."""
+    """Return the index of the highest score in the last dimension of each output."""
     return np.stack([output.argmax(-1) for output in outputs])
 
 
 # Keys are a model's `head_name`: the pipeline of transformers or, of a sequence classifier, the problem type.
 HEADS = {
-    "feature-extraction": Head("feature-extraction", lambda *_: {}, encoder_loss, decide=None),
+    "feature-extraction": Head("feature-extraction", lambda *_: {}, encoder_loss),
     "fill-mask": Head(
         "fill-mask",
         make_targets=lambda model, input_ids, token_labels: {"labels": token_labels},
@@ -229,7 +229,6 @@ HEADS = {
         "text-classification",
         make_targets=lambda model, input_ids, _: make_number_labels(model, input_ids, 5),
         loss=lambda outputs, targets, _: F.mse_loss(outputs["logits"], targets["labels"]),
-        decide=None,
     ),
     "token-classification": Head("token-classification", make_token_labels, label_loss, choose_highest),
     "question-answering": Head(

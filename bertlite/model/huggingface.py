@@ -223,6 +223,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 
 def _validate_config(path: Path, hf_config: dict[str, Any], architecture: EncoderArchitecture) -> Architecture:
+    """Check the encoder's settings, with transformers' defaults for those that are missing."""
     for key, allowed in architecture.required.items():
         if hf_config.get(key) not in allowed:
             raise UserError(f"{path}: {key} is {hf_config[key]!r}, which bertlite does not have")
