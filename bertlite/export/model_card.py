@@ -90,9 +90,10 @@ def model_card(
 
 def describe_run(source: Path, task: str) -> tuple[list[str], list[EvalResult]]:
     """Describe the run that made the model folder `source`: paragraphs of Markdown, and results for the metadata."""
-    run = source.parent.parent if source.parent.name == "checkpoints" else source.parent
+    is_checkpoint = source.parent.name == "checkpoints"
+    run = source.parent.parent if is_checkpoint else source.parent
     loaded = None
-    if source.name == "model" or run != source.parent:
+    if is_checkpoint or source.name == "model":
         loaded = _load_run_config(run / "config.yaml") or _load_run_config(run / "best.yaml")  # the latter of a sweep
     if loaded is None:
         return ["## Training\n\nThe exported folder says nothing about its training."], []

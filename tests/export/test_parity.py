@@ -144,16 +144,13 @@ EVERY_WEIGHT = [
 ]
 
 
-def change_reference(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let transformers' model differ by 1e-3 in one element of a weight, which the inputs use."""
-    load = load_reference
-    inputs = make_inputs(Architecture(**FOLDER_SHAPE))
-    row = inputs["padded"].input_ids[0, 0] if "word_embeddings" in name else 0
+def change_reference(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor], Any]) -> None:
+    """Change a weight of transformers' model in place."""
 
     def load_and_change(folder: Path, ours: MaskedLanguageModel | Encoder) -> tuple[nn.Module, list[str]]:
-        theirs, odd_names = load(folder, ours)
+        theirs, odd_names = load_reference(folder, ours)
         with torch.no_grad():
-            theirs.get_parameter(name)[row].view(-1)[0] += 1e-3
+            change(theirs.get_parameter(name))
         return theirs, odd_names
 
     monkeypatch.setattr(parity, "load_reference", load_and_change)
@@ -161,7 +158,9 @@ def change_reference(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("kind, name", EVERY_WEIGHT)
 def test_one_element_of_any_weight_is_noticed(folders, monkeypatch, kind, name):
-    change_reference(monkeypatch, name)
+    inputs = make_inputs(Architecture(**FOLDER_SHAPE))
+    index = inputs["padded"].input_ids[0, 0] if "word_embeddings" in name else 0  # of a token in the inputs
+    change_reference(monkeypatch, name, lambda weight: weight[index].view(-1)[:1].add_(1e-3))
     checks = check_parity(folders[kind])
     by_weight = [check for check in checks if check.quantity == "tensors not equal bit for bit"]
     assert [(check.difference, check.ok) for check in by_weight] == [(1.0, False)]
@@ -238,15 +237,7 @@ def test_weights_that_are_not_numbers_are_noticed(folder):
 
 
 def test_a_difference_that_matters_is_noticed_in_bf16(folders, monkeypatch):
-    load = load_reference
-
-    def load_and_change(folder: Path, ours: MaskedLanguageModel) -> tuple[nn.Module, list[str]]:
-        theirs, odd_names = load(folder, ours)
-        with torch.no_grad():
-            theirs.get_parameter("bert.encoder.layer.0.output.dense.weight").neg_()
-        return theirs, odd_names
-
-    monkeypatch.setattr(parity, "load_reference", load_and_change)
+    change_reference(monkeypatch, "bert.encoder.layer.0.output.dense.weight", Tensor.neg_)
     failed = {(check.inputs, check.quantity) for check in failures(folders["masked language model"], "bf16")}
     assert {("padded", "logits"), ("padded", "gradients"), ("packed", "logits")} <= failed
 
@@ -415,12 +406,8 @@ def with_config(**changes: Any) -> Callable[[Path], Any]:
     return lambda folder: change_config(folder, **changes)
 
 
-def with_weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], Any]:
-    return lambda folder: change_weights(folder, change)
-
-
-def with_extra(**tensors: Tensor) -> Callable[[Path], Any]:
-    return with_weights(lambda present: present | {name.replace("__", "."): tensor for name, tensor in tensors.items()})
+def with_weight(name: str, tensor: Tensor) -> Callable[[Path], Any]:
+    return lambda folder: change_weights(folder, lambda weights: weights | {name: tensor})
 
 
 WORD = "bert.embeddings.word_embeddings.weight"
@@ -460,19 +447,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"{WORD} has shape \(600, 24\).*means \(601, 24\)",
     ),
     "a vector of another shape": (
-        with_extra(cls__predictions__bias=torch.ones(2)),
+        with_weight("cls.predictions.bias", torch.ones(2)),
         r"cls\.predictions\.bias has shape \(2,\)",
     ),
     "an unknown weight": (
-        with_extra(bert__adapter__weight=torch.ones(2)),
+        with_weight("bert.adapter.weight", torch.ones(2)),
         r"1 are unknown, such as bert\.adapter\.weight",
     ),
     "an untied decoder": (
-        with_extra(cls__predictions__decoder__weight=torch.ones(600, 24)),
+        with_weight("cls.predictions.decoder.weight", torch.ones(600, 24)),
         r"cls\.predictions\.decoder\.weight differs from bert\.embeddings\.word_embeddings\.weight",
     ),
     "an untied decoder bias": (
-        with_extra(cls__predictions__decoder__bias=torch.ones(600)),
+        with_weight("cls.predictions.decoder.bias", torch.ones(600)),
         r"cls\.predictions\.decoder\.bias differs from cls\.predictions\.bias",
     ),
     "empty weights": (write_weights(b""), r"model\.safetensors: damaged"),
