@@ -90,6 +90,10 @@ DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
 }
 
 
+# What decompressors raise for a file that is damaged or truncated.
+DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
+
+
 def file_format(path: Path) -> str:
     """Return the extension in lower case, without that of a compression: .jsonl for `a.jsonl.gz`."""
     compressed = path.suffix.lower() in DECOMPRESSORS
@@ -102,7 +106,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
     try:
         with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as content:
             yield raw, content
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: damaged or truncated: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -111,15 +115,18 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
 def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
     """Read the lines of a UTF-8 file, without their ends.
 
-    Raises UserError for a file that cannot be read or is damaged, and, naming the line, for one that is not UTF-8.
+    Raises UserError for a file that cannot be read and, naming the line, for one that is damaged or not UTF-8.
     """
-    reported = 0
+    number = reported = 0
     with _open(path) as (raw, content):
-        for number, line in enumerate(content, 1):
-            yield decode_line(line, number, str(path))
-            if report and number % 100 == 0 and raw.seekable():  # a pipe is not
-                report(raw.tell() - reported)
-                reported = raw.tell()
+        try:
+            for number, line in enumerate(content, 1):
+                yield decode_line(line, number, str(path))
+                if report and number % 100 == 0 and raw.seekable():  # a pipe is not
+                    report(raw.tell() - reported)
+                    reported = raw.tell()
+        except DAMAGED as error:
+            raise UserError(f"{path}: damaged or truncated after line {number}: {error}") from None
         if report:
             report(path.stat().st_size - reported)
 

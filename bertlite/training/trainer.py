@@ -50,7 +50,7 @@ class Callback:
     """Acts at points of the training loop, on all ranks. Every hook may be left out."""
 
     def on_start(self, trainer: "Trainer") -> None:
-        """Before the first step of this process. A resumed run may owe an evaluation; a run of no steps owes all."""
+        """Before the first step of this process, also where no step is left to train."""
 
     def on_phase_end(self, trainer: "Trainer", phase: str) -> None:
         """When one of PHASES ends; forward and backward end once for each micro-batch."""
