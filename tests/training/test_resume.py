@@ -347,7 +347,7 @@ def test_a_signal_saves_and_ends_the_run_within_seconds(write_config, number, mo
     began = time.monotonic()
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, errors
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # on a busy machine, too
     assert "Traceback" not in errors and "stopped by" in errors
     checkpoint = newest_checkpoint(folder)
     step = json.loads((checkpoint / "training/state.json").read_text())["progress"]["step"]
