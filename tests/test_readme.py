@@ -139,6 +139,8 @@ SMALL_OPTIONS = {"--rounds": "1", "--seconds": "0.1", "--runs": "1", "--kills": 
 def smaller(words: list[str]) -> list[str]:
     """A command with less to do."""
     words = [SMALL_OPTIONS.get(option, word) for option, word in pairwise(["", *words])]
+    if "--seeds" in words:
+        words = words[: words.index("--seeds") + 2]  # the first of them, as the seeds come last
     words = ["tiny" if word in ("mini", "small", "base") else word for word in words]  # of compare_hf
     words = [word for before, word in pairwise(["", *words]) if (before, word) != ("tiny", "tiny")]
     for path in [word for word in words if word.endswith(".yaml") and words[0] == "bertlite"]:
