@@ -299,7 +299,7 @@ def test_dicts_that_are_to_be_extended_are_where_the_page_says():
         assert re.search(rf"^{name}\b.* = ", (PACKAGE / file).read_text(), re.MULTILINE), f"{name} in {file}"
 
 
-def test_the_page_of_the_package_describes_every_room():
+def test_the_page_of_the_package_describes_every_sub_package():
     for path in PACKAGE.glob("*/__init__.py"):
         assert f"| `{path.parent.name}/` |" in PAGES["bertlite/README.md"], path
 
