@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import metrics, pretrain, traces, weights
+from tiny_runs import crash_after, metrics, pretrain, traces, weights
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers import BertForMaskedLM
@@ -120,21 +120,42 @@ def test_the_model_learns(write_config):
     assert evaluations[1] < evaluations[0] < 5.95, "the frequencies of tokens alone give 6.02"
 
 
+FIFTY_STEPS = {"train__max_steps": 50, "train__logging_steps": 1, "train__global_batch_size": 16}
+
+
+# bf16 has 8 bits: one loss of a batch is off by about 2**-8 / sqrt(predictions), which the training then follows.
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_bf16_and_compiled_training_follow_plain_fp32(write_config, optim):
-    changes = {"train__optim": optim, "train__max_steps": 50, "train__logging_steps": 1, "train__global_batch_size": 16}
-    plain = losses(pretrain(write_config("plain", **changes)))
-    bf16 = losses(pretrain(write_config("bf16", **changes, train__precision="bf16")))
-    # bf16 has 8 bits: one loss of a batch is off by about 2**-8 / sqrt(predictions), which the training then follows.
+def test_bf16_training_follows_fp32(write_config, optim):
+    plain = losses(pretrain(write_config("plain", **FIFTY_STEPS, train__optim=optim)))
+    bf16 = losses(pretrain(write_config("bf16", **FIFTY_STEPS, train__optim=optim, train__precision="bf16")))
     assert bf16 == pytest.approx(plain, abs=3e-2) and bf16 != plain
-    if optim == "adamw":  # the optimizer is never compiled
-        torch.compiler.reset()  # what an earlier test compiled would be used again
-        counters.clear()
-        compiled = losses(pretrain(write_config("compiled", **changes, train__compile=True)))
-        assert counters["stats"]["unique_graphs"] > 0
-        both = losses(pretrain(write_config("both", **changes, train__compile=True, train__precision="bf16")))
-        assert compiled == pytest.approx(plain, abs=1e-4)  # the order of sums
-        assert both == pytest.approx(plain, abs=3e-2)
+
+
+def test_compiled_training_follows_uncompiled_training_and_resumes_bit_for_bit(write_config, tmp_path):
+    changes = {
+        "model__num_hidden_layers": 1,
+        "train__logging_steps": 1,
+        "train__save_steps": 5,
+    }  # few kernels to compile
+    torch.compiler.reset()  # what an earlier test compiled would be used again
+    counters.clear()
+    path = write_config("compiled", **changes, train__compile=True)
+    compiled = pretrain(path)
+    assert counters["stats"]["unique_graphs"] > 0
+    plain = pretrain(write_config("plain", **changes))
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)  # the order of sums differs
+    cut = crash_after(compiled, 5, tmp_path / "cut")
+    pretrain(path, f"output_dir={cut}", resume=True)
+    assert traces(cut) == traces(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_long_compiled_training_follows_plain_fp32(write_config, precision, tolerance):
+    plain = losses(pretrain(write_config("plain", **FIFTY_STEPS)))
+    torch.compiler.reset()
+    compiled = {"train__compile": True, "train__precision": precision}
+    assert losses(pretrain(write_config("compiled", **FIFTY_STEPS, **compiled))) == pytest.approx(plain, abs=tolerance)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -171,7 +192,7 @@ def test_dropout_differs_between_steps_micro_batches_and_seeds(write_config):
 @pytest.mark.parametrize("enabled", [False, True])
 def test_gradient_checkpointing_follows_its_setting(write_config, monkeypatch, enabled):
     calls = []
-    monkeypatch.setattr("bertlite.model.bert.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
+    monkeypatch.setattr("bertlite.model.encoder.checkpoint", lambda *a, **b: calls.append(1) or checkpoint(*a, **b))
     pretrain(write_config(train__gradient_checkpointing=enabled, train__max_steps=2))
     assert bool(calls) == enabled
 
