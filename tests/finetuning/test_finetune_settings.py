@@ -1,5 +1,6 @@
 """Every setting of fine-tuning changes something."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def test_every_setting_changes_the_training(write, usual):
                         "early_stopping_patience"}  # fmt: skip
 
 
-def test_settings_that_may_leave_the_loss_unchanged(write, monkeypatch):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_settings_that_may_leave_the_loss_unchanged(write, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # inductor compiles for minutes
     no_dropout = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
     config = write(name="usual", **HALF_AN_EPOCH, **no_dropout)
     run(config)

@@ -85,7 +85,7 @@ def test_unknown_epochs_are_none(write_config, tmp_path, monkeypatch):
 
 
 def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
-    huge = ["model.hidden_size=65536", "model.num_hidden_layers=200", "model.intermediate_size=262144"]
+    huge = ["model.hidden_size=65536", "model.num_hidden_layers=20", "model.intermediate_size=262144"]
     result = planned(write_config(), *huge, measure=True)
     assert result["parameters"] > 10**12 and result["seconds"] is None
     memory, disk = result["warnings"]

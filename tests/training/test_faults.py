@@ -170,7 +170,7 @@ def test_a_plateau_at_the_unigram_entropy_is_warned_of_once(losses, named, capsy
 
 def test_a_stalled_training_is_warned_of(write_config, capsys):
     changes = {"train__max_steps": 4 * MIN_WINDOW, "train__learning_rate": 0.1, "train__warmup_ratio": 0.0}
-    every = {f"train__{name}_steps": 999 for name in ("logging", "eval", "save")}
+    every = {f"train__{name}_steps": 999 for name in ("logging", "eval", "save")} | {"model__num_hidden_layers": 1}
     pretrain(write_config(**changes, **every, train__lr_scheduler_type="constant", train__global_batch_size=16))
     assert capsys.readouterr().err.count("which token frequencies alone give") == 1
 

@@ -27,12 +27,13 @@ def small_disk(tmp_path):
 def test_a_corpus_that_does_not_fit_is_finished_when_there_is_room(small_disk, tmp_path):
     wrap_tokenizer(train_word_piece(["some words of text"] * 9, 100, True)).save_pretrained(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
-    (tmp_path / "text.txt").write_text("\n\n".join(f"some words of text {number}" for number in range(200_000)))
+    (tmp_path / "text.txt").write_text("\n\n".join(f"some words of text {number}" for number in range(20_000)))
 
     def prepare(cache):
         data = DataSettings.model_validate({"train": str(tmp_path / "text.txt"), "cache_dir": str(cache)})
         return prepare_corpus(data.train, tokenizer, data, "data.train")
 
+    subprocess.run(["mount", "-o", "remount,size=200k", small_disk], check=True)
     with pytest.raises(Failure, match="the disk is full") as failure:
         prepare(small_disk)
     assert str(small_disk) in str(failure.value)
