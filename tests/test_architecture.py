@@ -12,13 +12,13 @@ from paths import PACKAGE
 ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "settings finetune_settings loading",
-    "data": "masking words formats sources tokenizer corpus tables packing batches",
+    "data": "masking words formats sources tokenizer corpus conll tables packing batches",
     "model": "layers attention encoder bert architectures heads initialization huggingface",
     "training": "progress optim memory checkpoint run_folder trainer callbacks plateau",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",
-    "finetuning": "metrics labels examples batches losses decoding tasks splits results experiment finetune"
+    "finetuning": "metrics labels examples batches losses decoding tags tasks splits results experiment finetune"
     " predict sweep",
     "": "api cli __main__",
 }

@@ -1,17 +1,16 @@
 """What a head's scores mean: predictions for the metrics, and results in the format of Hugging Face's pipelines."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
 
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.core.packages import require
-from bertlite.finetuning.examples import Examples, context_offsets, find_first_tokens
+from bertlite.finetuning.examples import Examples, context_offsets
 
 Scores = NDArray[np.float32]  # of an example: (L,), or (n,L) for its n tokens
 
@@ -24,17 +23,6 @@ class Outputs:
     examples: Examples
     labels: list[str]
     settings: TaskSettings
-
-
-def decode_tags(outputs: Outputs) -> list[list[str]]:
-    """Return a tag per word of each sentence, from the word's first token; O for words that were truncated."""
-    predictions, examples = [], outputs.examples
-    for scores, encoding, (words,) in zip(outputs.scores, examples.encodings, examples.texts, strict=True):
-        tags = ["O"] * len(words)
-        for word, position in find_first_tokens(encoding).items():
-            tags[word] = outputs.labels[int(scores[position].argmax())]
-        predictions.append(tags)
-    return predictions
 
 
 def find_best_answers(outputs: Outputs) -> list[dict[str, Any]]:
@@ -72,13 +60,6 @@ def find_best_span(scores: Scores, allowed: NDArray[np.bool_], max_length: int) 
 
 
 # Below: results in the format of Hugging Face's pipelines.
-def find_entities(outputs: Outputs) -> Iterator[list[dict[str, Any]]]:
-    """Yield the entities of each text."""
-    examples = outputs.examples
-    for scores, encoding, (text,) in zip(outputs.scores, examples.encodings, examples.texts, strict=True):
-        yield group_entities(softmax(scores), encoding, text, outputs.labels)
-
-
 def rank_classes(outputs: Outputs, top_k: int) -> list[Any]:
     """Rank labels that exclude each other, by softmax; a single label by sigmoid, as Hugging Face does."""
     return rank_labels(outputs, top_k, sigmoid if len(outputs.labels) == 1 else softmax)
@@ -91,32 +72,6 @@ def rank_labels(outputs: Outputs, top_k: int, activation: Callable[[Scores], Sco
         best = np.argsort(-values, kind="stable")[:top_k].tolist()
         rankings.append([{"label": outputs.labels[index], "score": float(values[index])} for index in best])
     return [ranking[0] for ranking in rankings] if top_k == 1 else rankings
-
-
-def group_entities(scores: Scores, encoding: Encoding, text: str, labels: list[str]) -> list[dict[str, Any]]:
-    """Group the words of each entity, labelling each word by its first token: Hugging Face's aggregation "first".
-
-    A word starts an entity if its label is B-KIND, or if the word before it is not of the same kind.
-    """
-    entities: list[dict[str, Any]] = []
-    previous_kind, previous_word = "", None
-    for position, word in enumerate(encoding.word_ids):
-        if word is None:
-            continue
-        start, end = encoding.offsets[position]
-        if word != previous_word:
-            label = labels[int(scores[position].argmax())]
-            kind = "" if label == "O" else label[2:] if label.startswith(("B-", "I-")) else label
-            if kind and (label.startswith("B-") or kind != previous_kind):
-                entities.append({"entity_group": kind, "score": [], "word": "", "start": start, "end": end})
-            if kind:
-                entities[-1]["score"].append(float(scores[position].max()))
-            previous_kind, previous_word = kind, word
-        if previous_kind:  # also by the word's later tokens
-            entities[-1]["end"] = end
-    for entity in entities:
-        entity |= {"score": float(np.mean(entity["score"])), "word": text[entity["start"] : entity["end"]]}
-    return entities
 
 
 def softmax(scores: Scores) -> Scores:

@@ -22,7 +22,6 @@ from bertlite.finetuning.labels import (
     read_label,
     read_label_list,
     read_number,
-    read_tagged_words,
 )
 
 
@@ -100,15 +99,6 @@ def _without_labels(
     return Examples(encodings, record_indices, [IGNORED] * len(encodings), list(texts), [])
 
 
-def find_first_tokens(encoding: Encoding) -> dict[int, int]:
-    """Return the position of each word's first token, by the word's index; truncated words are left out."""
-    positions: dict[int, int] = {}
-    for position, word in enumerate(encoding.word_ids):
-        if word is not None:
-            positions.setdefault(word, position)
-    return positions
-
-
 def context_offsets(encoding: Encoding) -> NDArray[np.int64]:
     """Return the characters (n,2), start and end, of the context that each token stands for; (0, 0) outside of it."""
     in_context = np.array(encoding.sequence_ids, dtype=object) == 1
@@ -143,22 +133,6 @@ def regression_examples(
     examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
     targets = [np.float32(read_number(record, settings)) for record in records]
     return replace(examples, targets=targets, references=[float(target) for target in targets])
-
-
-def tag_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
-) -> Examples:
-    """The target is the index of the word's tag at the first token of each word, IGNORED at all other tokens."""
-    sentences = [read_tagged_words(record, settings) for record in records]
-    examples = encode_texts([(words,) for words, _ in sentences], tokenizer, settings, words=True)
-    targets = []
-    for record, (_, tags), encoding in zip(records, sentences, examples.encodings, strict=True):
-        tag_indices = find_label_indices(tags, labels, record)
-        target = np.full(len(encoding), IGNORED)
-        for word, position in find_first_tokens(encoding).items():
-            target[position] = tag_indices[word]
-        targets.append(target)
-    return replace(examples, targets=targets, references=[tags for _, tags in sentences], targets_per_token=True)
 
 
 def answer_examples(

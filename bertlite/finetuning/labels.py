@@ -54,40 +54,6 @@ def read_number(record: Record, settings: TaskSettings) -> float:
     return number
 
 
-def read_tagged_words(record: Record, settings: TaskSettings) -> tuple[list[str], list[str]]:
-    """Read the words and IOB2 tags of a sentence.
-
-    Raises UserError for cells that are not lists of one length, and for an unknown tag.
-    """
-    words, tags = (get_column(record, name, "task") for name in (settings.text[0], settings.label))
-    if not isinstance(words, list) or not isinstance(tags, list):
-        raise UserError(
-            f"{record.location}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
-        )
-    if len(words) != len(tags):
-        raise UserError(f"{record.location}: {len(words)} words, but {len(tags)} tags")
-    if not words:
-        raise UserError(f"{record.location}: the sentence is empty")
-    return [str(word) for word in words], convert_to_iob2([str(tag) for tag in tags], record.location)
-
-
-def convert_to_iob2(tags: list[str], location: str) -> list[str]:
-    """Convert the tags of a sentence from IOB1, IOB2, BMES or BILOU to IOB2.
-
-    A tag starts an entity if its prefix is B, S or U, if it follows an entity of another kind, or if it follows a tag
-    that ends one (E, S, L, U). Example: I-PER I-PER O U-LOC U-LOC → B-PER I-PER O B-LOC B-LOC.
-    """
-    converted, open_kind = [], ""  # open_kind: the kind of the entity that the next tag may continue
-    for tag in tags:
-        prefix, _, kind = tag.partition("-")
-        if tag != "O" and (prefix not in ("B", "I", "M", "E", "S", "L", "U") or not kind):
-            raise UserError(f"{location}: {tag!r} is not a tag; tags are O, B-KIND, I-KIND, or with M-, E-, S-, L-, U-")
-        starts = prefix in ("B", "S", "U") or kind != open_kind
-        converted.append("O" if tag == "O" else f"{'B' if starts else 'I'}-{kind}")
-        open_kind = "" if prefix in ("E", "S", "L", "U") else kind
-    return converted
-
-
 def read_answers(record: Record) -> tuple[list[str], list[int]]:
     """Read the texts of a question's answers, and at which character of the context each starts."""
     answers = get_column(record, "answers", "SQuAD's format")
@@ -122,13 +88,6 @@ def collect_labels(records: list[Record], settings: TaskSettings) -> list[str]:
     if not labels:
         raise UserError(f"task.train: no example has a label in column {settings.label!r}")
     return labels
-
-
-def collect_tags(records: list[Record], settings: TaskSettings) -> list[str]:
-    kinds = sorted({tag[2:] for record in records for tag in read_tagged_words(record, settings)[1]} - {""})
-    if not kinds:
-        raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is no entity to learn from")
-    return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
 
 
 def sort_labels(labels: set[str]) -> list[str]:

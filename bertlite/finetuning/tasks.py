@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.data.formats import Record
-from bertlite.finetuning import decoding, examples, labels, losses, metrics
+from bertlite.finetuning import decoding, examples, labels, losses, metrics, tags
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -61,9 +61,9 @@ TASKS = {
     ),
     "token-classification": Task(
         TokenClassifier, None, metrics.ENTITIES, SINGLE,
-        labels.collect_tags, examples.tag_examples, examples.encode_texts, losses.label_loss,
-        decode=decoding.decode_tags,
-        results=lambda outputs, top_k: decoding.find_entities(outputs),
+        tags.collect_tags, tags.tag_examples, examples.encode_texts, losses.label_loss,
+        decode=tags.decode_tags,
+        results=lambda outputs, top_k: tags.find_entities(outputs),
         label_weights=True,
     ),
     "question-answering": Task(

@@ -68,22 +68,6 @@ def test_quoted_newlines_and_their_lines(tmp_path):
     assert read(tmp_path / "a.csv") == [{"text": "two\nlines", "label": "x"}]
 
 
-CONLL = "-DOCSTART- -X- O\n\nAda NNP B-PER\nspoke VBD O\n\n\n-DOCSTART- -X- O\nof IN O\nLos NNP B-LOC\n"
-
-
-def test_conll_columns(tmp_path):
-    (tmp_path / "a.conll").write_text(CONLL)
-    rows = read(tmp_path / "a.conll", type="token-classification", text="w", label="t")
-    assert rows == [{"w": ["Ada", "spoke"], "t": ["B-PER", "O"]}, {"w": ["of", "Los"], "t": ["O", "B-LOC"]}]
-    options = {"type": "token-classification", "columns": ["text", "kind", "label"]}
-    assert read(tmp_path / "a.conll", **options, label="kind")[0] == {"text": ["Ada", "spoke"], "kind": ["NNP", "VBD"]}
-    (tmp_path / "a.conll").write_text("Ada B-PER\nspoke\n")
-    with pytest.raises(UserError, match=r"a\.conll:2: 'spoke' should be text label"):
-        read(tmp_path / "a.conll", type="token-classification")
-    with pytest.raises(UserError, match=r"task\.columns should name 'text' and 'label'"):
-        read(tmp_path / "a.conll", type="token-classification", columns=["text", "tag"])
-
-
 def test_squad_becomes_flat_records(tmp_path):
     question = {"id": "q", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
     document = {"data": [{"title": "t", "paragraphs": [{"context": "Ada did.", "qas": [question]}]}]}
@@ -194,9 +178,3 @@ def test_files_that_people_have(name):
         assert len({row["label"] for row in rows}) == 4
     if "trec" in name:
         assert {row["label"] for row in rows} == set("012345")
-
-
-@needs_shared
-@pytest.mark.parametrize("name, sentences", [("wnut17/train.conll", 3394), ("zh_peopledaily/dev.txt", 4631)])
-def test_named_entities_that_people_have(name, sentences):
-    assert len(read(SHARED / "ner" / name, type="token-classification")) == sentences

@@ -4,11 +4,8 @@ import json
 
 import pytest
 from paths import SHARED
-from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from sklearn.metrics import f1_score
 
-from bertlite.finetuning.labels import convert_to_iob2
 from bertlite.finetuning.metrics import ANSWERS, CLASSIFICATION, ENTITIES, MULTILABEL, REGRESSION
 
 CHECK = SHARED / "qa" / "evaluator_check"
@@ -85,37 +82,3 @@ def test_labels_and_numbers():
     assert REGRESSION["spearmanr"]([1.0, 2.0, 3.0], [1.0, 10.0, 5.0]) == pytest.approx(0.5)
     assert REGRESSION["pearson"]([1.0, 2.0], [3.0, 3.0]) == 0
     assert ENTITIES["f1"]([["B-A", "I-A", "O", "B-B"]], [["B-A", "I-A", "O", "O"]]) == pytest.approx(2 / 3)
-
-
-TAGS = {
-    IOB1: "I-A I-A O I-A B-A I-B O I-B B-B I-A",
-    IOB2: "B-A I-A O B-A B-A B-B O B-B B-B B-A",
-    IOBES: "B-A E-A O S-A S-A B-B I-B E-B S-B B-A I-A I-A E-A",
-    BILOU: "B-A L-A O U-A U-A B-B I-B L-B U-B B-A I-A I-A L-A",
-}
-
-
-def iob2(tags: list[str]) -> list[str]:
-    return convert_to_iob2(tags, "here")
-
-
-@pytest.mark.parametrize("scheme", TAGS)
-def test_tags_of_every_scheme_become_iob2(scheme):
-    tags = TAGS[scheme].split()
-    expected = [entity.to_tuple()[1:] for entity in Entities([tags], scheme).entities[0]]
-    forms = [tags, [tag.replace("I-", "M-") for tag in tags]] if scheme is IOBES else [tags]  # BMES has M for I
-    for form in forms:
-        converted = iob2(form)
-        assert {tag[0] for tag in converted} <= set("BIO")
-        assert [(kind, start, end + 1) for kind, start, end in get_entities(converted)] == expected
-        assert [entity.to_tuple()[1:] for entity in Entities([converted], IOB2).entities[0]] == expected
-
-
-@pytest.mark.parametrize("last, single", ["ES", "LU"])
-def test_last_and_single_tags_end_an_entity_even_if_its_tags_break_their_scheme(last, single):
-    for tags, expected in {
-        f"B-A {last}-A I-A": "B-A I-A B-A",
-        f"{single}-A I-A": "B-A B-A",
-        f"B-A I-A {single}-A": "B-A I-A B-A",
-    }.items():
-        assert iob2(tags.split()) == expected.split()

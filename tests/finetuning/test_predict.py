@@ -4,18 +4,14 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from seqeval.metrics.sequence_labeling import get_entities
 from tiny_tasks import SENTENCES, make_experiment, save_model
 from transformers import BertForQuestionAnswering, pipeline
 
 from bertlite.api import LoadedModel
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import initialize_runtime
-from bertlite.data.tokenizer import load_tokenizer
-from bertlite.finetuning.decoding import group_entities
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.predict import read_texts
 
@@ -50,30 +46,6 @@ def test_predictions_equal_those_of_the_pipeline(kind, vocabulary, tmp_path):
         expected = pipeline(name, model=str(folder), device="cpu")(texts[0], top_k=3)
         for ours, theirs in zip(as_list(model.predict(texts[0], top_k=3)), expected, strict=True):
             assert ours["label"] == theirs["label"] and ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
-
-
-def test_tags_are_grouped_into_entities_as_in_seqeval(vocabulary):
-    tokenizer = load_tokenizer(str(vocabulary))
-    labels = ["O", "B-a-work", "I-a-work", "B-B", "I-B"]  # WNUT17 has a kind with a hyphen
-    text = SENTENCES[3][1]
-    encoding = tokenizer(text).encodings[0]
-    words = sorted({word for word in encoding.word_ids if word is not None})
-    spans = [encoding.word_to_chars(word) for word in words]
-    assert len(encoding.ids) - 2 > len(words) > 15
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        chosen = generator.integers(0, 5, len(words))
-        scores = generator.random((len(encoding.ids), 5), np.float32)  # later tokens of a word do not count
-        for word, label in zip(words, chosen, strict=True):
-            scores[encoding.word_ids.index(word), label] = 2.0
-        entities = group_entities(scores, encoding, text, labels)
-        expected = [
-            (kind, spans[first][0], spans[last][1])
-            for kind, first, last in get_entities([labels[label] for label in chosen])
-        ]
-        assert [(entity["entity_group"], entity["start"], entity["end"]) for entity in entities] == expected
-        assert all(entity["word"] == text[entity["start"] : entity["end"]] for entity in entities)
-        assert all(entity["score"] == 2 for entity in entities)
 
 
 def test_answers_are_the_best_spans_of_the_context(vocabulary, tmp_path):
