@@ -17,6 +17,8 @@ from bertlite.config.settings import (
     Seed,
 )
 
+MAX_TOKENS = 1 << 24  # more than any model reads
+
 
 class FinetuneModel(Section):
     """The pretrained model, and the dropout of its fine-tuning."""
@@ -46,34 +48,22 @@ ClassWeights = Annotated[
 ]
 
 
-class TaskSettings(Section):
-    """The task: its tables and their columns, its metric, and how files are read."""
+class InputSettings(Section):
+    """What a model reads: its type of task, the columns of its files, and how long its inputs may be."""
 
     type: str = "classification"
     """classification, multilabel, regression, token-classification or question-answering."""
-    train: TableLocation
-    """Training examples: a table (.tsv, .csv, .jsonl, .json, .parquet, CoNLL columns), a dataset, or sample."""
-    validation: TableLocation | None = None
-    """Validation examples, which choose the best checkpoint; null: some of the training examples."""
-    validation_split: Fraction = 0.1
-    """Fraction of the training examples that are the validation set where task.validation is null."""
-    test: TableLocation | None = None
-    """Test examples, which the results are measured on; null: the validation examples."""
     text: TextColumns = Field(default=["text"])
     """Column of the text, or two columns for pairs and for [question, context]."""
     label: str = "label"
     """Column of the label: text, a number for regression, a list of tags for tokens."""
     label_separator: Annotated[str, Field(min_length=1)] = ","
     """What separates the labels of a multilabel example."""
-    metric: str | None = None
-    """Metric that chooses the best checkpoint; null: the first one of the task's type."""
-    class_weights: ClassWeights | None = None
-    """Weights of the labels in the loss: balanced, or a number for each label, such as {spam: 2}; null: equal."""
-    max_length: Annotated[int, Field(ge=8)] = 128
+    max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128
     """Tokens of an example; longer ones are truncated, or split for question answering."""
-    doc_stride: Positive = 64
+    doc_stride: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 64
     """Tokens by which the parts of a split context overlap."""
-    max_answer_length: Positive = 30
+    max_answer_length: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 30
     """Tokens of the longest answer."""
     columns: list[str] | None = None
     """Names of the columns of a file without a header."""
@@ -90,6 +80,27 @@ class TaskSettings(Section):
         if isinstance(values, dict) and values.get("type") == "question-answering":
             return {"text": ["question", "context"], **values}
         return values
+
+
+class SavedTask(InputSettings):
+    """What the folder of a fine-tuned model says in task.json: the inputs that the model was trained on."""
+
+
+class TaskSettings(InputSettings):
+    """The task: what the model reads, its data, and its metric."""
+
+    train: TableLocation
+    """Training examples: a table (.tsv, .csv, .jsonl, .json, .parquet, CoNLL columns), a dataset, or sample."""
+    validation: TableLocation | None = None
+    """Validation examples, which choose the best checkpoint; null: some of the training examples."""
+    validation_split: Fraction = 0.1
+    """Fraction of the training examples that are the validation set where task.validation is null."""
+    test: TableLocation | None = None
+    """Test examples, which the results are measured on; null: the validation examples."""
+    metric: str | None = None
+    """Metric that chooses the best checkpoint; null: the first one of the task's type."""
+    class_weights: ClassWeights | None = None
+    """Weights of the labels in the loss: balanced, or a number for each label, such as {spam: 2}; null: equal."""
 
 
 class FinetuneTrainSettings(OptimizationSettings):

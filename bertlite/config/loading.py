@@ -1,6 +1,7 @@
-"""Read settings from YAML files and `--set`, write them as YAML, and explain each mistake in one line."""
+"""Read settings from YAML files, `--set` and task.json, write them as YAML, and explain each mistake in one line."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
+from bertlite.config.finetune_settings import FinetuneConfig, SavedTask, SweepConfig
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError
 
@@ -69,6 +70,20 @@ def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config
     for name, value in changes.items():
         _assign(values, name, value)
     return _validate(type(config), values, source, {})
+
+
+def read_saved_task(folder: Path) -> SavedTask | None:
+    """Read task.json of a model folder, None without one. Raises UserError, naming file and key, if it is not valid."""
+    path = folder / "task.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: should hold the settings of a task, but holds a {type(values).__name__}")
+    return _validate(SavedTask, values, path, {})
 
 
 def dump_config(config: Section) -> str:

@@ -1,12 +1,13 @@
 """Tables of labelled examples, as records of named columns."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.data.conll import read_conll
@@ -14,31 +15,33 @@ from bertlite.data.formats import READERS, Record, TableFile, file_format, json_
 from bertlite.data.sources import read_dataset
 
 
-def read_records(location: DataLocation, settings: TaskSettings, setting: str) -> list[Record]:
+def read_records(location: DataLocation, settings: InputSettings, setting: str) -> list[Record]:
     """Read a table or dataset; of the sample, the split that `setting` ends with.
 
-    READERS has the formats by extension. Other files hold columns with tabs between or, for token classification, a
-    word and its tag per line. Raises UserError, naming file and line, for what cannot be read.
+    Raises UserError, naming file and line, for what cannot be read.
     """
     if location.dataset is not None:
         return list(read_dataset(location, setting, name_labels=True))
     path = find_table_file(location, setting)
+    advice = "; see task.columns, task.delimiter and task.quoting"
+    records = list(read_table(TableFile(path, encoding=settings.encoding, advice=advice), settings))
+    if not records:
+        raise UserError(f"{setting}: {path} holds no examples")
+    return records
+
+
+def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
+    """Read the records of a table with the columns, delimiter and quoting of a task.
+
+    READERS has the formats by extension. Other files hold columns with tabs between or, for token classification, a
+    word and its tag per line. Raises UserError, naming file and line, for what cannot be read.
+    """
     readers, default = READERS | {".json": read_json_or_squad}, READERS[".tsv"]
     if settings.type == "token-classification":
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label)
         readers |= {".csv": default, ".tsv": default}
-    table = TableFile(
-        path,
-        encoding=settings.encoding,
-        columns=settings.columns,
-        delimiter=settings.delimiter,
-        quoting=settings.quoting,
-        advice="; see task.columns, task.delimiter and task.quoting",
-    )
-    records = list(readers.get(file_format(path), default)(table))
-    if not records:
-        raise UserError(f"{setting}: {path} holds no examples")
-    return records
+    table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
+    return readers.get(file_format(table.path), default)(table)
 
 
 def find_table_file(location: DataLocation, setting: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.packages import require
 from bertlite.finetuning.examples import Examples, context_offsets
 
@@ -22,7 +22,7 @@ class Outputs:
     scores: list[Scores]  # one per example
     examples: Examples
     labels: list[str]
-    settings: TaskSettings
+    settings: InputSettings
 
 
 def find_best_answers(outputs: Outputs) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.formats import Record
@@ -50,7 +50,7 @@ class Examples:
 
 
 def encode_texts(
-    texts: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings, words: bool = False
+    texts: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings, words: bool = False
 ) -> Examples:
     """Tokenize single texts or pairs, truncated to `max_length`; with `words`, each text is a list of its words."""
     columns = map(list, zip(*texts, strict=True))
@@ -61,7 +61,7 @@ def encode_texts(
 
 
 def encode_questions(
-    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """Tokenize questions with their contexts. A long context gives examples that overlap by `doc_stride` tokens.
 
@@ -107,7 +107,7 @@ def context_offsets(encoding: Encoding) -> NDArray[np.int64]:
 
 # The labelled examples of records, for each type of task.
 def classification_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is the index of the label."""
     examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
@@ -116,7 +116,7 @@ def classification_examples(
 
 
 def multilabel_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is a vector with 1 for each label that the record has, else 0."""
     examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
@@ -127,7 +127,7 @@ def multilabel_examples(
 
 
 def regression_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is a number."""
     examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
@@ -136,7 +136,7 @@ def regression_examples(
 
 
 def answer_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is the first and the last token of the answer, or [CLS] twice in an example without the answer."""
     examples = encode_questions(read_input_texts(records, settings), tokenizer, settings)

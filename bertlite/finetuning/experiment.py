@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
+from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, SavedTask, TaskSettings
 from bertlite.config.settings import Architecture, OptimizationSettings, TrainSettings
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
@@ -165,6 +165,7 @@ def make_train_settings(train: FinetuneTrainSettings, batches: ExampleBatches, s
 def build_initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
     """Build the model with the weights of the starting model; what that lacks, such as the head, is initialized."""
     model = experiment.task.head(experiment.architecture, experiment.labels, kernel, experiment.task.problem_type)
+    model.task = SavedTask.model_validate(experiment.settings.model_dump(include=set(SavedTask.model_fields)))
     initialize(model, experiment.architecture.initializer_range, seed)
     model.load_state_dict(model.state_dict() | experiment.starting_weights)
     return model

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.data.tables import get_column
@@ -12,7 +12,7 @@ from bertlite.data.tables import get_column
 MAX_LISTED = 10  # labels that a message lists
 
 
-def read_input_texts(records: list[Record], settings: TaskSettings) -> list[tuple[str, ...]]:
+def read_input_texts(records: list[Record], settings: InputSettings) -> list[tuple[str, ...]]:
     """Read the text or the two texts of each record. Raises UserError for a cell that is empty or holds no text."""
     texts = []
     for record in records:
@@ -25,7 +25,7 @@ def read_input_texts(records: list[Record], settings: TaskSettings) -> list[tupl
     return texts
 
 
-def read_label(record: Record, settings: TaskSettings) -> str:
+def read_label(record: Record, settings: InputSettings) -> str:
     """Read the label of a record that has exactly one."""
     cell = get_column(record, settings.label, "task.label")
     if isinstance(cell, list | dict):
@@ -35,14 +35,14 @@ def read_label(record: Record, settings: TaskSettings) -> str:
     return str(cell).strip()
 
 
-def read_label_list(record: Record, settings: TaskSettings) -> list[str]:
+def read_label_list(record: Record, settings: InputSettings) -> list[str]:
     """Read the labels of a record: a list, or a text split at `label_separator`. There may be none."""
     cell = get_column(record, settings.label, "task.label")
     labels = cell if isinstance(cell, list) else str("" if cell is None else cell).split(settings.label_separator)
     return [str(label).strip() for label in labels if str(label).strip()]
 
 
-def read_number(record: Record, settings: TaskSettings) -> float:
+def read_number(record: Record, settings: InputSettings) -> float:
     """Read a regression target. Raises UserError for a cell that is not a finite fp32 number."""
     cell = get_column(record, settings.label, "task.label")
     try:
@@ -63,7 +63,7 @@ def read_answers(record: Record) -> tuple[list[str], list[int]]:
         raise UserError(f"{record.location}: answers should hold the lists text and answer_start") from None
 
 
-def find_first_answer(record: Record, settings: TaskSettings) -> tuple[int, int] | None:
+def find_first_answer(record: Record, settings: InputSettings) -> tuple[int, int] | None:
     """Return the start and end of a question's first answer, in characters of the context.
 
     Returns None unless the context holds the answer's text at that position.
@@ -76,14 +76,14 @@ def find_first_answer(record: Record, settings: TaskSettings) -> tuple[int, int]
 
 
 # The names of a model's outputs, from the training records.
-def collect_classes(records: list[Record], settings: TaskSettings) -> list[str]:
+def collect_classes(records: list[Record], settings: InputSettings) -> list[str]:
     labels = sort_labels({read_label(record, settings) for record in records})
     if len(labels) < 2:
         raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
     return labels
 
 
-def collect_labels(records: list[Record], settings: TaskSettings) -> list[str]:
+def collect_labels(records: list[Record], settings: InputSettings) -> list[str]:
     labels = sort_labels({label for record in records for label in read_label_list(record, settings)})
     if not labels:
         raise UserError(f"task.train: no example has a label in column {settings.label!r}")

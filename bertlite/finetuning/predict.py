@@ -7,8 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import TaskSettings
-from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
 from bertlite.data.formats import decode_line
@@ -16,7 +14,7 @@ from bertlite.data.sources import read_file_texts
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.losses import compute_outputs, compute_scores, no_loss
-from bertlite.finetuning.tasks import find_task
+from bertlite.finetuning.tasks import find_task, input_settings
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier
 
@@ -43,8 +41,7 @@ def predict(
         raise UserError("--pairs: this model labels the words of single texts; leave --pairs out")
     if num_texts == 2 and model.config.type_vocab_size < 2:
         raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
-    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    settings = TaskSettings(train=DataLocation(path="-"), max_length=length, doc_stride=min(64, length // 4))
+    settings = input_settings(model, tokenizer)
     for chunk in chunks(enumerate(texts, 1), CHUNK_SIZE):
         inputs = [split_text(text, number) if num_texts == 2 else (text,) for number, text in chunk]
         examples = task.encode(inputs, tokenizer, settings)

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
@@ -18,7 +18,7 @@ from bertlite.finetuning.examples import Examples, encode_texts
 from bertlite.finetuning.labels import find_label_indices
 
 
-def read_tagged_words(record: Record, settings: TaskSettings) -> tuple[list[str], list[str]]:
+def read_tagged_words(record: Record, settings: InputSettings) -> tuple[list[str], list[str]]:
     """Read the words and IOB2 tags of a sentence.
 
     Raises UserError for cells that are not lists of one length, and for an unknown tag.
@@ -52,7 +52,7 @@ def convert_to_iob2(tags: list[str], location: str) -> list[str]:
     return converted
 
 
-def collect_tags(records: list[Record], settings: TaskSettings) -> list[str]:
+def collect_tags(records: list[Record], settings: InputSettings) -> list[str]:
     kinds = sorted({tag[2:] for record in records for tag in read_tagged_words(record, settings)[1]} - {""})
     if not kinds:
         raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is no entity to learn from")
@@ -60,7 +60,7 @@ def collect_tags(records: list[Record], settings: TaskSettings) -> list[str]:
 
 
 def tag_examples(
-    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: TaskSettings
+    records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is the index of the word's tag at the first token of each word, IGNORED at all other tokens."""
     sentences = [read_tagged_words(record, settings) for record in records]

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings, SavedTask
+from bertlite.config.loading import choose
+from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.finetuning import decoding, examples, labels, losses, metrics, tags
 from bertlite.finetuning.decoding import Outputs
@@ -24,9 +26,9 @@ class Task:
     problem_type: str | None  # Hugging Face's name for what the outputs of SequenceClassifier mean
     metrics: dict[str, metrics.Metric]  # the first is the default
     num_texts: tuple[int, ...]  # how many text columns an example may have
-    output_labels: Callable[[list[Record], TaskSettings], list[str]]  # names of the outputs, from training records
-    make_examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, TaskSettings], Examples]
-    encode: Callable[[list[tuple[str, ...]], PreTrainedTokenizerBase, TaskSettings], Examples]  # texts without labels
+    output_labels: Callable[[list[Record], InputSettings], list[str]]  # names of the outputs, from training records
+    make_examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, InputSettings], Examples]
+    encode: Callable[[list[tuple[str, ...]], PreTrainedTokenizerBase, InputSettings], Examples]  # texts without labels
     loss: losses.Loss
     decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
@@ -77,6 +79,26 @@ TASKS = {
 
 
 def find_task(model: Classifier) -> Task:
-    """Return the task that a fine-tuned model does: of its head and, where there is a choice, of its problem type."""
+    """Return the task that a fine-tuned model does: as task.json says or, without one, by its head and problem type.
+
+    Raises UserError for a task.json that does not go with the model.
+    """
+    if model.task is not None:
+        task: Task = choose(TASKS, model.task.type, "task.json: type")
+        if task.head is not type(model) or len(model.task.text) not in task.num_texts:
+            raise UserError(
+                f"task.json: {model.task.type} of {len(model.task.text)} text columns is no task of the folder's "
+                f"{type(model).__name__}"
+            )
+        return task
     tasks = [task for task in TASKS.values() if task.head is type(model)]
     return next((task for task in tasks if task.problem_type == model.problem_type), tasks[0])
+
+
+def input_settings(model: Classifier, tokenizer: PreTrainedTokenizerBase) -> SavedTask:
+    """Return what a fine-tuned model reads: its task.json, or defaults; with a `max_length` that fits the model."""
+    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    if model.task is not None:
+        return model.task.model_copy(update={"max_length": min(model.task.max_length, length)})
+    kind = next(name for name, task in TASKS.items() if task is find_task(model))
+    return SavedTask(type=kind, max_length=length, doc_stride=min(64, length // 4))

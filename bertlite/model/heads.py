@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bertlite.config.finetune_settings import SavedTask
 from bertlite.config.loading import choose
 from bertlite.config.settings import Architecture
 from bertlite.data.masking import IGNORED
@@ -80,6 +81,7 @@ class Classifier(nn.Module):
     class_suffix: str  # of transformers' class: BertForTokenClassification
     per_token = True  # whether there are scores for each token, or for each sequence
     pooler = False  # whether the encoder needs one
+    task: SavedTask | None = None  # what task.json says
 
     def __init__(
         self, config: Architecture, labels: list[str], kernel: str = "sdpa", problem_type: str | None = None

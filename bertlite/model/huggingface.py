@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bertlite.config.loading import read_saved_task
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
@@ -95,7 +96,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json: the architecture and the labels, under Hugging Face's keys."""
+    """Write config.json: the architecture and the labels, under Hugging Face's keys. A task is written to task.json."""
     hf_config = {
         "architectures": [hf_class(model)],
         "model_type": model.config.model_type,
@@ -107,6 +108,8 @@ def save_config(model: Model, folder: Path, dtype: torch.dtype = torch.float32) 
         hf_config["id2label"] = {str(number): label for number, label in enumerate(model.labels)}
         hf_config["label2id"] = {label: number for number, label in enumerate(model.labels)}
         hf_config["problem_type"] = model.problem_type
+        if model.task is not None:
+            (folder / "task.json").write_text(model.task.model_dump_json(indent=2) + "\n", encoding="utf-8")
     text = json.dumps(hf_config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -123,6 +126,7 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
         if issubclass(model_class, Classifier):
             labels = _read_labels(saved, model_class)
             model = model_class(saved.config, labels, kernel, saved.hf_config.get("problem_type"))
+            model.task = read_saved_task(folder)
         elif issubclass(model_class, MaskedLanguageModel):
             model = MaskedLanguageModel(saved.config, kernel)
         else:
