@@ -1,6 +1,5 @@
 """What a head's scores mean: predictions for the metrics, and results in the format of Hugging Face's pipelines."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.packages import require
-from bertlite.finetuning.examples import Examples, context_offsets
+from bertlite.finetuning.examples import Examples
 
 Scores = NDArray[np.float32]  # of an example: (L,), or (n,L) for its n tokens
 
@@ -23,40 +22,6 @@ class Outputs:
     examples: Examples
     labels: list[str]
     settings: InputSettings
-
-
-def find_best_answers(outputs: Outputs) -> list[dict[str, Any]]:
-    """Return the best answer of at most `max_answer_length` tokens to each question: `score, start, end, answer`.
-
-    Of all examples that a context is split into, the span with the largest sum of start and end score is taken (Devlin
-    et al. 2018, section 4.2); `score` is the span's probability within its example, `start` and `end` are characters.
-    """
-    examples = outputs.examples
-    no_answer = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
-    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, no_answer)] * len(examples.texts)
-    for scores, record, encoding in zip(outputs.scores, examples.record_indices, examples.encodings, strict=True):
-        starts, ends = context_offsets(encoding).T
-        first, last, total = find_best_span(scores, starts < ends, outputs.settings.max_answer_length)
-        if total > best[record][0]:
-            log_normalizer = np.logaddexp.reduce(scores[:, 0]) + np.logaddexp.reduce(scores[:, 1])
-            probability, start, end = float(np.exp(total - log_normalizer)), int(starts[first]), int(ends[last])
-            answer = {"score": probability, "start": start, "end": end, "answer": examples.texts[record][1][start:end]}
-            best[record] = float(total), answer
-    return [answer for _, answer in best]
-
-
-def find_best_span(scores: Scores, allowed: NDArray[np.bool_], max_length: int) -> tuple[int, int, np.floating[Any]]:
-    """Return the span of allowed tokens with the largest sum of start and end score: first, last, and that sum.
-
-    Entry [i, j] of the matrix of sums is the score of the span i … j. With `max_length` 2, only the diagonal (spans of
-    one token) and the one above it (spans of two) are valid; all other entries are -inf.
-    """
-    starts, ends = (np.where(allowed, scores[:, column], -np.inf) for column in (0, 1))
-    sums = starts[:, None] + ends[None]
-    valid = np.tril(np.triu(np.ones_like(sums)), max_length - 1) > 0
-    sums = np.where(valid, sums, -np.inf)
-    first, last = np.unravel_index(int(sums.argmax()), sums.shape)
-    return int(first), int(last), sums[first, last]
 
 
 # Below: results in the format of Hugging Face's pipelines.

@@ -54,27 +54,6 @@ def read_number(record: Record, settings: InputSettings) -> float:
     return number
 
 
-def read_answers(record: Record) -> tuple[list[str], list[int]]:
-    """Read the texts of a question's answers, and at which character of the context each starts."""
-    answers = get_column(record, "answers", "SQuAD's format")
-    try:
-        return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
-    except (TypeError, KeyError, ValueError, OverflowError):
-        raise UserError(f"{record.location}: answers should hold the lists text and answer_start") from None
-
-
-def find_first_answer(record: Record, settings: InputSettings) -> tuple[int, int] | None:
-    """Return the start and end of a question's first answer, in characters of the context.
-
-    Returns None unless the context holds the answer's text at that position.
-    """
-    texts, starts = read_answers(record)
-    if not (texts and starts and texts[0]):
-        return None
-    start, end = starts[0], starts[0] + len(texts[0])
-    return (start, end) if record.columns[settings.text[1]][start:end] == texts[0] else None
-
-
 # The names of a model's outputs, from the training records.
 def collect_classes(records: list[Record], settings: InputSettings) -> list[str]:
     labels = sort_labels({read_label(record, settings) for record in records})

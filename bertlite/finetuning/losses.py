@@ -54,17 +54,6 @@ def regression_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     return (scores[..., 0].float() - batch.labels.nan_to_num()).square(), ~batch.labels.isnan()
 
 
-def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of start and end, averaged, among the tokens of the example (Devlin et al. 2018, section 4.2)."""
-    first_tokens = batch.prediction_positions  # labels are relative to it, scores are per position of the sequence
-    labels = torch.where(batch.labels == IGNORED, IGNORED, batch.labels + first_tokens[..., None])  # (B,E,2)
-    numbers = torch.arange(1, first_tokens.shape[1] + 1, device=scores.device)
-    inside = (batch.document_ids[:, None] == numbers[:, None])[:, :, None]  # (B,E,1,T)
-    scores = scores.float().transpose(1, 2)[:, None].masked_fill(~inside, torch.finfo(torch.float32).min)  # (B,E,2,T)
-    losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape).mean(-1), labels[..., 0] != IGNORED
-
-
 def no_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """Zero, for examples without labels."""
     zeros = scores.new_zeros(batch.prediction_positions.shape)

@@ -10,7 +10,7 @@ from bertlite.config.finetune_settings import InputSettings, SavedTask
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
-from bertlite.finetuning import decoding, examples, labels, losses, metrics, tags
+from bertlite.finetuning import answer_metrics, answers, decoding, examples, labels, losses, metrics, tags
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -69,11 +69,11 @@ TASKS = {
         label_weights=True,
     ),
     "question-answering": Task(
-        QuestionAnswerer, None, metrics.ANSWERS, PAIR,
-        lambda records, settings: ["start", "end"], examples.answer_examples, examples.encode_questions,
-        losses.answer_loss,
-        decode=lambda outputs: [answer["answer"] for answer in decoding.find_best_answers(outputs)],
-        results=lambda outputs, top_k: decoding.find_best_answers(outputs),
+        QuestionAnswerer, None, answer_metrics.ANSWERS, PAIR,
+        lambda records, settings: ["start", "end"], answers.answer_examples, answers.encode_questions,
+        answers.answer_loss,
+        decode=lambda outputs: [answer["answer"] for answer in answers.find_best_answers(outputs)],
+        results=lambda outputs, top_k: answers.find_best_answers(outputs),
     ),
 }  # fmt: skip
 

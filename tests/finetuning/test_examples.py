@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny_tasks import make_experiment, make_records
 
@@ -11,10 +10,7 @@ from bertlite.config.finetune_settings import TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.random import choose_validation
 from bertlite.data.formats import Record
-from bertlite.data.masking import IGNORED
 from bertlite.data.tokenizer import load_tokenizer
-from bertlite.finetuning.decoding import Outputs
-from bertlite.finetuning.examples import context_offsets
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.labels import read_label, read_label_list
 
@@ -75,40 +71,6 @@ def test_labels_are_stripped():
     assert read_label(Record("", {"label": " a "}), settings) == "a"
     for value, wanted in {0: ["0"], 1: ["1"], "": [], "a, b": ["a", "b"]}.items():
         assert read_label_list(Record("", {"label": value}), settings) == wanted
-
-
-def test_doc_stride_and_max_answer_length(write):
-    counts = []
-    for stride in (1, 12):
-        experiment = make_experiment(write(Q, task__max_length=32, task__doc_stride=stride))
-        counts.append(len(experiment.splits["train"].examples.encodings))
-    assert 96 < counts[0] < counts[1]
-    examples = experiment.splits["train"].examples
-    scores = [np.outer(np.arange(len(encoding)), [-1.0, 1.0]) for encoding in examples.encodings]
-    for most in (1, 3):
-        settings = experiment.settings.model_copy(update={"max_answer_length": most})
-        answers = experiment.task.decode(Outputs(scores, examples, experiment.labels, settings))
-        assert max(len(experiment.tokenizer.tokenize(answer)) for answer in answers) == most
-
-
-def test_answers_missing_from_their_context_are_logged_and_ignored(write, capsys):
-    records = make_records(Q)
-    for number in (30, 31):
-        records[number]["answers"] = {"text": ["not there"], "answer_start": [2]}
-    experiment = make_experiment(write(Q, records))
-    assert "2 of 96 questions have no answer at their answer_start, such as" in capsys.readouterr().err
-    examples = experiment.splits["train"].examples
-    pairs = list(zip(examples.record_indices, examples.targets, strict=True))
-    ignored = {record for record, target in pairs if target[0] == IGNORED}
-    assert ignored == {6, 7}
-    with_answer = set()
-    for encoding, (record, target) in zip(examples.encodings, pairs, strict=True):
-        if target[0] > 0:
-            offsets = context_offsets(encoding)
-            covered = records[24 + record]["context"][offsets[target[0], 0] : offsets[target[1], 1]]
-            assert records[24 + record]["answers"]["text"][0] in covered and len(encoding) >= target[1]
-            with_answer.add(record)
-    assert len(with_answer) > 80
 
 
 def test_labels_without_examples_and_untrained_positions_are_logged(write, vocabulary, capsys):

@@ -1,13 +1,11 @@
 """Predictions against transformers' pipelines."""
 
-import math
 import os
 from typing import Any
 
 import pytest
-import torch
 from tiny_tasks import SENTENCES, make_experiment, save_model
-from transformers import BertForQuestionAnswering, pipeline
+from transformers import pipeline
 
 from bertlite.api import LoadedModel
 from bertlite.core.errors import UserError
@@ -46,37 +44,6 @@ def test_predictions_equal_those_of_the_pipeline(kind, vocabulary, tmp_path):
         expected = pipeline(name, model=str(folder), device="cpu")(texts[0], top_k=3)
         for ours, theirs in zip(as_list(model.predict(texts[0], top_k=3)), expected, strict=True):
             assert ours["label"] == theirs["label"] and ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
-
-
-def test_answers_are_the_best_spans_of_the_context(vocabulary, tmp_path):
-    folder = save_model(vocabulary, "question-answering", tmp_path, std=0.3)
-    model = LoadedModel(folder, initialize_runtime("fp32"))
-    tokenizer = model.tokenizer
-    tokenizer.model_max_length = 64  # shorter than the context
-    theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
-    context = " ".join(text for _, text in SENTENCES[:4])
-    answer = model.predict(f"What is it?\t{context}")
-    assert context[answer["start"] : answer["end"]] == answer["answer"]
-    encoded = tokenizer("What is it?", context, truncation="only_second", max_length=64, stride=16,
-                       return_overflowing_tokens=True)  # fmt: skip
-    assert len(encoded.encodings) > 2
-    best = (-math.inf, 0, 0)
-    for encoding in encoded.encodings:
-        result = theirs(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([encoding.type_ids]))
-        positions = [position for position, text in enumerate(encoding.sequence_ids) if text == 1]
-        for first in positions:
-            for last in range(first, min(first + 30, positions[-1] + 1)):
-                score = (result.start_logits[0, first] + result.end_logits[0, last]).item()
-                best = max(best, (score, encoding.offsets[first][0], encoding.offsets[last][1]))
-    assert (answer["start"], answer["end"]) == best[1:]
-    assert model.predict("What?\t\u200b") == {  # a context without tokens
-        "score": 0.0,
-        "start": 0,
-        "end": 0,
-        "answer": "",
-    }
-    with pytest.raises(UserError, match=r"text 2: should be two texts, .*, separated by a tab"):
-        model.predict(["a\tb", "no tab"])
 
 
 def test_pairs(write, tmp_path):
