@@ -38,7 +38,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume from the newest v
 InitialModel = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
 ]
-Column = Annotated[str, typer.Option(help="Column that holds the text, if FILE is a table.")]
+Column = Annotated[
+    str | None, typer.Option(help="Column that holds the text, if FILE is a table; default: text.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
@@ -117,7 +119,7 @@ def evaluate(
     ] = False,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: as in pretraining.")] = None,
     document: Annotated[Literal["blank-line", "line"], typer.Option(help="What ends a document.")] = "blank-line",
-    column: Column = "text",
+    column: Column = None,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
@@ -181,7 +183,7 @@ def predict(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: lines of stdin.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
-    column: Column = "text",
+    column: Column = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Each text is a pair, separated by a tab.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Number of labels for each text.")] = 1,
     precision: Precision = "fp32",
@@ -222,7 +224,7 @@ def embed(
     sequence_length: Annotated[
         int | None, typer.Option(min=3, help="Tokens after which texts are truncated; default: as in pretraining.")
     ] = None,
-    column: Column = "text",
+    column: Column = None,
     precision: Precision = "fp32",
 ) -> None:
     """Turn each text of a file into a vector."""

@@ -131,6 +131,10 @@ class DataLocation(Section):
 
     path: PathText | None = None
     """A file, a glob or a folder."""
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet"] | None = None
+    """Format of the files: text, jsonl, json, csv, tsv or parquet; null: by name, else by content."""
+    field: str | None = None
+    """Key of the list of records within a JSON file, such as train, or keys: data.train."""
     dataset: PathText | None = None
     """Hub name or folder of a dataset."""
     name: str | None = None
@@ -144,10 +148,18 @@ class DataLocation(Section):
     def check_path_or_dataset(self) -> "DataLocation":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("path: name either a path or a dataset")
+        for name in ("format", "field"):
+            if self.dataset is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but belongs to a path, not to a dataset")
         for name in self.model_fields_set & {"name", "split", "revision", "streaming"}:
             if self.path is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but belongs to a dataset, not to a path")
         return self
+
+    @property
+    def given_format(self) -> str | None:
+        """The format that the settings name; `field` exists in JSON only."""
+        return self.format or ("json" if self.field else None)
 
     @model_serializer(mode="wrap")
     def serialize_briefly(self, serialize: Callable[[Any], dict[str, Any]]) -> Any:
@@ -162,8 +174,8 @@ class Source(DataLocation):
 
     streaming: bool = False
     """Whether the dataset is read over the network without storing it."""
-    column: str = "text"
-    """Column of a table or dataset that holds the text; each of its rows is a document."""
+    column: str | None = None
+    """Column of a table or dataset that holds the text, each of its rows being a document; null: text."""
     weight: PositiveFloat = 1.0
     """How often the text is seen in each epoch."""
 

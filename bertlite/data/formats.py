@@ -1,22 +1,18 @@
 """Read files of lines or of records, compressed or not. A new format is one function and one entry in READERS."""
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
-import zlib
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from bertlite.core.errors import UserError
 from bertlite.core.packages import require
+from bertlite.data.compression import DAMAGED, DECOMPRESSORS, open_file
 
 csv.field_size_limit(1 << 30)
 
@@ -36,8 +32,10 @@ class TableFile:
 
     path: Path
     report: Report | None = None
+    format: str | None = None  # None: as `find_format` finds it
     encoding: str | None = None  # None: UTF-8, decoded line by line
-    columns: list[str] | None = None  # names of the columns, for a file without a header
+    columns: list[str] | None = None  # names of the columns, for a file without a header or JSON lists of values
+    field: str | None = None  # keys, separated by dots, that lead to the list of records in a JSON file
     delimiter: str | None = None  # None: the format's own
     quoting: bool | None = None  # None: the format's own
     advice: str = ""  # for messages: settings that concern columns
@@ -49,49 +47,8 @@ class TableFile:
         return (line.removesuffix("\r") for line in _read_text(self.path, self.encoding).split("\n"))
 
 
-class _ZstandardFile(io.RawIOBase):
-    """Decompress a .zst file; zstandard's own reader does not notice that a file is truncated."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self.zstandard = zstandard
-        self.file = file
-        self.frame: Any = None
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            ended = self.frame is None or self.frame.eof
-            compressed = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 17)
-            if not compressed and ended:
-                return 0
-            if not compressed:
-                raise EOFError("compressed file ended before the end of its frame")
-            if ended:
-                self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                self.ready = self.frame.decompress(compressed)
-            except self.zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
-    ".zst": lambda file: io.BufferedReader(_ZstandardFile(file), 1 << 20),
-}
-
-
-# What decompressors raise for a file that is damaged or truncated.
-DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
+# A file whose content begins like this holds JSON objects, one a line or all in a list.
+_JSON_OBJECTS = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:')
 
 
 def file_format(path: Path) -> str:
@@ -100,16 +57,18 @@ def file_format(path: Path) -> str:
     return (Path(path.stem).suffix if compressed else path.suffix).lower()
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """Open a file, and yield it compressed and decompressed. Raises UserError if it cannot be read or is damaged."""
-    try:
-        with path.open("rb") as raw, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(raw) as content:
-            yield raw, content
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged or truncated: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+def find_format(path: Path, given: str | None) -> str:
+    """Return the format of a file: as given, or its extension if READERS has it, or what its content shows.
+
+    Files of other extensions and contents hold lines. What is not a regular file, such as a pipe, is not opened: it can
+    be read only once.
+    """
+    extension = file_format(path)
+    if given is not None or extension in READERS or not path.is_file():
+        return f".{given}" if given else extension
+    with open_file(path) as (_, content):
+        start = content.peek(1 << 13)
+    return ".parquet" if start.startswith(b"PAR1") else ".jsonl" if _JSON_OBJECTS.match(start) else extension
 
 
 def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
@@ -118,7 +77,7 @@ def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
     Raises UserError for a file that cannot be read and, naming the line, for one that is damaged or not UTF-8.
     """
     number = reported = 0
-    with _open(path) as (raw, content):
+    with open_file(path) as (raw, content):
         try:
             for number, line in enumerate(content, 1):
                 yield decode_line(line, number, str(path))
@@ -165,7 +124,7 @@ def guess_encoding(text: bytes) -> str:
 
 def _read_text(path: Path, encoding: str) -> str:
     """Read a file in the encoding of a task. Raises UserError as `read_lines` does."""
-    with _open(path) as (_, file):
+    with open_file(path) as (_, file):
         content: bytes = file.read()
     try:
         return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
@@ -179,40 +138,89 @@ def _read_text(path: Path, encoding: str) -> str:
         ) from None
 
 
-def read_json_lines(table: TableFile) -> Iterator[Record]:
-    """Read one JSON object from each line that is not blank."""
-    return _parse_json_lines(table.lines(), table.path)
-
-
 def read_json(table: TableFile) -> Iterator[Record]:
-    """Read a JSON list of objects, or JSON lines."""
-    lines = table.lines()
-    first = next(lines, "")
-    lines = chain([first], lines)
-    if not first.lstrip().startswith("["):
-        yield from _parse_json_lines(lines, table.path)
+    """Read JSON lines, or JSON over any number of lines: records one after the other, or a list of them.
+
+    The list may be within objects: under the keys `table.field` or, as in SQuAD, under `data`. Raises UserError for
+    invalid JSON, and for an object of which it is unknown where the records are.
+    """
+    lines, head, num_filled = table.lines(), [], 0
+    for line in lines:
+        head.append(line)
+        num_filled += bool(line.strip())
+        if num_filled == 2:
+            break
+    first = next((line.strip() for line in head if line.strip()), "")
+    one_object = first.startswith("{") and file_format(table.path) in (".jsonl", ".ndjson")
+    if (num_filled == 2 or one_object) and table.field is None and not _continues(first):
+        for number, line in enumerate(chain(head, lines), 1):
+            location = f"{table.path}:{number}"
+            if line.strip():
+                yield json_record(location, parse_json(line, location), table.columns)
         return
-    for number, value in enumerate(parse_json("\n".join(lines), str(table.path)), 1):
-        yield json_record(f"{table.path}: object {number}", value)
+    values = parse_json("\n".join([*head, *lines]), str(table.path), _load_json_values)
+    for number, value in enumerate(_find_records(values, table), 1):
+        yield json_record(f"{table.path}: object {number}", value, table.columns)
 
 
-def _parse_json_lines(lines: Iterator[str], path: Path) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield json_record(f"{path}:{number}", parse_json(line, f"{path}:{number}"))
+def _continues(line: str) -> bool:
+    """Return whether a JSON value that begins in a line ends in a later one."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line)
+    except (ValueError, RecursionError):  # parse_json explains them
+        pass
+    return False
 
 
-def json_record(location: str, value: Any) -> Record:
-    """Make a record of a JSON value. Raises UserError if it is not an object."""
+def _load_json_values(text: str) -> list[Any]:
+    """Parse JSON values that follow each other, with white space between."""
+    decoder, not_blank, position, values = json.JSONDecoder(), re.compile(r"\S"), 0, []
+    while start := not_blank.search(text, position):
+        value, position = decoder.raw_decode(text, start.start())
+        values.append(value)
+    return values
+
+
+def _find_records(values: list[Any], table: TableFile) -> list[Any]:
+    """Return the records among the values of a JSON file: the values themselves, or a list in the only one."""
+    if len(values) != 1:
+        return values
+    (value,) = values
+    has_data = isinstance(value, dict) and isinstance(value.get("data"), list)
+    for key in table.field.split(".") if table.field else ["data"] if has_data else []:
+        if not isinstance(value, dict) or key not in value:
+            keys = ", ".join(value) if isinstance(value, dict) else f"no keys in a {type(value).__name__}"
+            raise UserError(f"{table.path}: field is {table.field!r}, but there is no {key!r}; there are {keys}")
+        value = value[key]
+    if isinstance(value, list):
+        return value
+    holds_lists = isinstance(value, dict) and any(isinstance(inner, list | dict) for inner in value.values())
+    if value and isinstance(value, dict) and not (holds_lists and file_format(table.path) == ".json"):
+        return [value]
+    keys = f" (its keys are {', '.join(value)})" if value and isinstance(value, dict) else ""
+    raise UserError(
+        f"{table.path}: should be a list of objects, or name the list in it{keys}: {{path: …, field: KEY}}, or KEY.KEY"
+    )
+
+
+def json_record(location: str, value: Any, columns: list[str] | None = None) -> Record:
+    """Make a record of a JSON object, or of a list of values for `columns`. Raises UserError for anything else."""
+    if isinstance(value, list) and columns:
+        if len(value) != len(columns):
+            raise UserError(f"{location}: {len(value)} values, but task.columns names {len(columns)}")
+        value = dict(zip(columns, value, strict=True))
     if not isinstance(value, dict):
-        raise UserError(f'{location}: not a JSON object, such as {{"text": …}}')
+        advice = "; task.columns names the values of a list" if isinstance(value, list) else ""
+        raise UserError(f'{location}: not a JSON object, such as {{"text": …}}{advice}')
     return Record(location, value)
 
 
-def parse_json(text: str, location: str) -> Any:
+def parse_json(text: str, location: str, load: Callable[[str], Any] = json.loads) -> Any:
     """Parse JSON, and replace half surrogate pairs, such as those of truncated emoji. Raises UserError if invalid."""
     try:
-        value = json.loads(text)
+        value = load(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location}: not valid JSON: {error}") from None
     if "\\ud" not in text.lower():
@@ -281,8 +289,8 @@ def read_parquet(table: TableFile) -> Iterator[Record]:
 
 # By extension; files with other extensions hold lines. Quotes have no meaning in .tsv, as in GLUE.
 READERS: dict[str, Callable[[TableFile], Iterator[Record]]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": partial(read_delimited, delimiter=",", quoting=True),
     ".tsv": partial(read_delimited, delimiter="\t", quoting=False),

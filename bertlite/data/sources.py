@@ -15,7 +15,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
-from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, read_lines
+from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, find_format, read_lines
 
 
 def find_source_files(source: Source, setting: str) -> list[Path]:
@@ -47,8 +47,9 @@ def find_source_files(source: Source, setting: str) -> list[Path]:
 
 def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
     """Return a value that changes whenever the text of a source changes."""
-    digest: list[Any] = [source.column]
-    digest += [[file_format(path), digest_file(path, cache)] for path in find_source_files(source, setting)]
+    digest: list[Any] = [source.column or "text", *filter(None, [source.field])]
+    for path in find_source_files(source, setting):
+        digest.append([find_format(path, source.given_format), digest_file(path, cache)])
     if source.dataset is None:
         return digest
     folder = Path(source.dataset)
@@ -85,21 +86,37 @@ def read_documents(source: Source, document: str, setting: str, report: Report |
     UserError, naming file and line where possible, for what cannot be read, is damaged, or is not UTF-8.
     """
     for path in find_source_files(source, setting):
-        yield from read_file_texts(path, source.column, SPLITTERS[document], report)
+        yield from read_file_texts(path, source.column, SPLITTERS[document], report, source)
     if source.dataset is not None:
-        yield from _select_column(read_dataset(source, setting, source.streaming), source.column)
+        yield from _select_column(read_dataset(source, setting, source.streaming), source.column or "text")
 
 
 def read_file_texts(
-    path: Path, column: str, split: Callable[[Iterator[str]], Iterator[str]] = iter, report: Report | None = None
+    path: Path,
+    column: str | None,
+    split: Callable[[Iterator[str]], Iterator[str]] = iter,
+    report: Report | None = None,
+    location: DataLocation | None = None,
 ) -> Iterator[str]:
     """Read each line of a text file, or what `split` makes of the lines, or a column of each record of a table.
 
-    Raises UserError as `read_documents` does.
+    A pipe holds JSON lines if a column is given. Raises UserError as `read_documents` does, for a column of a file that
+    has none, and for JSON in a file of another name, if neither its column nor its format is given.
     """
-    if reader := READERS.get(file_format(path)):
-        return _select_column(reader(TableFile(path, report)), column)
-    return split(read_lines(path, report))
+    given = location.given_format if location else None
+    format = find_format(path, given)
+    if column is not None and not path.is_file() and format not in READERS:
+        format = ".jsonl"
+    if format not in READERS:
+        if column is not None:
+            advice = "leave column out, or name another format: {path: …, format: jsonl, column: …}"
+            raise UserError(f"{path}: read as lines of text, which have no column {column!r}; {advice}")
+        return split(read_lines(path, report))
+    if column is None and given is None and format == ".jsonl" != file_format(path):
+        advice = "name its column (column: text, --column text), or read its lines as they are: {path: …, format: text}"
+        raise UserError(f"{path}: holds JSON, not lines of text; {advice}")
+    table = TableFile(path, report, field=location.field if location else None)
+    return _select_column(READERS[format](table), column or "text")
 
 
 def split_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
@@ -144,8 +161,8 @@ def read_dataset(
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
         for number, columns in enumerate(rows, 1):
             for column, to_name in label_names.items():
-                if columns[column] not in (-1, None):
-                    columns[column] = to_name(columns[column])
+                missing = columns[column] in (-1, None)  # -1 is the library's convention for a missing label
+                columns[column] = None if missing else to_name(columns[column])
             yield Record(f"{name}, {location.split}: row {number}", columns)
 
 

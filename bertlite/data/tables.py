@@ -11,7 +11,7 @@ from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.data.conll import read_conll
-from bertlite.data.formats import READERS, Record, TableFile, file_format, json_record, parse_json
+from bertlite.data.formats import READERS, Record, TableFile, find_format, read_json
 from bertlite.data.sources import read_dataset
 
 
@@ -24,7 +24,10 @@ def read_records(location: DataLocation, settings: InputSettings, setting: str) 
         return list(read_dataset(location, setting, name_labels=True))
     path = find_table_file(location, setting)
     advice = "; see task.columns, task.delimiter and task.quoting"
-    records = list(read_table(TableFile(path, encoding=settings.encoding, advice=advice), settings))
+    table = TableFile(
+        path, format=location.given_format, field=location.field, encoding=settings.encoding, advice=advice
+    )
+    records = list(read_table(table, settings))
     if not records:
         raise UserError(f"{setting}: {path} holds no examples")
     return records
@@ -33,15 +36,15 @@ def read_records(location: DataLocation, settings: InputSettings, setting: str) 
 def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
     """Read the records of a table with the columns, delimiter and quoting of a task.
 
-    READERS has the formats by extension. Other files hold columns with tabs between or, for token classification, a
-    word and its tag per line. Raises UserError, naming file and line, for what cannot be read.
+    READERS has the formats. Files of none of them hold columns with tabs between or, for token classification, a word
+    and its tag per line. Raises UserError, naming file and line, for what cannot be read.
     """
-    readers, default = READERS | {".json": read_json_or_squad}, READERS[".tsv"]
+    readers, default = READERS | {".json": read_json_or_squad, ".jsonl": read_json_or_squad}, READERS[".tsv"]
     if settings.type == "token-classification":
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label)
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
-    return readers.get(file_format(table.path), default)(table)
+    return readers.get(find_format(table.path, table.format), default)(table)
 
 
 def find_table_file(location: DataLocation, setting: str) -> Path:
@@ -64,22 +67,16 @@ def get_column(record: Record, name: str, setting: str) -> Any:
 
 
 def read_json_or_squad(table: TableFile) -> Iterator[Record]:
-    """Read a JSON list of objects, or the questions of a file in SQuAD's format (Rajpurkar et al. 2016)."""
-    path = table.path
-    content = parse_json("\n".join(table.lines()), str(path))
-    articles = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(articles, list):
-        raise UserError(f"{path}: should be a list of objects, or have one under the key data, as SQuAD does")
-    for number, article in enumerate(articles, 1):
-        if not (isinstance(article, dict) and "paragraphs" in article):
-            yield json_record(f"{path}: object {number}", article)
+    """Read JSON, and the questions of articles in SQuAD's format (Rajpurkar et al. 2016)."""
+    for record in read_json(table):
+        if "paragraphs" not in record.columns:
+            yield record
             continue
         try:
-            for paragraph in article["paragraphs"]:
+            for paragraph in record.columns["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
                     columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
-                    yield Record(f"{path}: question {question['id']}", {**columns, "answers": answers})
+                    yield Record(f"{table.path}: question {question['id']}", {**columns, "answers": answers})
         except (KeyError, TypeError) as error:
-            reason = f"{error} is missing or of another type"
-            raise UserError(f"{path}: article {number} differs from SQuAD: {reason}") from None
+            raise UserError(f"{record.location}: differs from SQuAD: {error} is missing or of another type") from None

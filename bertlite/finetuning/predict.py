@@ -60,7 +60,7 @@ def split_text(text: str, number: int) -> tuple[str, ...]:
     return texts
 
 
-def read_texts(file: str | None, column: str) -> Iterator[str]:
+def read_texts(file: str | None, column: str | None) -> Iterator[str]:
     """Yield the lines of a text file or a column of a table; without a file, the lines of standard input.
 
     Raises UserError, naming the file, for what cannot be read.

@@ -27,7 +27,7 @@ def evaluate_text(
     runtime: Runtime,
     sequence_length: int | None = None,
     document: str = "blank-line",
-    column: str = "text",
+    column: str | None = None,
     pseudo: bool = False,
 ) -> dict[str, float]:
     """Return `eval_loss` (nats per prediction) and `eval_accuracy` on text files, masked as evaluations in training.

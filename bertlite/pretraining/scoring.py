@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
-from bertlite.data.formats import TableFile, read_json_lines
+from bertlite.data.formats import TableFile, read_json
 from bertlite.data.sources import find_source_files, read_documents
 from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.heads import MaskedLanguageModel
@@ -116,7 +116,7 @@ def minimal_pairs(
 def read_pairs(files: list[str]) -> Iterator[Pair]:
     """Read the pairs of JSON lines in BLiMP's format. Raises UserError, naming file and line, for any other line."""
     for path in (path for file in files for path in find_source_files(Source(path=file), "--pairs")):
-        for where, line in read_json_lines(TableFile(path)):
+        for where, line in read_json(TableFile(path)):
             try:
                 good, bad = line["sentence_good"], line["sentence_bad"]
                 if not isinstance(good, str) or not isinstance(bad, str):

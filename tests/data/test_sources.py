@@ -71,10 +71,13 @@ def prepare(tmp_path, tokenizer, train, **data):
     return prepare_corpus(settings.train, tokenizer, settings, "data.train")
 
 
+COLUMN = {name: {} if name == "rows.txt" else {"column": "body"} for name in WRITERS}
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_gives_the_same_documents(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    assert documents(tmp_path / name, column="body") == DOCUMENTS
+    assert documents(tmp_path / name, **COLUMN[name]) == DOCUMENTS
 
 
 def test_names_may_be_in_capitals(tmp_path):
@@ -142,7 +145,7 @@ def test_compressed_formats(tmp_path, name, suffix, compress):
     WRITERS[name](tmp_path / name)
     packed = tmp_path / (name + suffix)
     packed.write_bytes(compress((tmp_path / name).read_bytes()))
-    assert documents(packed, column="body") == DOCUMENTS
+    assert documents(packed, **COLUMN[name]) == DOCUMENTS
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -192,7 +195,7 @@ def test_a_folder_means_its_files_in_order_without_hidden_ones(tmp_path):
 def test_sources_of_all_formats_in_one_list(tmp_path, tokenizer):
     for name, write in WRITERS.items():
         write(tmp_path / name)
-    train = [{"path": str(tmp_path / name), "column": "body"} for name in WRITERS]
+    train = [{"path": str(tmp_path / name), **COLUMN[name]} for name in WRITERS]
     corpus = prepare(tmp_path, tokenizer, train)
     assert corpus.summary.source_documents == [50] * len(WRITERS)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in DOCUMENTS]
@@ -301,7 +304,7 @@ def test_a_truncated_file_is_named(tmp_path, name, suffix, compress):
     whole = compress((tmp_path / name).read_bytes() * 50)
     (tmp_path / (name + suffix)).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{name}{suffix}: damaged or truncated after line \d+: "):
-        documents(tmp_path / (name + suffix), column="body")
+        documents(tmp_path / (name + suffix), **COLUMN[name])
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):

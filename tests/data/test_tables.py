@@ -77,7 +77,7 @@ def test_squad_becomes_flat_records(tmp_path):
     assert read(tmp_path / "a.json", type="question-answering") == [wanted]
     del question["id"]
     (tmp_path / "a.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"a\.json: article 1 differs from SQuAD: 'id' is missing"):
+    with pytest.raises(UserError, match=r"a\.json: object 1: differs from SQuAD: 'id' is missing"):
         read(tmp_path / "a.json", type="question-answering")
 
 
