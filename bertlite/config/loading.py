@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from bertlite.config.finetune_settings import FinetuneConfig, SavedTask, SweepConfig
 from bertlite.config.settings import PretrainConfig, Section
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,7 +121,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}:{line} is not valid YAML: {error.problem}") from None
     except _YAML_ERRORS as error:
-        raise UserError(f"{path}: not valid YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise UserError(f"{path}: not valid YAML: {first_line(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""The errors that end a command with a message instead of a traceback."""
+"""The errors that end a command with a message instead of a traceback, and the message of other libraries' errors."""
 
 
 class UserError(Exception):
@@ -15,3 +15,8 @@ class DiskFull(Failure):
 
 class DataLost(Failure):
     """Files of a corpus were removed or truncated while they were in use. Everything else is intact."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message; of one without a message, the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 from bertlite.core.packages import require
 from bertlite.data.compression import DAMAGED, DECOMPRESSORS, open_file
 
@@ -281,8 +281,7 @@ def read_parquet(table: TableFile) -> Iterator[Record]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             yield from (Record(f"{table.path}: row {number}", row) for number, row in enumerate(rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{table.path}: not a readable Parquet file: {reason}") from None
+        raise UserError(f"{table.path}: not a readable Parquet file: {first_line(error)}") from None
     if table.report:
         table.report(table.path.stat().st_size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bertlite.config.settings import DataLocation, Source
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
@@ -180,8 +180,7 @@ def _datasets_library(name: str) -> Iterator[Any]:
         with disk_full_as_error(Path(datasets.config.HF_DATASETS_CACHE)):
             yield datasets
     except (*raised, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: cannot be read as a dataset: {reason}") from None
+        raise UserError(f"{name}: cannot be read as a dataset: {first_line(error)}") from None
 
 
 def _load_dataset(datasets: Any, location: DataLocation, streaming: bool) -> Any:

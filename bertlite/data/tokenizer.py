@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bertlite.config.settings import TokenizerSettings
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 from bertlite.core.files import atomic_folder, fingerprint, lock
 from bertlite.core.logging import logger
 from bertlite.core.random import TOKENIZER_SAMPLE, draw_uint32
@@ -52,8 +52,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
     except UserError:
         raise
     except Exception as error:  # tokenizers raises no narrower class, and AutoTokenizer raises many
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no tokenizer could be loaded from it: {reason}") from None
+        raise UserError(f"{name}: no tokenizer could be loaded from it: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from bertlite.config.settings import Architecture
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 from bertlite.core.runtime import is_out_of_memory
 from bertlite.data.masking import IGNORED
 from bertlite.data.packing import collate
@@ -112,8 +112,7 @@ def load_reference(folder: Path, ours: Model) -> tuple[nn.Module, list[str]]:
     except Exception as error:  # transformers raises many types, for settings that bertlite ignores
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: transformers cannot load it: {reason}") from None
+        raise UserError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
     names = map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
     unused = ARCHITECTURES[ours.config.model_type].unused
     return theirs.eval(), [name for name in names if not unused.match(name)]

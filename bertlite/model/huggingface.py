@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import read_saved_task
 from bertlite.config.settings import Architecture
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
 from bertlite.core.logging import logger
 from bertlite.core.trust import check_model_folder
 from bertlite.data.tokenizer import load_tokenizer
@@ -187,8 +187,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except (HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such folder, and the download from the hub failed: {reason}") from None
+        raise UserError(f"{name}: no such folder, and the download from the hub failed: {first_line(error)}") from None
 
 
 def _read_folder(folder: Path) -> SavedModel:
