@@ -102,7 +102,8 @@ def every_head(tmp_path_factory, text_files) -> dict[str, Path]:
     """Folders with tiny random models of every head, by transformers, and a tokenizer; not to be changed."""
     import transformers
 
-    from bertlite.data.tokenizer import train_word_piece, wrap_tokenizer
+    from bertlite.data.tokenizer import wrap_tokenizer
+    from bertlite.data.vocabulary import train_word_piece
 
     documents = Path(text_files["train"]).read_text(encoding="utf-8").split("\n\n")
     tokenizer = wrap_tokenizer(train_word_piece(documents, FOLDER_SHAPE["vocab_size"], lowercase=True))

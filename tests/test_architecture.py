@@ -12,7 +12,7 @@ from paths import PACKAGE
 ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "settings finetune_settings loading",
-    "data": "masking words compression formats sources tokenizer corpus conll tables packing batches",
+    "data": "masking words compression formats sources vocabulary tokenizer corpus conll tables packing batches",
     "model": "layers attention encoder bert architectures heads initialization huggingface",
     "training": "progress optim memory checkpoint run_folder trainer callbacks plateau",
     "inference": "batching embed fill",

@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.data.tokenizer import build_word_piece, wrap_tokenizer
+from bertlite.data.tokenizer import wrap_tokenizer
+from bertlite.data.vocabulary import build_word_piece
 
 
 def make_tokenizer(tokens: list[str], lowercase: bool = True) -> PreTrainedTokenizerBase:

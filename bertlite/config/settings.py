@@ -116,6 +116,8 @@ class TokenizerSettings(Section):
     """A Hugging Face folder, vocab.txt, tokenizer.json or hub name; null: that of model.init_from, or a new one."""
     vocab_size: Annotated[Width, Field(gt=5)] = 30522  # the special tokens alone are five
     """Vocabulary size of a new tokenizer."""
+    special_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    """Tokens such as "[E1]" that are added, never split and never masked."""
     lowercase: bool = True
     """Whether a new tokenizer lowercases text and strips accents."""
     train_characters: Positive = 100_000_000
@@ -124,6 +126,13 @@ class TokenizerSettings(Section):
     """Pad the vocabulary with [unusedN] tokens to a multiple of this, such as 64."""
     extend: NonNegative = 0
     """Number of tokens, learned from the text, that are added to an existing tokenizer, first in place of [unusedN]."""
+
+    @model_validator(mode="after")
+    def check_room_for_special_tokens(self) -> "TokenizerSettings":
+        needed = 5 + len(self.special_tokens)
+        if self.special_tokens and self.path is None and self.vocab_size <= needed:
+            raise ValueError(f"vocab_size is {self.vocab_size}; the special tokens alone are {needed}")
+        return self
 
 
 class DataLocation(Section):

@@ -1,30 +1,34 @@
-"""Load, train, extend and pad tokenizers, which are Hugging Face's and have BERT's five special tokens."""
+"""Load, prepare and save tokenizers, which are Hugging Face's and have BERT's five special tokens."""
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count as count_up
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bertlite.config.settings import TokenizerSettings
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.files import atomic_folder, fingerprint, lock
 from bertlite.core.logging import logger
-from bertlite.core.random import TOKENIZER_SAMPLE, draw_uint32
 from bertlite.core.trust import check_model_folder
 from bertlite.data.masking import Vocabulary
+from bertlite.data.vocabulary import (
+    SPECIAL_TOKENS,
+    build_word_piece,
+    choose_new_tokens,
+    extend_vocabulary,
+    pad_vocabulary,
+    sample_documents,
+    train_word_piece,
+    with_vocabulary,
+)
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
-UNUSED = re.compile(r"\[unused\d+\]")  # tokens that BERT's vocabularies reserve for their users
-CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK], which leaves room for longer tokens
 
 
 def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
@@ -74,100 +78,18 @@ def prepare_tokenizer(
     loaded or changed.
     """
     loaded = None if base is None else load_tokenizer(base, settings.lowercase)
-    if loaded is not None and not settings.extend and not settings.pad_to_multiple_of:
+    if loaded is not None and not (settings.extend or settings.special_tokens or settings.pad_to_multiple_of):
         return loaded
     base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend]
-    training_key = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    training_key = [settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters]
+    training_key += settings.special_tokens
     folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, base_key, training_key])
     with lock(folder):
         if not folder.exists():
             with atomic_folder(folder) as unfinished:
-                _save_tokenizer(unfinished, loaded, documents, settings)
+                _save_prepared(unfinished, loaded, documents, settings)
     tokenizer = load_tokenizer(str(folder))
     logger.info(f"tokenizer: vocabulary of {len(tokenizer):,} ({folder})")
-    return tokenizer
-
-
-def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
-    """Choose documents with at most `limit` characters in total at random, the same every time.
-
-    A document is kept while its random number is below a threshold, which is halved whenever the total is too large.
-    """
-    kept: list[tuple[int, str]] = []
-    threshold, characters = 1 << 32, 0
-    for random, text in zip(_random_numbers(), documents, strict=False):
-        if random < threshold:
-            kept.append((random, text))
-            characters += len(text)
-        while characters > limit and len(kept) > 1:
-            threshold //= 2
-            kept = [pair for pair in kept if pair[0] < threshold] or [min(kept)]
-            characters = sum(len(text) for _, text in kept)
-    return [text[:limit] for _, text in kept]
-
-
-def train_word_piece(documents: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Train a WordPiece vocabulary (Devlin et al. 2018, section 3), the same in every process.
-
-    The library would number the tokens that continue a word in the order of a hash map, and break ties by these
-    numbers. Passing them as special tokens fixes their order.
-    """
-    alphabet = _alphabet(documents, vocab_size, lowercase)
-    continuing = [f"##{character}" for character in alphabet if _continues_words(character, lowercase)]
-    tokenizer = build_word_piece({"[UNK]": 0}, lowercase)
-    tokenizer.train_from_iterator(
-        documents,
-        trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=SPECIAL_TOKENS + continuing,
-            initial_alphabet=alphabet,
-            limit_alphabet=len(alphabet),
-            continuing_subword_prefix="##",
-            show_progress=False,
-        ),
-    )
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return build_word_piece({token: number for number, (token, _) in enumerate(tokens)}, lowercase)
-
-
-def extend_vocabulary(vocabulary: dict[str, int], new_tokens: list[str]) -> dict[str, int]:
-    """Replace [unusedN] tokens, in order of their ids, by new tokens, and append the others."""
-    by_id = {number: token for token, number in vocabulary.items()}
-    unused_ids = sorted(number for number, token in by_id.items() if UNUSED.fullmatch(token))
-    new_ids = [*unused_ids, *range(len(by_id), len(by_id) + len(new_tokens))]
-    by_id |= dict(zip(new_ids, new_tokens, strict=False))
-    return {by_id[number]: number for number in sorted(by_id)}
-
-
-def pad_vocabulary(vocabulary: dict[str, int], multiple: int) -> dict[str, int]:
-    """Append [unusedN] tokens up to a multiple, so that tokenizer and embedding have the same size."""
-    names = (f"[unused{number}]" for number in count_up() if f"[unused{number}]" not in vocabulary)
-    padded_size = -(-len(vocabulary) // multiple) * multiple
-    return vocabulary | {next(names): number for number in range(len(vocabulary), padded_size)}
-
-
-def spell_token(token: str, vocabulary: dict[str, int]) -> list[int]:
-    """Split a token into ids of a vocabulary that lacks it, longest match first; [] if that is impossible.
-
-    Example: with `un` and `##it` in the vocabulary, `unit` gives the ids of these two.
-    """
-    text, prefix, ids = token.removeprefix("##"), "##" if token.startswith("##") else "", []
-    while text:
-        end = next((end for end in range(len(text), 0, -1) if prefix + text[:end] in vocabulary), 0)
-        if not end:
-            return []
-        ids.append(vocabulary[prefix + text[:end]])
-        text, prefix = text[end:], "##"
-    return ids
-
-
-def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
-    """Build BERT's tokenizer: clean, split at punctuation and around Chinese characters, WordPiece."""
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
@@ -185,91 +107,96 @@ def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     return Vocabulary(len(tokenizer), tokenizer.mask_token_id, special, ordinary)
 
 
-def _save_tokenizer(
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer so that transformers 4 and 5 load the same one, as do the programs that build on them.
+
+    Its class is BertTokenizer if that gives the same tokens, else PreTrainedTokenizerFast, which reads tokenizer.json
+    as it is. Version 5 itself would write names and fields that version 4 does not know.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only", "auto_map"):
+        config.pop(name, None)
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    bert_options = _find_bert_options(tokenizer)
+    config |= bert_options or {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if bert_options is None else "BertTokenizer"
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _find_bert_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Return the options with which BertTokenizer gives the same tokens; None if there are none."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer, added_tokens = content["normalizer"] or {}, content["added_tokens"]
+    if normalizer.get("type") != "BertNormalizer":
+        return None
+    options = {
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+    }
+    special = {name: getattr(tokenizer, name) for name in TOKEN_NAMES}
+    vocabulary = {token: tokenizer.convert_tokens_to_ids(token) for token in special.values()}
+    bert = json.loads(BertTokenizer(vocabulary, **options, **special).backend_tokenizer.to_str())
+    for tokenizer_content in (content, bert):
+        del tokenizer_content["model"]["vocab"], tokenizer_content["added_tokens"]
+    # BertTokenizer knows special tokens that are found in the text as they are.
+    flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    plain = all(token | flags == token for token in added_tokens)
+    return options if content == bert and plain else None
+
+
+def _save_prepared(
     folder: Path,
     loaded: PreTrainedTokenizerBase | None,
     documents: Callable[[], Iterable[str]],
     settings: TokenizerSettings,
 ) -> None:
-    """Save the loaded tokenizer or train one, and change the vocabulary in its files."""
+    """Save the loaded tokenizer or train one, with the vocabulary that is configured."""
     tokenizer = _train(documents(), settings) if loaded is None else loaded
-    tokenizer.save_pretrained(folder)
-    if loaded is not None and settings.extend:
-        _change_vocabulary(folder, lambda vocabulary: _extend_by_text(vocabulary, loaded, documents(), settings))
+    special_tokens = {"additional_special_tokens": settings.special_tokens}
+    tokenizer.add_special_tokens(special_tokens, replace_extra_special_tokens=False)
+    vocabulary = tokenizer.get_vocab()
+    if settings.extend:
+        _check_word_piece(tokenizer)
+        vocabulary = _extend_by_text(vocabulary, tokenizer.backend_tokenizer, documents(), settings)
     if multiple := settings.pad_to_multiple_of:
-        _change_vocabulary(folder, lambda vocabulary: pad_vocabulary(vocabulary, multiple))
+        vocabulary = pad_vocabulary(vocabulary, multiple)
+    save_tokenizer(tokenizer, folder)
+    if vocabulary != tokenizer.get_vocab():
+        _check_word_piece(tokenizer)
+        with_vocabulary(tokenizer.backend_tokenizer, vocabulary).save(str(folder / "tokenizer.json"))
+        (folder / "vocab.txt").unlink(missing_ok=True)  # it would hold the old vocabulary
 
 
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
     logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,}")
     sample = sample_documents(documents, settings.train_characters)
-    tokenizer = wrap_tokenizer(train_word_piece(sample, settings.vocab_size, settings.lowercase))
-    if len(tokenizer) < settings.vocab_size:
-        logger.info(f"tokenizer: the text gives only {len(tokenizer):,} tokens")
-    return tokenizer
+    trained = train_word_piece(sample, settings.vocab_size, settings.lowercase, settings.special_tokens)
+    if trained.get_vocab_size() < settings.vocab_size:
+        logger.info(f"tokenizer: the text gives only {trained.get_vocab_size():,} tokens")
+    return wrap_tokenizer(trained)
 
 
 def _extend_by_text(
-    vocabulary: dict[str, int], loaded: PreTrainedTokenizerBase, documents: Iterable[str], settings: TokenizerSettings
+    vocabulary: dict[str, int], tokenizer: Tokenizer, documents: Iterable[str], settings: TokenizerSettings
 ) -> dict[str, int]:
-    """Add the new tokens that a tokenizer trained on the documents uses most often."""
+    """Add the tokens that the text needs most."""
     logger.info(f"tokenizer: extending a vocabulary of {len(vocabulary):,} by {settings.extend:,}")
     sample = sample_documents(documents, settings.train_characters)
-    lowercase = getattr(loaded.backend_tokenizer.normalizer, "lowercase", False)
-    trained = train_word_piece(sample, len(vocabulary), lowercase)
-    uses: Counter[str] = Counter()
-    for text in sample:
-        uses.update(trained.encode(text, add_special_tokens=False).tokens)
-    new_tokens = [token for token, _ in _most_frequent_first(uses) if token not in vocabulary]
+    new_tokens = choose_new_tokens(sample, tokenizer, settings.extend)
     if len(new_tokens) < settings.extend:
         logger.info(f"tokenizer: the text gives only {len(new_tokens):,} new tokens")
-    return extend_vocabulary(vocabulary, new_tokens[: settings.extend])
+    return extend_vocabulary(vocabulary, new_tokens)
 
 
-def _change_vocabulary(folder: Path, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
-    """Change the vocabulary of a saved WordPiece tokenizer."""
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    model = content["model"]
-    if model["type"] != "WordPiece":
-        raise UserError(f"tokenizer: a {model['type']} vocabulary cannot be extended or padded, only WordPiece")
-    added = {token["content"]: token["id"] for token in content["added_tokens"]}
-    model["vocab"] = change(model["vocab"] | added)
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    (folder / "vocab.txt").unlink(missing_ok=True)  # it would hold the old vocabulary
-
-
-def _random_numbers() -> Iterator[int]:
-    for first in count_up(step=4096):
-        yield from draw_uint32(4096, (0, TOKENIZER_SAMPLE), first=first).tolist()
-
-
-def _alphabet(documents: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
-    """Choose the most frequent characters that cover the text and fit into the vocabulary, sorted."""
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    counts: Counter[str] = Counter()
-    for document in documents:
-        counts.update(normalizer.normalize_str(document))
-    counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
-    alphabet: list[str] = []
-    free, remaining = vocab_size - len(SPECIAL_TOKENS), counts.total()
-    for character, count in _most_frequent_first(counts):
-        free -= 1 + _continues_words(character, lowercase)
-        if free < 0 or remaining <= counts.total() * (1 - CHARACTER_COVERAGE):
-            break
-        alphabet.append(character)
-        remaining -= count
-    return sorted(alphabet)
-
-
-def _most_frequent_first(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _continues_words(character: str, lowercase: bool) -> bool:
-    """Return whether a character may continue a word: punctuation and Chinese characters may not."""
-    text = normalizers.BertNormalizer(lowercase=lowercase).normalize_str("a" + character)
-    return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)) == 1
+def _check_word_piece(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a vocabulary that cannot be changed."""
+    name = type(tokenizer.backend_tokenizer.model).__name__
+    if name != "WordPiece":
+        raise UserError(f"tokenizer: a {name} vocabulary cannot be extended or padded, only WordPiece")
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerBase:

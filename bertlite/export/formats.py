@@ -14,6 +14,7 @@ from bertlite.config.loading import choose
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.files import atomic_folder
 from bertlite.core.packages import require
+from bertlite.data.tokenizer import save_tokenizer
 from bertlite.export.model_card import model_card
 from bertlite.export.onnx import sample_texts, write_onnx
 from bertlite.export.parity import TOLERANCES, check_parity, silence_transformers
@@ -27,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def hugging_face(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "fp32") -> list[str]:
     """Write a Hugging Face folder: config.json, model.safetensors and the tokenizer."""
     save_model(model, folder, DTYPES[dtype])
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return [f"The weights are stored in {dtype}."]
 
 
@@ -48,10 +49,11 @@ def sentence_transformers(
     model_kwargs = {} if encoder.pooler else {"add_pooling_layer": False}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         save_model(encoder, Path(temporary), DTYPES[dtype])
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, Path(temporary))
         transformer = Transformer(temporary, model_kwargs=model_kwargs)
         modules = [transformer, Pooling(encoder.config.hidden_size, pooling_mode=pooling)]
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    save_tokenizer(tokenizer, folder)  # the library writes what only its version of transformers can load
     path = folder / "sentence_bert_config.json"
     config = json.loads(path.read_text())
     if model_kwargs:  # older versions of the library call it model_args, which newer ones read, too

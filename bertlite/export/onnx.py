@@ -18,6 +18,7 @@ from bertlite.config.settings import Source
 from bertlite.core.errors import Failure
 from bertlite.core.logging import logger
 from bertlite.data.sources import read_documents
+from bertlite.data.tokenizer import save_tokenizer
 from bertlite.export.parity import at_real_tokens
 from bertlite.model.heads import HEADS, Model
 from bertlite.model.huggingface import save_config
@@ -55,7 +56,7 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     graph, fp32_path, int8_path = Graph(model.eval()), folder / "model.onnx", folder / "model_int8.onnx"
     _write_graphs(graph, fp32_path, int8_path)
     save_config(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     fp32 = InferenceSession(str(fp32_path))
     difference = _difference(graph, fp32)
     if not difference <= TOLERANCE:

@@ -11,7 +11,7 @@ from bertlite.config.settings import Architecture, EncoderSettings, ModelSetting
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.batches import Batches
-from bertlite.data.tokenizer import spell_token
+from bertlite.data.vocabulary import spell_token
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.huggingface import load_model, load_tokenizer_of, read_architecture
 from bertlite.model.initialization import exchange_vocabulary, initialize

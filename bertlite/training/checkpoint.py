@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_folder, sha256, write_json
 from bertlite.core.logging import logger
+from bertlite.data.tokenizer import save_tokenizer
 from bertlite.model.heads import Model
 from bertlite.model.huggingface import save_model
 from bertlite.training.optim import Optimizer
@@ -64,7 +65,7 @@ def save_checkpoint(
 
 def _write_checkpoint(folder: Path, model: Model, tokenizer: PreTrainedTokenizerBase, state: TrainingState) -> None:
     save_model(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     training = folder / "training"
     training.mkdir()
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.optimizer.items()}
@@ -135,7 +136,7 @@ def save_final_model(run: Path, model: Model, tokenizer: PreTrainedTokenizerBase
     """Write `RUN/model`, which marks the run as finished."""
     with atomic_folder(run / "model") as aside:
         save_model(model, aside)
-        tokenizer.save_pretrained(aside)
+        save_tokenizer(tokenizer, aside)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -20,7 +20,8 @@ from bertlite.data.batches import Batch, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.masking import IGNORED, max_predictions
 from bertlite.data.packing import Packing, pack_corpus, pack_documents, pack_lengths
-from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, wrap_tokenizer
+from bertlite.data.tokenizer import wrap_tokenizer
+from bertlite.data.vocabulary import SPECIAL_TOKENS, build_word_piece
 from bertlite.data.words import segment_with_jieba
 
 WORDS = 6000

@@ -29,7 +29,8 @@ from bertlite.data import corpus as corpus_module
 from bertlite.data import sources as sources_module
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.data.sources import digest_file, find_source_files, read_documents
-from bertlite.data.tokenizer import SPECIAL_TOKENS, build_word_piece, train_word_piece, wrap_tokenizer
+from bertlite.data.tokenizer import wrap_tokenizer
+from bertlite.data.vocabulary import SPECIAL_TOKENS, build_word_piece, train_word_piece
 
 (SAMPLE,) = find_source_files(Source(path="sample"), "data.train")
 PRETRAIN = SHARED / "pretrain"

@@ -12,7 +12,7 @@ from bertlite.config.settings import DataSettings, MaskingSettings, TrainSetting
 from bertlite.data.batches import Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.packing import pack_corpus
-from bertlite.data.tokenizer import SPECIAL_TOKENS
+from bertlite.data.vocabulary import SPECIAL_TOKENS
 
 WEIGHTS = [1.0, 2.5, 0.5]
 

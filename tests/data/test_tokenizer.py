@@ -1,6 +1,7 @@
 """Tokenizers are the same in every process and the same as Hugging Face's, from every kind of file."""
 
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -16,21 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SHARED
 from tiny_tokenizers import make_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from bertlite.config.settings import Source, TokenizerSettings
 from bertlite.core.errors import UserError
 from bertlite.data.sources import read_documents
 from bertlite.data.tokenizer import (
-    SPECIAL_TOKENS,
-    build_word_piece,
     describe_vocabulary,
     load_tokenizer,
     prepare_tokenizer,
-    train_word_piece,
+    save_tokenizer,
     wrap_tokenizer,
 )
+from bertlite.data.vocabulary import SPECIAL_TOKENS, build_word_piece, train_word_piece
 from bertlite.data.words import mark_word_starts
 
 VOCABULARIES = {name: SHARED / "vocab" / name for name in ("bert-base-uncased", "bert-base-chinese")}
@@ -95,7 +95,7 @@ import hashlib
 from itertools import islice
 from bertlite.config.settings import Source
 from bertlite.data.sources import read_documents
-from bertlite.data.tokenizer import train_word_piece
+from bertlite.data.vocabulary import train_word_piece
 
 documents = list(islice(read_documents(Source(path="sample"), "blank-line", "data.train"), 8))
 for lowercase in (True, False):
@@ -300,6 +300,62 @@ def test_a_tokenizer_json_of_any_kind_is_saved_as_it_is(make, tmp_path):
         assert saved(text, add_special_tokens=False)["input_ids"] == ids
 
 
+def with_accents() -> Tokenizer:
+    tokenizer = build_word_piece(LETTERS, True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    return tokenizer
+
+
+def without_splitting_chinese() -> Tokenizer:
+    tokenizer = build_word_piece(LETTERS, False)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, handle_chinese_chars=False)
+    return tokenizer
+
+
+def with_a_token_found_after_lowercasing() -> Tokenizer:
+    tokenizer = build_word_piece(LETTERS, True)
+    tokenizer.add_tokens([AddedToken("e-mail", normalized=True)])
+    return tokenizer
+
+
+def with_long_words() -> Tokenizer:
+    tokenizer = build_word_piece({}, True)
+    tokenizer.model = models.WordPiece(LETTERS, unk_token="[UNK]", max_input_chars_per_word=200)
+    return tokenizer
+
+
+CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZéÉäöüßÖ北京é,.'-?"))
+LETTERS = {
+    token: number
+    for number, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS, *(f"##{character}" for character in CHARACTERS)])
+}
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda: build_word_piece(LETTERS, True), "BertTokenizer"),
+        (with_accents, "BertTokenizer"),
+        (without_splitting_chinese, "BertTokenizer"),
+        (with_another_normalizer, "PreTrainedTokenizerFast"),
+        (with_byte_pairs, "PreTrainedTokenizerFast"),
+        (with_a_token_found_after_lowercasing, "PreTrainedTokenizerFast"),
+        (with_long_words, "PreTrainedTokenizerFast"),
+    ],
+)
+def test_a_saved_folder_names_a_class_that_transformers_4_and_5_know(make, expected, tmp_path):
+    """And AutoTokenizer, which rebuilds a BertTokenizer from its options, gives the same ids."""
+    make().save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    save_tokenizer(loaded, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == expected
+    assert not config.keys() & {"backend", "is_local", "local_files_only", "extra_special_tokens"}
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    same_ids(loaded, saved)
+    assert loaded("Größe É 北京 e-mail E-Mail " + "a" * 150) == saved("Größe É 北京 e-mail E-Mail " + "a" * 150)
+
+
 def test_windows_line_ends_in_vocab_txt_are_not_part_of_the_tokens(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_bytes("\r\n".join([*SPECIAL_TOKENS, "the", "##s", ""]).encode())
@@ -495,6 +551,64 @@ def test_word_piece_without_a_normalizer_is_extended(base, tmp_path):
     chosen, path = TokenizerSettings(extend=1), str(tmp_path / "tokenizer.json")
     tokenizer = prepare_tokenizer(chosen, path, lambda: iter([DOMAIN]), "digest", tmp_path / "cache")
     assert tokenizer.tokenize("zyloprim") == ["zyloprim"]
+
+
+ACCENTS = "Die größte Öffnung möchte Müller, größer als die Größe der Öffnungen im Café. " * 20
+CASED = "The HTTP server of Zürich, the FTP servers of Genève and the HTTPS Server. " * 20
+CHINESE = "北京大学 在 北京 ， 北京大学 的 学生 。 " * 20
+MARKED = "[E1]Zürich[/E1] lies at the [E1]Limmat[/E1], Zürich on the Limmat. " * 20
+SPLITTERS = {
+    "uncased, which keeps accents": (normalizers.BertNormalizer(lowercase=True, strip_accents=False), ACCENTS),
+    "cased, which strips accents": (normalizers.BertNormalizer(lowercase=False, strip_accents=True), CASED),
+    "Chinese words": (normalizers.BertNormalizer(lowercase=False, handle_chinese_chars=False), CHINESE),
+    "a sequence": (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), ACCENTS),
+    "decomposed": (normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()]), ACCENTS),
+    "as in BERT": (normalizers.BertNormalizer(lowercase=True), CASED),
+    "none": (None, CASED),
+    "added tokens": (normalizers.BertNormalizer(lowercase=True), MARKED),
+}
+
+
+@pytest.mark.parametrize("count", [5, 30])
+@pytest.mark.parametrize("kind", SPLITTERS)
+def test_each_token_that_is_added_occurs_in_the_text(kind, count, tmp_path):
+    """Whatever the normalizer: transformers finds each of them, and the text has fewer tokens than before."""
+    normalizer, text = SPLITTERS[kind]
+    backend = build_word_piece(LETTERS, True)
+    backend.normalizer = normalizer
+    backend.add_special_tokens(["[E1]", "[/E1]"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    old = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    chosen = TokenizerSettings(extend=count)
+    prepare_tokenizer(chosen, str(tmp_path / "tokenizer.json"), lambda: iter([text]), "digest", tmp_path / "cache")
+    new = AutoTokenizer.from_pretrained(next((tmp_path / "cache" / "tokenizers").glob("[!.]*")))
+    added = new.get_vocab().keys() - old.get_vocab().keys()
+    assert 3 <= len(added) <= count
+    assert added <= set(new.tokenize(text)) and len(new.tokenize(text)) < len(old.tokenize(text))
+    assert new.tokenize(text).count("[E1]") == text.count("[E1]")
+
+
+@pytest.mark.parametrize("of_existing", [False, True])
+def test_special_tokens_are_never_split_and_never_masked(of_existing, base, tmp_path):
+    """In the saved folder, too, where transformers' own collator leaves them unmasked."""
+    tokens, text = ["[E1]", "[/E1]"], "the [E1]alpha[/E1] and E1"
+    chosen = TokenizerSettings(vocab_size=60, special_tokens=tokens)
+    documents = [f"{text} {WORDS} " * 5]
+    made = prepare_tokenizer(chosen, base if of_existing else None, lambda: iter(documents), "", tmp_path / "cache")
+    save_tokenizer(made, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["additional_special_tokens"] == tokens
+    for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        pieces = tokenizer.tokenize(text)
+        assert pieces[pieces.index("[E1]") :][:3] == ["[E1]", "alpha", "[/E1]"]
+        assert set(tokenizer.convert_tokens_to_ids(tokens)) < set(tokenizer.all_special_ids)
+        assert not any("[" in token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens
+                       and not token.startswith("[unused"))  # fmt: skip
+    assert set(made.convert_tokens_to_ids(tokens)) < set(describe_vocabulary(made).special_ids.tolist())
+    if not of_existing:
+        assert len(made) <= 60 and made.convert_tokens_to_ids(tokens) == [5, 6]
+    collate = DataCollatorForLanguageModeling(made, mlm_probability=0.99)
+    labels = collate([made(text)])["labels"]
+    assert not set(labels.flatten().tolist()) & set(made.convert_tokens_to_ids(tokens))
 
 
 def test_two_processes_may_train_the_same_at_once(tmp_path):

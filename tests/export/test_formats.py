@@ -12,6 +12,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 from tiny_models import HEADS, assert_same_weights, change_weights
+from tokenizers import normalizers
 from transformers import AutoTokenizer, pipeline
 
 from bertlite import load
@@ -88,6 +89,25 @@ def test_sentence_transformers_gives_the_vectors_of_embed(every_head, tmp_path, 
     assert ("pooler.dense.weight" in saved) == (head == "BertModel")  # none is made up
 
 
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=pytest.mark.slow) if name == "onnx" else name for name in FORMATS]
+)
+def test_every_format_names_a_tokenizer_class_that_transformers_4_and_5_know(every_head, tmp_path, format):
+    """Also where the tokenizer is not BERT's: transformers 5 itself writes TokenizersBackend, which 4 does not know."""
+    for package in FORMATS[format].packages:
+        pytest.importorskip(package)
+    source = shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "source")
+    backend = AutoTokenizer.from_pretrained(source).backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    (source / "tokenizer_config.json").unlink()
+    backend.save(str(source / "tokenizer.json"))
+    export(source, tmp_path / "out", format, dtype="fp32")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert all(exported(text)["input_ids"] == backend.encode(text).ids for text in [*TEXTS, "ＳＴＡＴＥ café"])
+
+
 def run(folder: Path, graph: str, text) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     onnxruntime = pytest.importorskip("onnxruntime")
     inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="np", padding=True)
@@ -122,6 +142,7 @@ def test_onnxruntime_computes_what_transformers_computes(every_head, tmp_path, h
             assert difference.max() <= 1e-5 * max(1, np.abs(reference.numpy()).max())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [type(theirs).__name__]
+    assert "backend" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())  # of transformers 5
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from tiny_tasks import make_records, save_model
 
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
-from bertlite.data.tokenizer import train_word_piece, wrap_tokenizer
+from bertlite.data.tokenizer import wrap_tokenizer
+from bertlite.data.vocabulary import train_word_piece
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM
 
 from bertlite.core.errors import UserError
-from bertlite.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from bertlite.data.tokenizer import load_tokenizer
+from bertlite.data.vocabulary import SPECIAL_TOKENS
 from bertlite.export.parity import check_parity
 from bertlite.inference.fill import fill
 from bertlite.model.heads import SequenceClassifier

@@ -11,7 +11,8 @@ from tiny_runs import metrics, pretrain, weights
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from bertlite.core.errors import UserError
-from bertlite.data.tokenizer import extend_vocabulary, load_tokenizer, pad_vocabulary, sample_documents, spell_token
+from bertlite.data.tokenizer import load_tokenizer
+from bertlite.data.vocabulary import extend_vocabulary, pad_vocabulary, sample_documents, spell_token
 
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 

@@ -8,7 +8,8 @@ from tiny_runs import pretrain, traces
 from bertlite.config.settings import DataSettings
 from bertlite.core.errors import Failure
 from bertlite.data.corpus import prepare_corpus
-from bertlite.data.tokenizer import load_tokenizer, train_word_piece, wrap_tokenizer
+from bertlite.data.tokenizer import load_tokenizer, wrap_tokenizer
+from bertlite.data.vocabulary import train_word_piece
 from bertlite.training.checkpoint import newest_checkpoint
 
 
