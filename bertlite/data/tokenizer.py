@@ -81,9 +81,12 @@ def prepare_tokenizer(
     if loaded is not None and not (settings.extend or settings.special_tokens or settings.pad_to_multiple_of):
         return loaded
     base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend]
-    training_key = [settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters]
-    training_key += settings.special_tokens
-    folder = cache / "tokenizers" / fingerprint([TRAINER_VERSION, digest, base_key, training_key])
+    training_key = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    folder = (
+        cache
+        / "tokenizers"
+        / fingerprint([TRAINER_VERSION, digest, base_key, [*training_key, *settings.special_tokens]])
+    )
     with lock(folder):
         if not folder.exists():
             with atomic_folder(folder) as unfinished:
@@ -138,7 +141,8 @@ def _find_bert_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | N
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
     }
     special = {name: getattr(tokenizer, name) for name in TOKEN_NAMES}
-    vocabulary = {token: tokenizer.convert_tokens_to_ids(token) for token in special.values()}
+    ids = tokenizer.get_vocab()
+    vocabulary = {token: ids[token] for token in special.values()}
     bert = json.loads(BertTokenizer(vocabulary, **options, **special).backend_tokenizer.to_str())
     for tokenizer_content in (content, bert):
         del tokenizer_content["model"]["vocab"], tokenizer_content["added_tokens"]
@@ -156,7 +160,7 @@ def _save_prepared(
 ) -> None:
     """Save the loaded tokenizer or train one, with the vocabulary that is configured."""
     tokenizer = _train(documents(), settings) if loaded is None else loaded
-    special_tokens = {"additional_special_tokens": settings.special_tokens}
+    special_tokens: dict[str, Any] = {"additional_special_tokens": settings.special_tokens}
     tokenizer.add_special_tokens(special_tokens, replace_extra_special_tokens=False)
     vocabulary = tokenizer.get_vocab()
     if settings.extend:
