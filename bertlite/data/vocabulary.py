@@ -167,12 +167,12 @@ def _with_splitter_of(splitter: Tokenizer, model: models.Model) -> Tokenizer:
 
 def _count_tokens(documents: list[str], tokenizer: Tokenizer) -> Counter[str]:
     """Count how often each token occurs in the documents."""
-    counts: Counter[str] = Counter()
+    counts: Counter[int] = Counter()  # of ids, which alone the fast encoding has
     for start in range(0, len(documents), TEXTS_PER_BATCH):
         texts = documents[start : start + TEXTS_PER_BATCH]
         for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            counts.update(encoding.tokens)
-    return counts
+            counts.update(encoding.ids)
+    return Counter({token: counts[number] for token, number in tokenizer.get_vocab().items() if number in counts})
 
 
 def _alphabet(documents: Iterable[str], room: int, splitter: Tokenizer) -> list[str]:
