@@ -62,9 +62,11 @@ class InputSettings(Section):
     max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128
     """Tokens of an example; longer ones are truncated, or split for question answering."""
     doc_stride: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 64
-    """Tokens by which the parts of a split context overlap."""
+    """Tokens by which the parts of a split context overlap; in predict, half of max_length, at most 128."""
     max_answer_length: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 30
     """Tokens of the longest answer."""
+    null_score_diff_threshold: float | None = None
+    """A question has no answer if [CLS] scores higher than the best answer by more; null: learned on validation."""
     columns: list[str] | None = None
     """Names of the columns of a file without a header."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
@@ -83,7 +85,11 @@ class InputSettings(Section):
 
 
 class SavedTask(InputSettings):
-    """What the folder of a fine-tuned model says in task.json: the inputs that the model was trained on."""
+    """What the folder of a fine-tuned model says in task.json: the inputs that the model was trained on.
+
+    A `null_score_diff_threshold` that was not set is the one with the best F1 on the validation set, or null if all of
+    its questions have an answer.
+    """
 
 
 class TaskSettings(InputSettings):

@@ -77,6 +77,8 @@ def read_json_or_squad(table: TableFile) -> Iterator[Record]:
                 for question in paragraph["qas"]:
                     answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
                     columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+                    if "is_impossible" in question:  # as in SQuAD 2.0
+                        columns["is_impossible"] = question["is_impossible"]
                     yield Record(f"{table.path}: question {question['id']}", {**columns, "answers": answers})
         except (KeyError, TypeError) as error:
             raise UserError(f"{record.location}: differs from SQuAD: {error} is missing or of another type") from None

@@ -1,7 +1,6 @@
 """Question answering: the answers of records, examples and targets, the loss, and the answers that scores mean."""
 
 # Shapes: B sequences, T positions of a sequence, E places for examples in a sequence.
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,27 +19,37 @@ from bertlite.core.logging import logger
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.data.tables import get_column
+from bertlite.finetuning.answer_metrics import choose_null_threshold
 from bertlite.finetuning.batches import TaskBatch
 from bertlite.finetuning.decoding import Outputs, Scores
 from bertlite.finetuning.examples import Examples, without_labels
 from bertlite.finetuning.labels import read_input_texts
 
+NO_SPAN = -1e6  # less than any sum of scores
+
 
 def read_answers(record: Record) -> tuple[list[str], list[int]]:
-    """Read the texts of a question's answers, and at which character of the context each starts."""
+    """Read the texts of a question's answers, and at which character of the context each starts.
+
+    There are none if the question is unanswerable: if `is_impossible` is true, or the lists are empty.
+    """
     answers = get_column(record, "answers", "SQuAD's format")
     try:
-        return [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
+        texts, starts = [str(text) for text in answers["text"]], [int(start) for start in answers["answer_start"]]
     except (TypeError, KeyError, ValueError, OverflowError):
         raise UserError(f"{record.location}: answers should hold the lists text and answer_start") from None
+    return ([], []) if record.columns.get("is_impossible") is True else (texts, starts)
 
 
 def find_first_answer(record: Record, settings: InputSettings) -> tuple[int, int] | None:
     """Return the start and end of a question's first answer, in characters of the context.
 
-    Returns None unless the context holds the answer's text at that position.
+    Returns (0, 0) for an unanswerable question, and None if the answer is missing: the context does not hold its text
+    at that position, or there is none although `is_impossible` is false.
     """
     texts, starts = read_answers(record)
+    if not texts and record.columns.get("is_impossible") is not False:
+        return 0, 0
     if not (texts and starts and texts[0]):
         return None
     start, end = starts[0], starts[0] + len(texts[0])
@@ -82,18 +91,28 @@ def context_offsets(encoding: Encoding) -> NDArray[np.int64]:
     return np.where(in_context[:, None], np.array(encoding.offsets), 0)
 
 
+def encode_for_pipeline(
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
+) -> Examples:
+    """Tokenize questions with their contexts as Hugging Face's question-answering pipeline does.
+
+    An example has at most 384 tokens; the parts of a context overlap by half of that, at most by 128 tokens.
+    """
+    max_length = min(settings.max_length, 384)
+    changes = {"max_length": max_length, "doc_stride": min(max_length // 2, 128)}
+    return encode_questions(texts, tokenizer, settings.model_copy(update=changes))
+
+
 def answer_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
-    """The target is the first and the last token of the answer, or [CLS] twice in an example without the answer."""
+    """The target is the first and the last token of the answer, or [CLS] twice in an example without the answer.
+
+    So it is in all examples of an unanswerable question. A missing answer does not count in the loss.
+    """
     examples = encode_questions(read_input_texts(records, settings), tokenizer, settings)
     answers = [find_first_answer(record, settings) for record in records]
-    missing = [record.location for record, answer in zip(records, answers, strict=True) if answer is None]
-    if missing:
-        logger.warning(
-            f"{len(missing):,} of {len(records):,} questions have no answer at their answer_start, such as "
-            f"{missing[0]}; they do not count in the loss"
-        )
+    log_questions_without_answer(records, answers)
     targets = [
         answer_tokens(encoding, answers[index])
         for encoding, index in zip(examples.encodings, examples.record_indices, strict=True)
@@ -101,10 +120,23 @@ def answer_examples(
     return replace(examples, targets=targets, references=[read_answers(record)[0] or [""] for record in records])
 
 
+def log_questions_without_answer(records: list[Record], answers: list[tuple[int, int] | None]) -> None:
+    """Log how many questions are unanswerable, and how many answers are missing."""
+    unanswerable = answers.count((0, 0))
+    if unanswerable:
+        logger.info(f"{unanswerable:,} of {len(records):,} questions are unanswerable: their answer is empty")
+    missing = [record.location for record, answer in zip(records, answers, strict=True) if answer is None]
+    if missing:
+        logger.warning(
+            f"{len(missing):,} of {len(records):,} questions have no answer at their answer_start, such as "
+            f"{missing[0]}; they do not count in the loss"
+        )
+
+
 def answer_tokens(encoding: Encoding, answer: tuple[int, int] | None) -> NDArray[np.int64]:
     """Return the positions of an answer's first and last token, given its characters (start, end) in the context.
 
-    Returns [0, 0], which is [CLS], if the encoding does not hold the whole answer; IGNORED for an unknown answer.
+    Returns [0, 0], which is [CLS], if the encoding does not hold the whole answer; IGNORED for a missing answer.
     """
     if answer is None:
         return np.full(2, IGNORED)
@@ -126,27 +158,87 @@ def answer_loss(scores: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
     return losses.view(labels.shape).mean(-1), labels[..., 0] != IGNORED
 
 
-def find_best_answers(outputs: Outputs) -> list[dict[str, Any]]:
-    """Return the best answer of at most `max_answer_length` tokens to each question: `score, start, end, answer`.
+def find_best_answers(outputs: Outputs) -> tuple[list[str], list[float]]:
+    """Return the best answer of at most `max_answer_length` tokens to each question, and a difference: by how much the
+    score of no answer exceeds that answer's.
 
     Of all examples that a context is split into, the span with the largest sum of start and end score is taken (Devlin
-    et al. 2018, section 4.2); `score` is the span's probability within its example, `start` and `end` are characters.
+    et al. 2018, section 4.2). The score of no answer is the sum at [CLS], the smallest of these examples, as in Hugging
+    Face's run_qa.
     """
     examples = outputs.examples
-    no_answer = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
-    best: list[tuple[float, dict[str, Any]]] = [(-math.inf, no_answer)] * len(examples.texts)
+    answers = [""] * len(examples.texts)
+    best, null = np.full(len(answers), NO_SPAN), np.full(len(answers), np.inf)
     for scores, record, encoding in zip(outputs.scores, examples.record_indices, examples.encodings, strict=True):
         starts, ends = context_offsets(encoding).T
         first, last, total = find_best_span(scores, starts < ends, outputs.settings.max_answer_length)
-        if total > best[record][0]:
-            log_normalizer = np.logaddexp.reduce(scores[:, 0]) + np.logaddexp.reduce(scores[:, 1])
-            probability, start, end = float(np.exp(total - log_normalizer)), int(starts[first]), int(ends[last])
-            answer = {"score": probability, "start": start, "end": end, "answer": examples.texts[record][1][start:end]}
-            best[record] = float(total), answer
-    return [answer for _, answer in best]
+        null[record] = min(null[record], scores[0].sum())
+        if total > best[record]:
+            best[record], answers[record] = total, examples.texts[record][1][starts[first] : ends[last]]
+    return answers, (null - best).tolist()
 
 
-def find_best_span(scores: Scores, allowed: NDArray[np.bool_], max_length: int) -> tuple[int, int, np.floating[Any]]:
+def decode_answers(outputs: Outputs) -> list[str]:
+    """Return the best answer to each question; none where the score of no answer exceeds its score by more than
+    `null_score_diff_threshold`."""
+    threshold = outputs.settings.null_score_diff_threshold
+    pairs = zip(*find_best_answers(outputs), strict=True)
+    return ["" if threshold is not None and difference > threshold else answer for answer, difference in pairs]
+
+
+def learn_null_threshold(outputs: Outputs) -> dict[str, float | None]:
+    """Return the threshold that the task sets, or else, if questions are unanswerable, the one with the best F1."""
+    threshold, references = outputs.settings.null_score_diff_threshold, outputs.examples.references
+    if threshold is None and not all(any(answers) for answers in references):
+        threshold = choose_null_threshold(references, *find_best_answers(outputs))
+    return {"null_score_diff_threshold": threshold}
+
+
+def find_pipeline_answers(outputs: Outputs) -> list[dict[str, Any]]:
+    """Return the answer to each question as Hugging Face's question-answering pipeline does: `score, start, end,
+    answer`; `start` and `end` are characters.
+
+    `score` is the product of the probabilities of start and end, by softmax over the context and [CLS]; of all examples
+    that a context is split into, the answer with the highest one is taken, and widened to whole words. With a
+    `null_score_diff_threshold`, the answer is empty where `decode_answers` returns none: its score is the product of
+    the probabilities of [CLS], the smallest of these examples.
+    """
+    examples, settings = outputs.examples, outputs.settings
+    answers = [{"score": 0.0, "start": 0, "end": 0, "answer": ""} for _ in examples.texts]
+    null_scores = np.ones(len(answers))
+    for scores, record, encoding in zip(outputs.scores, examples.record_indices, examples.encodings, strict=True):
+        in_context = np.array([sequence == 1 for sequence in encoding.sequence_ids])
+        probabilities = log_softmax_over(scores, in_context)
+        first, last, total = find_best_span(probabilities, in_context, settings.max_answer_length)
+        null_scores[record] = min(null_scores[record], np.exp(probabilities[0].sum()))
+        if np.exp(total) > answers[record]["score"]:
+            start, end = widen_to_words(encoding, in_context, first, last)
+            text = examples.texts[record][1][start:end]
+            answers[record] = {"score": float(np.exp(total)), "start": start, "end": end, "answer": text}
+    for record, difference in enumerate(find_best_answers(outputs)[1]):
+        if settings.null_score_diff_threshold is not None and difference > settings.null_score_diff_threshold:
+            answers[record] = {"score": float(null_scores[record]), "start": 0, "end": 0, "answer": ""}
+    return answers
+
+
+def log_softmax_over(scores: Scores, in_context: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return log-probabilities (n,2) of start and end among the tokens of the context and [CLS], -inf for others."""
+    allowed = in_context.copy()
+    allowed[0] = True
+    masked = np.where(allowed[:, None], scores.astype(np.float64), -np.inf)
+    return masked - np.logaddexp.reduce(masked)
+
+
+def widen_to_words(encoding: Encoding, in_context: NDArray[np.bool_], first: int, last: int) -> tuple[int, int]:
+    """Return the characters of the context, start and end, of the words that tokens `first` to `last` belong to."""
+    words = np.where(in_context, np.array(encoding.word_ids, dtype=float), np.nan)
+    starts, ends = np.array(encoding.offsets).T
+    return int(starts[words == words[first]].min()), int(ends[words == words[last]].max())
+
+
+def find_best_span(
+    scores: NDArray[np.floating[Any]], allowed: NDArray[np.bool_], max_length: int
+) -> tuple[int, int, np.floating[Any]]:
     """Return the span of allowed tokens with the largest sum of start and end score: first, last, and that sum.
 
     Entry [i, j] of the matrix of sums is the score of the span i … j. With `max_length` 2, only the diagonal (spans of

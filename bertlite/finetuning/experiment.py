@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,25 @@ class Experiment:
     def measured_on(self) -> str:
         return "test" if "test" in self.splits else "validation"
 
+    @property
+    def saved_task(self) -> SavedTask:
+        """What task.json keeps of the settings."""
+        return SavedTask.model_validate(self.settings.model_dump(include=set(SavedTask.model_fields)))
+
     def evaluate(self, model: Classifier, split_name: str) -> EvaluationResult:
-        """Compute all metrics of a split, and the loss without class weights."""
+        """Compute all metrics of a split, and the loss without class weights.
+
+        On the validation split the model's task also learns settings, such as the threshold of unanswerable questions.
+        """
         split, task = self.splits[split_name], self.task
         scores, losses, loss = compute_outputs(model, split.batches, self.runtime, self.compute_scores, task.loss)
-        predictions = task.decode(Outputs(scores, split.examples, self.labels, self.settings))
+        outputs = Outputs(scores, split.examples, self.labels, self.settings)
+        if split_name == "validation":
+            model.task = self.saved_task.model_copy(update=task.learn(outputs))
+        predictions = task.decode(replace(outputs, settings=model.task or self.settings))
         references = split.examples.references
         metrics = {name: metric(references, predictions) for name, metric in task.metrics.items()}
+        metrics |= task.details(references, predictions)
         return EvaluationResult({**metrics, "loss": loss}, predictions, losses)
 
 
@@ -165,7 +177,7 @@ def make_train_settings(train: FinetuneTrainSettings, batches: ExampleBatches, s
 def build_initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
     """Build the model with the weights of the starting model; what that lacks, such as the head, is initialized."""
     model = experiment.task.head(experiment.architecture, experiment.labels, kernel, experiment.task.problem_type)
-    model.task = SavedTask.model_validate(experiment.settings.model_dump(include=set(SavedTask.model_fields)))
+    model.task = experiment.saved_task
     initialize(model, experiment.architecture.initializer_range, seed)
     model.load_state_dict(model.state_dict() | experiment.starting_weights)
     return model

@@ -32,6 +32,8 @@ class Task:
     loss: losses.Loss
     decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
+    learn: Callable[[Outputs], dict[str, Any]] = lambda outputs: {}  # settings that follow from the validation set
+    details: Callable[[list[Any], list[Any]], dict[str, float]] = lambda references, predictions: {}  # further scores
     describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
     single_label: bool = False  # each example has exactly one of the labels: a confusion matrix makes sense
     label_weights: bool = False  # the loss takes class weights and label smoothing
@@ -70,10 +72,12 @@ TASKS = {
     ),
     "question-answering": Task(
         QuestionAnswerer, None, answer_metrics.ANSWERS, PAIR,
-        lambda records, settings: ["start", "end"], answers.answer_examples, answers.encode_questions,
+        lambda records, settings: ["start", "end"], answers.answer_examples, answers.encode_for_pipeline,
         answers.answer_loss,
-        decode=lambda outputs: [answer["answer"] for answer in answers.find_best_answers(outputs)],
-        results=lambda outputs, top_k: answers.find_best_answers(outputs),
+        decode=answers.decode_answers,
+        results=lambda outputs, top_k: answers.find_pipeline_answers(outputs),
+        learn=answers.learn_null_threshold,
+        details=answer_metrics.scores_by_answerability,
     ),
 }  # fmt: skip
 
