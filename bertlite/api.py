@@ -64,20 +64,30 @@ class LoadedModel:
         with self.runtime.autocast():
             return fill(self.masked_lm, self.tokenizer, text, top_k)
 
+    @property
+    def classifier(self) -> Classifier:
+        if not isinstance(self.model, Classifier):
+            raise UserError(
+                f"{self.folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune"
+            )
+        return self.model
+
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
-        """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`."""
+        """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`.
+
+        If the model reads pairs, or with `pairs` if its folder does not say so, a text holds two with a tab between.
+        """
         results = list(self.predictions([texts] if isinstance(texts, str) else texts, pairs, top_k))
         return results[0] if isinstance(texts, str) else results
 
     def predictions(self, texts: Iterable[str], pairs: bool = False, top_k: int = 1) -> Iterator[Any]:
         """Predict labels for any number of texts, one after the other."""
-        from bertlite.finetuning.predict import predict  # imports what only fine-tuning needs
+        from bertlite.finetuning import inputs, predict  # import what only fine-tuning needs
 
-        if not isinstance(self.model, Classifier):
-            raise UserError(
-                f"{self.folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune"
-            )
-        return predict(self.model, self.tokenizer, texts, self.runtime, pairs, top_k)
+        settings = inputs.choose_inputs(self.classifier, self.tokenizer, pairs=pairs)
+        records = inputs.read_inputs(texts, None, settings)
+        results = predict.predict(self.classifier, self.tokenizer, records, settings, self.runtime, top_k)
+        return (prediction for _, prediction in results)
 
 
 def load(name: str | Path, precision: str = "fp32") -> LoadedModel:

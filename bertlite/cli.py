@@ -41,6 +41,10 @@ InitialModel = Annotated[
 Column = Annotated[
     str | None, typer.Option(help="Column that holds the text, if FILE is a table; default: text.", show_default=False)
 ]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Column that holds the text; twice for pairs. Default: as in fine-tuning."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
@@ -181,22 +185,35 @@ def sweep(
 @app.command()
 def predict(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: lines of stdin.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: standard input.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
-    column: Column = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Each text is a pair, separated by a tab.")] = False,
+    columns: Columns = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Texts are pairs, separated by a tab; by default as in fine-tuning.")
+    ] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Number of labels for each text.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write .jsonl, .csv or .tsv, with FILE's columns.")
+    ] = None,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Predict labels with a fine-tuned model."""
     from bertlite.core.errors import UserError
-    from bertlite.finetuning.predict import format_prediction, read_texts
+    from bertlite.finetuning import inputs
+    from bertlite.finetuning import predict as predicting
 
-    if texts and file:
-        raise UserError("predict reads either TEXT or --file, not both")
-    for prediction in _load_model(model, precision).predictions(texts or read_texts(file, column), pairs, top_k):
-        _print_result(prediction, as_json, format_prediction)
+    if texts and (file or columns):
+        raise UserError(f"predict reads either TEXT or {'--file' if file else 'a --column of a table'}, not both")
+    loaded = _load_model(model, precision)
+    settings = inputs.choose_inputs(loaded.classifier, loaded.tokenizer, columns, pairs)
+    records = inputs.read_inputs(texts or None, file, settings, columns)
+    predictions = predicting.predict(loaded.classifier, loaded.tokenizer, records, settings, loaded.runtime, top_k)
+    if out:
+        _print(f"{out}: {predicting.write_predictions(out, predictions):,} predictions")
+        return
+    for _, prediction in predictions:
+        _print_result(prediction, as_json, predicting.format_prediction)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Read files of lines or of records, compressed or not. A new format is one function and one entry in READERS."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ class TableFile:
         """Read the lines of the file, without their ends."""
         if self.encoding is None:
             return read_lines(self.path, self.report)
-        return (line.removesuffix("\r") for line in _read_text(self.path, self.encoding).split("\n"))
+        text = io.StringIO(_read_text(self.path, self.encoding))
+        return (line.removesuffix("\n").removesuffix("\r") for line in text)
 
 
 # A file whose content begins like this holds JSON objects, one a line or all in a list.

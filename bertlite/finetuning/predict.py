@@ -1,20 +1,25 @@
 """`bertlite predict`: the predictions of a fine-tuned model, in the format of Hugging Face's pipelines."""
 
-import sys
+import csv
+import io
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from bertlite.config.finetune_settings import SavedTask
 from bertlite.core.errors import UserError
+from bertlite.core.files import atomic_file
+from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
-from bertlite.data.formats import decode_line
-from bertlite.data.sources import read_file_texts
+from bertlite.data.formats import Record
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.inputs import read_texts
 from bertlite.finetuning.losses import compute_outputs, compute_scores, no_loss
-from bertlite.finetuning.tasks import find_task, input_settings
+from bertlite.finetuning.tasks import find_task
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier
 
@@ -24,54 +29,29 @@ CHUNK_SIZE = 64  # texts that are tokenized and packed together
 def predict(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    records: Iterable[Record],
+    settings: SavedTask,
     runtime: Runtime,
-    pairs: bool = False,
     top_k: int = 1,
-) -> Iterator[Any]:
-    """Yield the prediction for each text, in order, in Hugging Face's format.
+) -> Iterator[tuple[Record, Any]]:
+    """Yield each record with the prediction for its texts, in order, in Hugging Face's format.
 
     Labels: `label, score`, or a list of the `top_k` best. Tokens: a list of entities, `entity_group, score, word,
-    start, end`. Questions: `score, start, end, answer`. With `pairs`, and for questions, each text holds two, separated
-    by a tab. Raises UserError for one that does not, and for pairs if the model reads single texts only.
+    start, end`. Questions: `score, start, end, answer`. At the end, log how many texts were truncated.
     """
     task = find_task(model)
-    num_texts = 2 if pairs else task.num_texts[0]
-    if num_texts not in task.num_texts:
-        raise UserError("--pairs: this model labels the words of single texts; leave --pairs out")
-    if num_texts == 2 and model.config.type_vocab_size < 2:
-        raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
-    settings = input_settings(model, tokenizer)
-    for chunk in chunks(enumerate(texts, 1), CHUNK_SIZE):
-        inputs = [split_text(text, number) if num_texts == 2 else (text,) for number, text in chunk]
-        examples = task.encode(inputs, tokenizer, settings)
+    num_records = num_truncated = 0
+    for chunk in chunks(records, CHUNK_SIZE):
+        examples = task.encode([read_texts(record, settings) for record in chunk], tokenizer, settings)
         batches = ExampleBatches(examples, model.config.pad_token_id)
         scores, *_ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
-        yield from task.results(Outputs(scores, examples, model.labels, settings), top_k)
-
-
-def split_text(text: str, number: int) -> tuple[str, ...]:
-    """Split input `number` at its tab into two texts."""
-    texts = tuple(text.split("\t"))
-    if len(texts) != 2:
-        raise UserError(
-            f"text {number}: should be two texts, such as a question and its context, separated by a tab: {text[:60]!r}"
+        yield from zip(chunk, task.results(Outputs(scores, examples, model.labels, settings), top_k), strict=True)
+        num_records += len(chunk)
+        num_truncated += examples.num_truncated
+    if num_truncated:
+        logger.warning(
+            f"{num_truncated:,} of {num_records:,} texts have more than {settings.max_length} tokens and were truncated"
         )
-    return texts
-
-
-def read_texts(file: str | None, column: str | None) -> Iterator[str]:
-    """Yield the lines of a text file or a column of a table; without a file, the lines of standard input.
-
-    Raises UserError, naming the file, for what cannot be read.
-    """
-    if file is not None:
-        if not Path(file).exists():
-            raise UserError(f"--file: {file}: no such file")
-        yield from read_file_texts(Path(file), column)
-        return
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        yield decode_line(line, number, "standard input")
 
 
 def format_prediction(prediction: Any) -> str:
@@ -82,3 +62,51 @@ def format_prediction(prediction: Any) -> str:
         "  ".join([f"{entry['score']:.4f}", *(entry[key] for key in keys if key in entry)]) for entry in entries
     )
     return "; ".join(formatted) or "-"
+
+
+def write_predictions(out: Path, predictions: Iterable[tuple[Record, Any]]) -> int:
+    """Write the columns of each record and its prediction, as predicted_label, …, to a table; return their number.
+
+    Raises UserError for a name that does not end in .jsonl, .csv or .tsv, and for records that do not fit the format.
+    """
+    extension = out.suffix.lower()
+    if extension not in (".jsonl", ".csv", ".tsv"):
+        raise UserError(f"--out {out}: the name should end in .jsonl, .csv or .tsv")
+    layout: dict[str, Any] = {"lineterminator": "\n"}
+    if extension == ".tsv":  # without quotes, as bertlite reads it
+        layout |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+    count, writer = 0, None
+    with atomic_file(out) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        for record, prediction in predictions:
+            values = add_prediction(record, prediction)
+            count += 1
+            if extension == ".jsonl":
+                text.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+                continue
+            if writer is None:
+                writer = csv.DictWriter(text, list(values), **layout)
+                writer.writeheader()
+            try:
+                writer.writerow({name: format_cell(value) for name, value in values.items()})
+            except (ValueError, csv.Error) as error:
+                raise UserError(f"{record.location}: does not fit {out}: {error}; write .jsonl instead") from None
+    return count
+
+
+def add_prediction(record: Record, prediction: Any) -> dict[str, Any]:
+    """Return the columns of a record and those of its prediction."""
+    added = (
+        {"predicted": prediction}
+        if isinstance(prediction, list)
+        else {f"predicted_{name}": value for name, value in prediction.items()}
+    )
+    if taken := added.keys() & record.columns.keys():
+        raise UserError(f"{record.location}: there already is a column {min(taken)!r}; rename it to use --out")
+    return record.columns | added
+
+
+def format_cell(value: Any) -> str:
+    """Format a value for a table of texts: lists and objects as JSON, null as nothing."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,6 +1,5 @@
 """Predictions against transformers' pipelines."""
 
-import os
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from bertlite.api import LoadedModel
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import initialize_runtime
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.predict import read_texts
 
 PIPELINES = {
     "classification": ("text-classification", {}),
@@ -65,20 +63,3 @@ def test_a_model_that_is_not_fine_tuned_predicts_nothing(write):
     config = write()
     with pytest.raises(UserError, match="the model is not fine-tuned"):
         LoadedModel(str(config.model.init_from), initialize_runtime("fp32")).predict("a")
-
-
-def test_texts_to_predict_come_from_lines_or_a_column(tmp_path):
-    (tmp_path / "a.csv").write_text('id,body\n1,"one, two"\n2,"three\nfour"\n', encoding="utf-8")
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    (tmp_path / "b[1].txt").write_text("")
-    assert list(read_texts(str(tmp_path / "a.csv"), "body")) == ["one, two", "three\nfour"]
-    assert list(read_texts(str(tmp_path / "a.txt"), "body")) == ["one", "", "two"]
-    assert list(read_texts(str(tmp_path / "b[1].txt"), "body")) == []
-    reader, writer = os.pipe()
-    os.write(writer, b"line\n" * 150), os.close(writer)
-    assert list(read_texts(f"/dev/fd/{reader}", "body")) == ["line"] * 150
-    os.close(reader)
-    with pytest.raises(UserError, match="there is no column 'text'; there are id, body"):
-        list(read_texts(str(tmp_path / "a.csv"), "text"))
-    with pytest.raises(UserError, match=r"--file: .*b\.csv: no such file"):
-        list(read_texts(str(tmp_path / "b.csv"), "text"))

@@ -1,0 +1,151 @@
+"""What `bertlite predict` reads: texts, files of them and standard input, as records with the columns of the task."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.config.finetune_settings import InputSettings, SavedTask
+from bertlite.core.errors import UserError
+from bertlite.core.logging import logger
+from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format
+from bertlite.data.tables import get_column, read_table
+from bertlite.finetuning.tasks import find_task, input_settings
+from bertlite.model.heads import Classifier
+
+TAG = re.compile(r"\S+\s(?:.*\s)?(?:O|[BIMESLU]-\S+)")  # a line of a word and its tag
+
+
+@dataclass(frozen=True)
+class Stream(TableFile):
+    """A table whose lines are being read already; its path is a name for messages."""
+
+    content: Iterator[str] = field(default_factory=lambda: iter(()))
+
+    def lines(self) -> Iterator[str]:
+        return self.content
+
+
+def choose_inputs(
+    model: Classifier, tokenizer: PreTrainedTokenizerBase, columns: list[str] | None = None, pairs: bool = False
+) -> SavedTask:
+    """Return what a model reads, with the names of `columns` if there are any.
+
+    A folder without task.json does not tell single texts from pairs; `pairs` or two columns do. Raises UserError for
+    what contradicts the model.
+    """
+    settings = input_settings(model, tokenizer)
+    if model.task is None and len(settings.text) == 1 and (pairs or (columns and len(columns) == 2)):
+        settings = settings.model_copy(update={"text": ["text", "text_pair"]})
+    num_texts = len(settings.text)
+    reads = f"{'pairs of' if num_texts == 2 else 'single'} texts ({' and '.join(settings.text)})"
+    if num_texts not in find_task(model).num_texts or (pairs and num_texts == 1):
+        raise UserError("--pairs: the model reads single texts; leave --pairs out")
+    if num_texts == 2 and model.config.type_vocab_size < 2:
+        raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
+    if columns and len(columns) != num_texts:
+        given = " ".join(f"--column {name}" for name in columns)
+        raise UserError(f"{given}: the model reads {reads}; give --column {['once', 'twice'][num_texts - 1]}")
+    return settings.model_copy(update={"text": columns or settings.text})
+
+
+def read_inputs(
+    texts: Iterable[str] | None, file: str | None, settings: InputSettings, columns: list[str] | None = None
+) -> Iterator[Record]:
+    """Yield the given texts, or the records of a table or the lines of another file, or else those of standard input.
+
+    Raises UserError, naming the file, for what cannot be read, and for lines of text if `columns` were named.
+    """
+    if texts is not None:
+        return (split_text(text, f"text {number}", settings) for number, text in enumerate(texts, 1))
+    if file is None:
+        if sys.stdin.isatty():
+            logger.info("reading standard input, a text per line; end it with Ctrl-D")
+        numbered = enumerate(sys.stdin.buffer, 1)
+        lines = (decode_line(line, number, "standard input") for number, line in numbered)
+        return parse_lines(Path("standard input"), lines, settings, columns)
+    path = Path(file)
+    if not path.exists():
+        raise UserError(f"--file: {file}: no such file")
+    is_utf8 = settings.encoding.lower() in ("utf-8", "utf8")  # which is decoded line by line
+    table = TableFile(path, encoding=None if is_utf8 else settings.encoding)
+    has_tags = settings.type == "token-classification" and file_format(path) not in ("", ".txt")
+    if has_tags or find_format(path, None) in READERS:
+        return read_table(table, settings)
+    return parse_lines(path, table.lines(), settings, columns)
+
+
+def parse_lines(
+    path: Path, lines: Iterator[str], settings: InputSettings, columns: list[str] | None
+) -> Iterator[Record]:
+    """Yield a record per line: a text, or two with a tab between.
+
+    The lines are those of a table if the first one is a JSON object, a header with the task's columns, or a word with
+    its tag.
+    """
+    first = next(lines, None)
+    if first is None:
+        return
+    stream = Stream(path, content=chain([first], lines))
+    layout = replace(stream, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
+    if is_json_object(first):
+        form, records = "JSON lines", READERS[".jsonl"](stream)
+    elif settings.type == "token-classification" and TAG.fullmatch(first.strip()):
+        form, records = "words with tags", read_table(stream, settings)
+    elif extension := find_table_format(first, settings):
+        form, records = "a table with columns", READERS[extension](layout)
+    elif columns:
+        raise UserError(f"{path}: read as lines of text, which have no column {columns[0]!r}; leave --column out")
+    else:
+        yield from (split_text(line, f"{path}:{n}", settings) for n, line in enumerate(stream.lines(), 1))
+        return
+    logger.info(f"{path}: read as {form}, which its first line shows")
+    yield from records
+
+
+def is_json_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def find_table_format(first: str, settings: InputSettings) -> str | None:
+    """Return the format of a table by its first line, which names its columns or, if the task does, has as many."""
+    for extension, delimiter in {".tsv": "\t", ".csv": ","}.items():
+        fields = [name.strip('"') for name in first.split(settings.delimiter or delimiter)]
+        has_names = settings.columns is None and set(settings.text) <= set(fields)
+        has_columns = settings.columns is not None and len(fields) == len(settings.columns)
+        if len(fields) > 1 and (has_names or (has_columns and (settings.delimiter or delimiter == "\t"))):
+            return extension
+    return None
+
+
+def split_text(text: str, location: str, settings: InputSettings) -> Record:
+    """Make a record of a text or, if the model reads pairs, of two texts with a tab between."""
+    names = settings.text
+    texts = [text] if len(names) == 1 else text.split("\t")
+    if len(texts) != len(names):
+        raise UserError(
+            f"{location}: should be two texts, {' and '.join(names)}, separated by a tab, which the model reads: "
+            f"{text[:60]!r}"
+        )
+    return Record(location, dict(zip(names, texts, strict=True)))
+
+
+def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
+    """Return the text or the two texts of a record; words are joined by blanks, and an empty cell is an empty text."""
+    texts = []
+    for name in settings.text:
+        cell = get_column(record, name, "--column")
+        if isinstance(cell, list) and settings.type == "token-classification":
+            cell = " ".join(map(str, cell))
+        if cell is not None and not isinstance(cell, str):
+            raise UserError(f"{record.location}: the column {name!r} holds {type(cell).__name__}, not text")
+        texts.append(cell or "")
+    return tuple(texts)

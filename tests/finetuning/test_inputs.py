@@ -1,0 +1,202 @@
+"""What predict reads: the files that a model was fine-tuned on, lines of text, and standard input."""
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_tasks import SENTENCES, save_model
+
+from bertlite.config.finetune_settings import SavedTask
+from bertlite.finetuning.inputs import read_inputs, read_texts
+
+TEXTS = [text for _, text in SENTENCES[:6]]
+PAIRS = [*zip(TEXTS[::2], TEXTS[1::2], strict=True)]
+
+
+@pytest.fixture
+def make_model(vocabulary, tmp_path):
+    """Make a tiny model of a type of task, with a task.json of some settings; returns its folder."""
+
+    def make(kind: str = "classification", **settings: Any) -> Path:
+        folder = save_model(vocabulary, kind, tmp_path / f"model-{kind}", std=0.3)
+        (folder / "task.json").write_text(SavedTask(type=kind, **settings).model_dump_json())
+        return folder
+
+    return make
+
+
+def predict(bertlite, *arguments: Any) -> list[Any]:
+    code, out, err = bertlite("predict", *arguments, "--json")
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def write_table(path: Path, columns: dict[str, list[str]]) -> Path:
+    """Write columns as .jsonl, .csv or .tsv."""
+    lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), delimiter="," if path.suffix == ".csv" else "\t")
+        writer.writeheader(), writer.writerows(lines)
+    return path
+
+
+def give(monkeypatch, content: str) -> None:
+    """Make `content` the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+
+
+def test_pairs_come_from_tables_lines_and_standard_input(bertlite, make_model, tmp_path, monkeypatch):
+    model = make_model(text=["first", "second"])
+    table = {"first": [pair[0] for pair in PAIRS], "label": ["x", "y", "z"], "second": [pair[1] for pair in PAIRS]}
+    expected = predict(bertlite, model, *map("\t".join, PAIRS))
+    assert len(expected) == 3 and expected != predict(bertlite, model, *("\t".join(pair[::-1]) for pair in PAIRS))
+    lines = "".join(f"{first}\t{second}\n" for first, second in PAIRS)
+    (tmp_path / "a.txt").write_text(lines)
+    for name in ("a.jsonl", "a.csv", "a.tsv", "a.txt"):
+        path = write_table(tmp_path / name, table) if name != "a.txt" else tmp_path / name
+        assert predict(bertlite, model, "--file", path) == expected
+        give(monkeypatch, path.read_text())
+        assert predict(bertlite, model) == expected
+        assert predict(bertlite, model, "--file", path, "--pairs") == expected
+    renamed = write_table(tmp_path / "b.csv", {"p": table["first"], "q": table["second"]})
+    assert predict(bertlite, model, "--file", renamed, "--column", "p", "--column", "q") == expected
+    (model / "task.json").unlink()
+    assert predict(bertlite, model, "--file", tmp_path / "a.txt", "--pairs") == expected
+    assert predict(bertlite, model, "--file", renamed, "--column", "p", "--column", "q") == expected
+    assert predict(bertlite, model, "--file", tmp_path / "a.txt") != expected
+
+
+@pytest.mark.parametrize(
+    "text, arguments, message",
+    [
+        (["first", "second"], ["one text"], "text 1: should be two texts, first and second, separated by a tab"),
+        (["first", "second"], ["--file", "{lines}"], r"a\.txt:2: should be two texts, .*: 'no tab'"),
+        (
+            ["first", "second"],
+            ["--file", "{table}", "--column", "first"],
+            "--column first: the model reads pairs .*twice",
+        ),
+        (["text"], ["--file", "{table}", "--column", "a", "--column", "b"], "the model reads single texts .*once"),
+        (["text"], ["--file", "{lines}", "--pairs"], "--pairs: the model reads single texts; leave --pairs out"),
+        (["text"], ["--file", "{table}"], r"there is no column 'text'; there are 'first', 'second'"),
+        (["text"], ["--file", "gone.txt"], r"--file: gone\.txt: no such file"),
+        (["text"], ["--file", "{lines}", "--column", "c"], r"a\.txt: read as lines of text, which have no column 'c'"),
+        (["text"], ["a", "--column", "b"], "either TEXT or a --column"),
+        (["text"], ["a", "--out", "b.xlsx"], r"--out b\.xlsx: the name should end in \.jsonl, \.csv or \.tsv"),
+    ],
+)
+def test_what_contradicts_the_model_is_an_error(text, arguments, message, bertlite, make_model, tmp_path):
+    (tmp_path / "a.txt").write_text("a\tb\nno tab\n")
+    table = write_table(tmp_path / "a.jsonl", {"first": ["a"], "second": ["b"]})
+    arguments = [argument.format(lines=tmp_path / "a.txt", table=table) for argument in arguments]
+    code, out, err = bertlite("predict", make_model(text=text), *arguments)
+    assert code == 2 and out == "" and re.search(message, err), err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_tab_is_part_of_a_single_text(bertlite, make_model):
+    model = make_model()
+    assert predict(bertlite, model, "one\ttext") == predict(bertlite, model, "one text")
+
+
+def test_files_of_the_other_tasks(bertlite, make_model, tmp_path):
+    """The same predictions as for the texts themselves."""
+    model = make_model("question-answering", text=["question", "context"], max_length=64, doc_stride=16)
+    paragraphs = [
+        {"context": context, "qas": [{"id": str(n), "question": f"What is {n}?", "answers": []} for n in range(2)]}
+        for context in TEXTS[:2]
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    texts = [f"{question['question']}\t{one['context']}" for one in paragraphs for question in one["qas"]]
+    assert predict(bertlite, model, "--file", tmp_path / "squad.json") == predict(bertlite, model, *texts)
+    model = make_model("token-classification", text=["words"])
+    sentences = [text.split() for _, text in SENTENCES[:60]]
+    conll = "\n".join("".join(f"{word} O\n" for word in words) for words in sentences)
+    expected = predict(bertlite, model, *map(" ".join, sentences))
+    assert any(expected)
+    for name in ("a.conll", "a.txt"):
+        (tmp_path / name).write_text(conll)
+        assert predict(bertlite, model, "--file", tmp_path / name) == expected
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"words": words}) + "\n" for words in sentences))
+    assert predict(bertlite, model, "--file", tmp_path / "a.jsonl") == expected
+
+
+@pytest.mark.parametrize("settings", [{"columns": ["label", "text"]}, {"delimiter": ";"}, {"encoding": "latin-1"}])
+def test_files_are_laid_out_as_in_fine_tuning(settings, tmp_path):
+    task = SavedTask(**settings)
+    content = {
+        "columns": "x\tNaïve\ny\tb, c\n",
+        "delimiter": "label;text\nx;Naïve\ny;b, c\n",
+        "encoding": "Naïve\nb, c\n",
+    }
+    path = tmp_path / "a.txt"
+    path.write_text(content[next(iter(settings))], encoding=task.encoding)
+    assert [read_texts(record, task) for record in read_inputs(None, str(path), task)] == [("Naïve",), ("b, c",)]
+
+
+def test_lines_of_text_are_not_taken_for_tables(tmp_path):
+    task, path = SavedTask(), tmp_path / "a.txt"
+    for content in ("one\n\ntwo\n", "text\nlabel\n", "{one}\n", "[1]\n", "Well, the text\n", "a\tb\n", "", "\n{}\n"):
+        path.write_text(content)
+        records = read_inputs(None, str(path), task)
+        assert [read_texts(record, task) for record in records] == [(line,) for line in content.splitlines()]
+    reader, writer = os.pipe()
+    os.write(writer, b"line\n" * 150), os.close(writer)
+    assert [record.columns for record in read_inputs(None, f"/dev/fd/{reader}", task)] == [{"text": "line"}] * 150
+    os.close(reader)
+
+
+def test_a_terminal_is_told_that_texts_are_awaited(monkeypatch, capsys):
+    give(monkeypatch, "a\n")
+    list(read_inputs(None, None, SavedTask()))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    list(read_inputs(None, None, SavedTask()))
+    assert "reading standard input, a text per line" in capsys.readouterr().err
+
+
+def test_truncated_texts_are_counted(bertlite, make_model):
+    model = make_model(max_length=16)
+    _, out, err = bertlite("predict", model, "short", "long " * 40, "word " * 20)
+    assert len(out.splitlines()) == 3
+    assert "2 of 3 texts have more than 16 tokens and were truncated" in err
+    assert bertlite("predict", model, "short")[2] == ""
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.tsv"])
+def test_out_keeps_the_columns_and_adds_the_predictions(name, bertlite, make_model, tmp_path):
+    model, out = make_model(), tmp_path / name
+    table = write_table(tmp_path / "a.jsonl", {"id": ["1", "2"], "text": ['say "a", b', "ü"], "label": ["x", "y"]})
+    code, printed, _ = bertlite("predict", model, "--file", table, "--out", out)
+    assert code == 0 and printed == f"{out}: 2 predictions\n"
+    text = out.read_text(encoding="utf-8")
+    if name == "out.jsonl":
+        lines = list(map(json.loads, text.splitlines()))
+    elif name == "out.csv":
+        lines = list(csv.DictReader(text.splitlines()))
+    else:
+        lines = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    expected = predict(bertlite, model, "--file", table)
+    assert [line["text"] for line in lines] == ['say "a", b', "ü"] and [line["label"] for line in lines] == ["x", "y"]
+    for line, prediction in zip(lines, expected, strict=True):
+        assert line["predicted_label"] == prediction["label"] and float(line["predicted_score"]) == prediction["score"]
+    before = out.read_bytes()
+    taken = write_table(tmp_path / "b.jsonl", {"text": ["a"], "predicted_label": ["x"]})
+    code, _, err = bertlite("predict", model, "--file", taken, "--out", out)
+    assert code == 2 and "already is a column 'predicted_label'" in err and out.read_bytes() == before
+
+
+def test_what_a_table_cannot_hold_is_an_error(bertlite, make_model, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\tb"}\n{"text": "a", "id": 1}\n')
+    for name, message in {"out.tsv": r":1: does not fit .*out\.tsv: ", "out.csv": r":2: does not fit .*'id'"}.items():
+        code, _, err = bertlite("predict", make_model(), "--file", tmp_path / "a.jsonl", "--out", tmp_path / name)
+        assert code == 2 and re.search(message, err) and not (tmp_path / name).exists(), err
