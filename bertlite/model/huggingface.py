@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +30,7 @@ from bertlite.model.heads import (
     TokenClassifier,
 )
 from bertlite.model.layers import ACTIVATIONS
+from bertlite.model.weight_files import read_weights
 
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
@@ -193,7 +193,7 @@ def local_folder(name: str) -> Path:
 def _read_folder(folder: Path) -> SavedModel:
     """Read config.json and all weights, and check that they belong together."""
     hf_config, config = _read_config(folder)
-    architecture, weights = ARCHITECTURES[config.model_type], _read_weights(folder)
+    architecture, weights = ARCHITECTURES[config.model_type], read_weights(folder)
     layer_number = re.compile(re.escape(architecture.layer_prefix).replace(r"\{number\}", r"(\d+)"))
     numbers = {int(match[1]) for name in weights if (match := layer_number.search(name))}
     layers = config.num_hidden_layers
@@ -221,7 +221,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
         raise UserError(f"{path}: not valid JSON") from None
     model_type = hf_config.get("model_type") if isinstance(hf_config, dict) else None
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type is {model_type!r}; bertlite has {', '.join(ARCHITECTURES)}")
+        advice = f"bertlite has {', '.join(ARCHITECTURES)}"
+        if model_type is None and isinstance(hf_config, dict) and (found := _recognize_weights(folder)):
+            advice = f'the weights are those of {found}: add "model_type": "{found}"'
+        raise UserError(f"{path}: model_type is {model_type!r}; {advice}")
     return hf_config, _validate_config(path, hf_config, ARCHITECTURES[model_type])
 
 
@@ -279,40 +282,14 @@ def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
     return [str(labels[number]) for number in numbers]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """List model.safetensors, or the files that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, RecursionError, ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: not a valid index of weights") from None
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{index}: it names a file outside its folder")
-        return [folder / name for name in names]
-    if (folder / "pytorch_model.bin").exists():
-        raise UserError(
-            f"{folder}: its weights are in pytorch_model.bin, a pickle, which can run code and is not read; "
-            "load it with transformers and save_pretrained it to get model.safetensors"
-        )
-    raise UserError(f"{folder}: not a model folder (it has no model.safetensors)")
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors by their current names."""
-    weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, the file is no dict
-                    # Checkpoints from TensorFlow call a layer norm's weight gamma and its bias beta.
-                    name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
-                    weights[name.replace("LayerNorm.beta", "LayerNorm.bias")] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
-    return weights
+def _recognize_weights(folder: Path) -> str | None:
+    """Return the model_type whose first layer the weights have; None if there is none."""
+    names = read_weights(folder)
+    for model_type, architecture in ARCHITECTURES.items():
+        layer = architecture.layer_prefix.format(number=0)
+        if any(name.removeprefix(architecture.weight_prefix).startswith(layer) for name in names):
+            return model_type
+    return None
 
 
 def _from_hf(

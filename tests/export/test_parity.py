@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -414,7 +415,7 @@ WORD = "bert.embeddings.word_embeddings.weight"
 
 # How a folder is made unreadable, and what the message says of it.
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a pickle alone": (only_a_pickle, r"pytorch_model\.bin, a pickle.*save_pretrained"),
+    "a pickle alone": (only_a_pickle, r"(?s)pytorch_model\.bin is a pickle.*not read\n.*save_pretrained"),
     "no weights": (remove_weights, r"no model\.safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no readable config\.json"),
     "config that is no JSON": (write_config(b'{"model_type": "bert",'), r"config\.json: not valid JSON"),
@@ -422,7 +423,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config that is no object": (write_config(b'["bert"]'), r"config\.json: model_type is None"),
     "deep config": (write_config(b"[" * 100_000), r"config\.json: not valid JSON"),
     "another model": (with_config(model_type="roberta"), r"model_type is 'roberta'"),
-    "no model type": (with_config(model_type=None), r"model_type is None"),
+    "no model type": (
+        with_config(model_type=None),
+        r'model_type is None; the weights are those of bert: add "model_type": "bert"$',
+    ),
     "relative positions": (
         with_config(position_embedding_type="relative_key"),
         r"position_embedding_type is 'relative_key'",
@@ -484,6 +488,25 @@ def test_what_cannot_be_read_is_refused_with_the_reason(folder, how):
     assert str(folder) in str(caught.value)
     with pytest.raises(UserError, match=reason):
         check_parity(folder)
+
+
+@pytest.mark.parametrize("has_pickle", [True, False])
+def test_a_hub_name_without_safetensors_is_refused_by_that_name(folder, tmp_path_factory, monkeypatch, has_pickle):
+    """In the hub's cache: pickles are not downloaded, but another program may have left one there."""
+    hub = tmp_path_factory.mktemp("hub")
+    repository = hub / "models--org--old"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    only_a_pickle(repository / "snapshots" / "abc")
+    if not has_pickle:
+        (repository / "snapshots" / "abc" / "pytorch_model.bin").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    with pytest.raises(UserError) as caught:
+        load_model(local_folder("org/old"))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("org/old: has no model.safetensors; pytorch_model.bin is a pickle")
+    assert 'AutoModelForMaskedLM.from_pretrained("org/old").save_pretrained' in second
 
 
 def test_every_weight_is_needed(folder):
