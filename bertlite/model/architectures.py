@@ -71,8 +71,10 @@ BERT = EncoderArchitecture(
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    # position_ids count from 0; bertlite has no next-sentence prediction.
-    unused=re.compile(r"cls\.seq_relationship\.|.*position_ids$|cls\.predictions\.decoder\.|bert\.pooler\."),
+    # position_ids count from 0, token_type_ids are 0; bertlite has no next-sentence prediction.
+    unused=re.compile(
+        r"cls\.seq_relationship\.|.*(position|token_type)_ids$|cls\.predictions\.decoder\.|bert\.pooler\."
+    ),
     required={
         "position_embedding_type": (None, "absolute"),
         "is_decoder": (None, False),

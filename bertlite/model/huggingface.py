@@ -128,6 +128,7 @@ def load_model(folder: Path, kernel: str = "sdpa") -> Model:
             model = model_class(saved.config, labels, kernel, saved.hf_config.get("problem_type"))
             model.task = read_saved_task(folder)
         elif issubclass(model_class, MaskedLanguageModel):
+            _check_ties(saved)
             model = MaskedLanguageModel(saved.config, kernel)
         else:
             prefix = saved.architecture.weight_prefix
@@ -145,8 +146,8 @@ def load_weights_for(model_class: type[Classifier], labels: list[str], folder: P
     """
     saved = _read_folder(folder)
     saved_class, prefix, weights = _find_model_class(saved), saved.architecture.weight_prefix, saved.weights
-    if saved_class is Encoder:
-        weights = {prefix + name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    if not any(name.startswith(prefix) for name in weights):
+        weights = {prefix + name: tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         model = model_class(saved.config, labels)
     same_head = saved_class is model_class and _read_labels(saved, model_class) == labels
@@ -203,8 +204,8 @@ def _read_folder(folder: Path) -> SavedModel:
             f"{sorted(numbers)}"
         )
     for name, tied in architecture.tied.items():
-        if name in weights and tied in weights and not torch.equal(weights[name], weights[tied]):
-            raise UserError(f"{folder}: {name} differs from {tied}, to which bertlite ties it")
+        if name in weights:  # of two equal tensors, a file may hold either
+            weights.setdefault(tied, weights[name])
     return SavedModel(folder, hf_config, config, architecture, weights)
 
 
@@ -260,6 +261,12 @@ def _find_model_class(saved: SavedModel) -> type[Model]:
     has_pooler = f"{architecture.weight_prefix}pooler.dense.weight" in weights
     for_tokens = saved.hf_config.get("architectures") == [architecture.class_prefix + TokenClassifier.class_suffix]
     return SequenceClassifier if has_pooler and not for_tokens else TokenClassifier
+
+
+def _check_ties(saved: SavedModel) -> None:
+    for name, tied in saved.architecture.tied.items():
+        if name in saved.weights and not torch.equal(saved.weights[name], saved.weights[tied]):
+            raise UserError(f"{saved.folder}: {name} differs from {tied}, to which bertlite ties it")
 
 
 def _hf_classifier(saved: SavedModel, model_class: type[Classifier]) -> str:

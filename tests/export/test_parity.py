@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import FOLDER_SHAPE, assert_same_weights, change_config, change_weights, randomize
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertModel,
+)
 
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
@@ -22,8 +30,16 @@ from bertlite.export.parity import check_parity, compare, compare_weights, load_
 from bertlite.model.architectures import build_encoder
 from bertlite.model.attention import KERNELS
 from bertlite.model.encoder import Encoder
-from bertlite.model.heads import MaskedLanguageModel
-from bertlite.model.huggingface import load_model, local_folder, read_architecture, save_model, to_hf, weight_names
+from bertlite.model.heads import MaskedLanguageModel, SequenceClassifier
+from bertlite.model.huggingface import (
+    load_model,
+    load_weights_for,
+    local_folder,
+    read_architecture,
+    save_model,
+    to_hf,
+    weight_names,
+)
 from bertlite.model.layers import ACTIVATIONS
 
 CLASSES: dict[str, Callable[..., Any]] = {
@@ -320,12 +336,19 @@ def add_what_is_not_used(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         "cls.seq_relationship.weight": torch.ones(2, 24),
         "cls.seq_relationship.bias": torch.ones(2),
         "bert.embeddings.position_ids": torch.arange(50)[None],
+        "bert.embeddings.token_type_ids": torch.zeros(1, 50, dtype=torch.long),
         "cls.predictions.decoder.weight": weights["bert.embeddings.word_embeddings.weight"].clone(),
         "cls.predictions.decoder.bias": weights["cls.predictions.bias"].clone(),
     }
 
 
-@pytest.mark.parametrize("change", [rename_as_tensorflow_did, add_what_is_not_used])
+def keep_the_other_of_equal_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights["cls.predictions.decoder.bias"] = weights.pop("cls.predictions.bias")
+    weights["cls.predictions.decoder.weight"] = weights.pop(WORD)
+    return weights
+
+
+@pytest.mark.parametrize("change", [rename_as_tensorflow_did, add_what_is_not_used, keep_the_other_of_equal_tensors])
 def test_folders_as_older_tools_wrote_them_are_read(folder, change):
     expected = load_model(folder)
     change_weights(folder, change)
@@ -343,6 +366,16 @@ def test_an_encoder_saved_with_other_heads_keeps_its_pooler(tmp_path):
     encoder = load_model(tmp_path)
     assert isinstance(encoder, Encoder)
     assert torch.equal(encoder.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("changes", [{"cls": BertForNextSentencePrediction}, {"tie_word_embeddings": False}])
+def test_a_head_that_bertlite_lacks_is_left_out_for_fine_tuning(tmp_path, changes):
+    """Next-sentence prediction alone, and a decoder of its own."""
+    changes = dict(changes)
+    theirs = randomize(changes.pop("cls", BertForMaskedLM)(BertConfig(**{**FOLDER_SHAPE, **changes})))
+    theirs.save_pretrained(tmp_path)
+    weights = load_weights_for(SequenceClassifier, ["a", "b"], tmp_path)
+    assert torch.equal(weights["encoder.layers.1.up.weight"], theirs.bert.encoder.layer[1].intermediate.dense.weight)
 
 
 def test_weights_in_several_files_are_read(folders, tmp_path):
