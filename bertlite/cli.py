@@ -313,6 +313,13 @@ def main() -> None:
     listen()
     try:
         app()
+    except SystemExit as end:
+        if end.code == 2:  # typer has printed what is wrong with the arguments
+            from bertlite.config.loading import find_settings
+
+            for hint in find_settings(*sys.argv[1:]):
+                print(f"bertlite: {hint}", file=sys.stderr)
+        raise
     except (Exception, Stopped) as error:
         explained = _explain(error)
         if explained is None:

@@ -252,6 +252,27 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("pretrain", "x.yaml", "--max_steps", "100"), "--max_steps is a setting: write --set train.max_steps=100"),
+        (
+            ("pretrain", "x.yaml", "--train.max_steps=9"),
+            "--train.max_steps is a setting: write --set train.max_steps=9",
+        ),
+        (("plan", "x.yaml", "--gradient-checkpointing"), "write --set train.gradient_checkpointing=VALUE"),
+        (("finetune", "x.yaml", "--num_train_epochs", "1"), "write --set train.num_train_epochs=1"),
+        (("sweep", "x.yaml", "--output_dir", "out"), "write --set output_dir=out"),
+        (("pretrain", "x.yaml", "--nonsense", "1"), None),
+        (("evaluate", "model", "--max_steps", "1"), None),  # reads no configuration
+    ],
+)
+def test_an_option_that_is_a_setting_points_to_set(bertlite, arguments, expected):
+    code, out, err = bertlite(*arguments)
+    assert (code, out) == (2, "") and "No such option" in err
+    assert expected in err if expected else "--set" not in err
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_configuration_is_named(bertlite, write_config, tmp_path, mistake):
     changes, expected = MISTAKES[mistake]

@@ -42,7 +42,12 @@ for _yaml_class in (_Loader, _Dumper):
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Config = TypeVar("Config", bound=Section)
-_CONFIG_OF: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sweep": SweepConfig}
+_CONFIG_OF: dict[str, type[Section]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "sweep": SweepConfig,
+    **dict.fromkeys(("prepare", "plan", "batch", "bench"), PretrainConfig),
+}
 
 
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -96,6 +101,24 @@ def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
     names = dict.fromkeys([*after, *before])
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def find_settings(command: str = "", *arguments: str) -> Iterator[str]:
+    """Explain how to write what was given as an option but is a setting of the command's configuration.
+
+    Example: `pretrain mini.yaml --max_steps 9` gives "--max_steps is a setting: write --set train.max_steps=9".
+    """
+    if command not in _CONFIG_OF:
+        return
+    names = list(_setting_names(_CONFIG_OF[command]))
+    sections = {name.rpartition(".")[0] for name in names}
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        option, equals, value = argument.partition("=")
+        ending = f".{option[2:].replace('-', '_')}"
+        matches = [name for name in names if f".{name}".endswith(ending) and name not in sections]
+        if option.startswith("--") and matches:
+            value = value if equals else "VALUE" if following.startswith("-") else following
+            yield f"{option} is a setting: write --set {matches[0]}={value}"
 
 
 def choose(table: dict[str, Any], name: str, setting: str) -> Any:

@@ -108,6 +108,7 @@ def export(
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
     tokenizer = load_tokenizer_of(source, model.config)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     with atomic_folder(out) as temporary:
         results = target.write(model, tokenizer, temporary, **options)
         checks = check_parity(temporary if format == "hf" else source)

@@ -36,7 +36,8 @@ print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))""",
     "onnx": """from onnxruntime import InferenceSession
 from transformers import AutoTokenizer
 
-inputs = AutoTokenizer.from_pretrained("{name}")(["A sentence."], return_tensors="np")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer(["A sentence.", "And another one."], padding=True, truncation=True, return_tensors="np")
 print(InferenceSession("{name}/{graph}").run(None, dict(inputs)))""",
     "sentence-transformers": """from sentence_transformers import SentenceTransformer
 
