@@ -34,10 +34,16 @@ class FinetuneModel(Section):
 TableLocation = Annotated[
     DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
 ]
-TextColumns = Annotated[
+_in_list = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+TextColumns = Annotated[list[str], Field(min_length=1, max_length=2), _in_list]
+LabelColumns = Annotated[list[str], Field(min_length=1), _in_list]
+LabelTexts = Annotated[
     list[str],
-    Field(min_length=1, max_length=2),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(  # YAML reads some labels as numbers
+        lambda value: (
+            [str(label) if type(label) is int else label for label in value] if isinstance(value, list) else value
+        )
+    ),
 ]
 ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("<balanced>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
@@ -55,10 +61,16 @@ class InputSettings(Section):
     """classification, multilabel, regression, token-classification or question-answering."""
     text: TextColumns = Field(default=["text"])
     """Column of the text, or two columns for pairs and for [question, context]."""
-    label: str = "label"
-    """Column of the label: text, a number for regression, a list of tags for tokens."""
-    label_separator: Annotated[str, Field(min_length=1)] = ","
-    """What separates the labels of a multilabel example."""
+    label: LabelColumns = Field(default=["label"])
+    """Column of the label: text, a number for regression, tags for tokens; multilabel: labels, or a 0/1 column each."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """What separates the labels of a multilabel example; null: a comma, if they are not a list."""
+    label_names: Annotated[LabelTexts, Field(min_length=2)] | None = None
+    """Names of labels that the data give as numbers 0, 1, … or as vectors of 0 and 1, in order."""
+    no_label: LabelTexts | None = None
+    """Labels that mean that an example has none; null: -1 beside words, and - beside three or more labels."""
+    on_bad_example: Literal["error", "skip"] = "error"
+    """What to do with examples that cannot be used, such as an empty text: end with an error, or leave them out."""
     max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128
     """Tokens of an example; longer ones are truncated, or split for question answering."""
     doc_stride: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 64

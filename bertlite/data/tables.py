@@ -41,7 +41,7 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
     """
     readers, default = READERS | {".json": read_json_or_squad, ".jsonl": read_json_or_squad}, READERS[".tsv"]
     if settings.type == "token-classification":
-        default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label)
+        default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label[0])
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
     return readers.get(find_format(table.path, table.format), default)(table)

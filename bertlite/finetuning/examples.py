@@ -11,13 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
-from bertlite.finetuning.labels import (
-    find_label_indices,
-    read_input_texts,
-    read_label,
-    read_label_list,
-    read_number,
-)
+from bertlite.finetuning.label_lists import check_one_form, read_label_list
+from bertlite.finetuning.labels import find_label_indices, read_input_texts, read_label, read_number
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,7 @@ def multilabel_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
     """The target is a vector with 1 for each label that the record has, else 0."""
+    check_one_form(records, settings)
     examples = encode_texts(read_input_texts(records, settings), tokenizer, settings)
     targets = [np.zeros(len(labels), np.float32) for _ in records]
     for record, target in zip(records, targets, strict=True):

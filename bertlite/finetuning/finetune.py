@@ -111,6 +111,10 @@ def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> Non
         choose(task.metrics, settings.metric, f"{name}.metric")
     if len(settings.text) not in task.num_texts:
         raise UserError(f"{name}.text names {len(settings.text)} columns; {settings.type} reads {task.num_texts[0]}")
+    if len(settings.label) > 1 and settings.type != "multilabel":
+        raise UserError(f"{name}.label names {len(settings.label)} columns; {settings.type} reads 1")
+    if settings.label_names and (len(settings.label) > 1 or settings.type in ("regression", "question-answering")):
+        raise UserError(f"{name}.label_names is {settings.label_names}, but {name}.label needs no names; remove it")
     label_settings = {f"{name}.class_weights": settings.class_weights, "train.label_smoothing_factor": label_smoothing}
     for key, value in label_settings.items():
         if value and not task.label_weights:

@@ -1,6 +1,8 @@
 """Read the texts and labels of records: what the cells of a labelled table mean."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -9,64 +11,112 @@ from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.data.tables import get_column
 
-MAX_LISTED = 10  # labels that a message lists
+MAX_LISTED, MAX_CHARACTERS = 10, 70  # labels that a message lists
+
+
+def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
+    """Read the text or the two texts of a record. Raises UserError for a cell that is empty or holds no text."""
+    cells = tuple(get_column(record, name, "task.text") for name in settings.text)
+    for name, cell in zip(settings.text, cells, strict=True):
+        if not isinstance(cell, str) or not cell.strip():
+            problem = "is empty" if is_empty(cell) else "holds no text"
+            raise UserError(f"{record.location}: the column {name!r} {problem}: {cell!r}")
+    return cells
 
 
 def read_input_texts(records: list[Record], settings: InputSettings) -> list[tuple[str, ...]]:
-    """Read the text or the two texts of each record. Raises UserError for a cell that is empty or holds no text."""
-    texts = []
-    for record in records:
-        cells = tuple(get_column(record, name, "task.text") for name in settings.text)
-        for name, cell in zip(settings.text, cells, strict=True):
-            if not isinstance(cell, str) or not cell.strip():
-                problem = "is empty" if cell is None or isinstance(cell, str) else "holds no text"
-                raise UserError(f"{record.location}: the column {name!r} {problem}: {cell!r}")
-        texts.append(cells)
-    return texts
+    """Read the texts of records. Raises UserError as `read_texts` does."""
+    return [read_texts(record, settings) for record in records]
+
+
+def is_empty(cell: Any) -> bool:
+    """Return whether a cell holds nothing: null, NaN or blanks."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
+
+
+def have_label(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
+    """Return which records have a label: those whose cell is neither empty nor a mark for a missing label.
+
+    `known_labels` are those of the training examples. Raises UserError if no record has the column.
+    """
+    column = settings.label[0]
+    if not any(column in record.columns for record in records):
+        get_column(records[0], column, "task.label")
+    cells = [record.columns.get(column) for record in records]
+    texts = ["" if is_empty(cell) else str(cell).strip() for cell in cells]
+    marks = find_missing_marks({*texts, *known_labels}, settings)
+    return [text not in marks for text in texts]
+
+
+def find_missing_marks(labels: set[str], settings: InputSettings) -> set[str]:
+    """Return the labels that mean that there is none: `no_label` or, without it, what data sets write by convention.
+
+    That is -1 beside two or more labels that are words, not numbers, or that `label_names` has names for, as in
+    exports of the datasets library; and - beside three or more labels, as in SNLI. So -1, 0 and 1 are three labels.
+    """
+    if settings.no_label is not None:
+        return {"", *settings.no_label}
+    others = labels - {"", "-1", "-"}
+    words = len(others) >= 2 and all(any(map(str.isalpha, label)) for label in others)
+    marks = {"-1"} if words or settings.label_names else set()
+    if len(others) >= 3 and all(any(map(str.isalnum, label)) for label in others):
+        marks.add("-")
+    return {"", *marks} - set(settings.label_names or [])
+
+
+def have_number(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
+    """Return which records have a regression target. Raises UserError if no record has the column."""
+    marks = {"", *(settings.no_label or [])}
+    cells = [get_column(record, settings.label[0], "task.label") for record in records]
+    return [not is_empty(cell) and str(cell).strip() not in marks for cell in cells]
 
 
 def read_label(record: Record, settings: InputSettings) -> str:
     """Read the label of a record that has exactly one."""
-    cell = get_column(record, settings.label, "task.label")
+    column = settings.label[0]
+    cell = get_column(record, column, "task.label")
     if isinstance(cell, list | dict):
-        raise UserError(f"{record.location}: the label in column {settings.label!r} is {cell!r}, not a single text")
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == "":
-        raise UserError(f"{record.location}: the label in column {settings.label!r} is empty: {cell!r}")
-    return str(cell).strip()
+        raise UserError(f"{record.location}: the label in column {column!r} is {cell!r}, not a single text")
+    if is_empty(cell):
+        raise UserError(f"{record.location}: the label in column {column!r} is empty: {cell!r}")
+    return name_label(str(cell).strip(), record, settings)
 
 
-def read_label_list(record: Record, settings: InputSettings) -> list[str]:
-    """Read the labels of a record: a list, or a text split at `label_separator`. There may be none."""
-    cell = get_column(record, settings.label, "task.label")
-    labels = cell if isinstance(cell, list) else str("" if cell is None else cell).split(settings.label_separator)
-    return [str(label).strip() for label in labels if str(label).strip()]
+def name_label(label: str, record: Record, settings: InputSettings) -> str:
+    """Return the name of a label that is a name or, where `label_names` has no numbers, the number of one."""
+    names = settings.label_names
+    if names is None or label in names:
+        return label
+    if label.isdecimal() and int(label) < len(names) and not any(map(str.isdecimal, names)):
+        return names[int(label)]
+    raise UserError(f"{record.location}: the label {label!r} is neither one of task.label_names nor the number of one")
 
 
 def read_number(record: Record, settings: InputSettings) -> float:
     """Read a regression target. Raises UserError for a cell that is not a finite fp32 number."""
-    cell = get_column(record, settings.label, "task.label")
+    column = settings.label[0]
+    cell = get_column(record, column, "task.label")
     try:
         number = float(cell)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= float(np.finfo(np.float32).max):
-        raise UserError(f"{record.location}: the target in column {settings.label!r} is {cell!r}, not a finite number")
+        raise UserError(f"{record.location}: the target in column {column!r} is {cell!r}, not a finite number")
     return number
 
 
-# The names of a model's outputs, from the training records.
+def check_number(record: Record, settings: InputSettings) -> list[str]:
+    """Return no label for a regression target. Raises UserError as `read_number` does."""
+    read_number(record, settings)
+    return []
+
+
 def collect_classes(records: list[Record], settings: InputSettings) -> list[str]:
+    """Return the names of a model's outputs, from the training records. Raises UserError if all have one label."""
     labels = sort_labels({read_label(record, settings) for record in records})
     if len(labels) < 2:
         raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
-    return labels
-
-
-def collect_labels(records: list[Record], settings: InputSettings) -> list[str]:
-    labels = sort_labels({label for record in records for label in read_label_list(record, settings)})
-    if not labels:
-        raise UserError(f"task.train: no example has a label in column {settings.label!r}")
-    return labels
+    return settings.label_names or labels
 
 
 def sort_labels(labels: set[str]) -> list[str]:
@@ -75,8 +125,23 @@ def sort_labels(labels: set[str]) -> list[str]:
 
 
 def list_some(labels: list[str]) -> str:
-    """Join the first labels for a message."""
-    return ", ".join(labels[:MAX_LISTED]) + (", …" if len(labels) > MAX_LISTED else "")
+    """Join the first labels for a message of one line."""
+    return ", ".join(map(in_one_line, labels[:MAX_LISTED])) + (", …" if len(labels) > MAX_LISTED else "")
+
+
+def list_counts(counts: Counter[str]) -> str:
+    """Join labels and their counts for a message of one line, the most frequent first."""
+    entries = [f"{in_one_line(label)} {count:,}" for label, count in counts.most_common(MAX_LISTED)]
+    while len(entries) > 1 and len(", ".join(entries)) > MAX_CHARACTERS:
+        entries.pop()
+    rest = len(counts) - len(entries)
+    return ", ".join(entries) + (f" and {rest:,} more" if rest else "")
+
+
+def in_one_line(label: str) -> str:
+    """Return a label without line ends, and cut if it is long."""
+    text = " ".join(label.split())
+    return text if len(text) <= 30 else f"{text[:29]}…"
 
 
 def find_label_indices(names: list[str], labels: list[str], record: Record) -> list[int]:

@@ -1,11 +1,12 @@
 """The splits of a task: train, validation and perhaps test, read from its tables and tokenized."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.files import fingerprint
 from bertlite.core.logging import logger
@@ -14,8 +15,10 @@ from bertlite.data.formats import Record
 from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.examples import Examples
-from bertlite.finetuning.labels import list_some
+from bertlite.finetuning.labels import find_label_indices, list_counts, list_some
 from bertlite.finetuning.tasks import Task
+
+MAX_PROBLEMS = 3  # rows that cannot be used, of those that are left out, that are listed
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str
 
     Without `task.validation`, a share of the training records becomes the validation split.
     """
-    records = {"train": read_records(settings.train, settings, "task.train")}
+    train = read_records(settings.train, settings, "task.train")
+    records = {"train": select_examples(train, task, settings, "task.train", [])}
     labels = task.output_labels(records["train"], settings)
     for name, table in {"validation": settings.validation, "test": settings.test}.items():
         if table is not None:
-            records[name] = read_records(table, settings, f"task.{name}")
+            split_records = read_records(table, settings, f"task.{name}")
+            records[name] = select_examples(split_records, task, settings, f"task.{name}", labels)
     if settings.validation is None:
         if len(records["train"]) < 2:
             raise UserError("task.train holds one example, too few to split off validation; set task.validation")
@@ -45,6 +50,49 @@ def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str
         records["validation"] = [record for record, is_chosen in pairs if is_chosen]
         records["train"] = [record for record, is_chosen in pairs if not is_chosen]
     return labels, records
+
+
+def select_examples(
+    records: list[Record], task: Task, settings: InputSettings, setting: str, labels: list[str]
+) -> list[Record]:
+    """Return the records that can be used as examples, and log how many are left out, and why.
+
+    `labels` are those that the training examples have; [] if these are the training examples. Raises UserError if no
+    record has a label and, unless `on_bad_example` is skip, for those that cannot be used.
+    """
+    are_labelled = task.are_labelled(records, settings, labels)
+    labelled = [record for record, has_label in zip(records, are_labelled, strict=True) if has_label]
+    if not labelled:
+        advice = "test sets are often published without labels; leave this one out, or name another"
+        raise UserError(f"{setting}: none of the {len(records):,} rows has a label in {settings.label[0]!r}; {advice}")
+    if len(labelled) < len(records):
+        missing = len(records) - len(labelled)
+        logger.info(f"{setting}: {missing:,} of {len(records):,} rows have no label and are left out (task.no_label)")
+    usable, problems = [], []
+    for record in labelled:
+        try:
+            task.read_texts(record, settings)
+            names = task.read_labels(record, settings)
+            if labels:
+                find_label_indices(names, labels, record)
+            usable.append(record)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        report_problems(problems, len(labelled), settings, setting)
+    return usable
+
+
+def report_problems(problems: list[str], num_rows: int, settings: InputSettings, setting: str) -> None:
+    """Log the problems of the rows that cannot be used. Raises UserError instead if all or none may be left out."""
+    count = f"{len(problems):,} of {num_rows:,} rows cannot be used"
+    if len(problems) == num_rows:
+        raise UserError(problems[0])
+    if settings.on_bad_example == "error":
+        advice = "task.on_bad_example: skip leaves them out"
+        raise UserError(f"{problems[0]}\n{setting}: {count}; {advice}")
+    others = "".join(f"\n{setting}: left out too: {problem}" for problem in problems[1:MAX_PROBLEMS])
+    logger.warning(f"{setting}: {count} and are left out: {problems[0]}{others}")
 
 
 def tokenize_splits(
@@ -69,7 +117,11 @@ def log_split(name: str, split: Split, task: Task, labels: list[str], settings: 
     """Log the size of a split, and warn of labels that none of its examples has."""
     num_truncated, padding = split.examples.num_truncated, split.batches.padding
     truncated = f"; {num_truncated:,} truncated to task.max_length {settings.max_length}" if num_truncated else ""
-    logger.info(f"{name}: {len(split.records):,} examples, {padding:.1%} of the positions are padding{truncated}")
+    counts = Counter(label for record in split.records for label in task.read_labels(record, settings))
+    labelled = f" ({list_counts(counts)})" if counts else ""
+    logger.info(
+        f"{name}: {len(split.records):,} examples{labelled}, {padding:.1%} of the positions are padding{truncated}"
+    )
     if task.single_label:
         absent = [label for index, label in enumerate(labels) if index not in split.examples.targets]
         if absent:

@@ -23,10 +23,10 @@ def read_tagged_words(record: Record, settings: InputSettings) -> tuple[list[str
 
     Raises UserError for cells that are not lists of one length, and for an unknown tag.
     """
-    words, tags = (get_column(record, name, "task") for name in (settings.text[0], settings.label))
+    words, tags = (get_column(record, name, "task") for name in (settings.text[0], settings.label[0]))
     if not isinstance(words, list) or not isinstance(tags, list):
         raise UserError(
-            f"{record.location}: {settings.text[0]!r} and {settings.label!r} should be lists of words and of tags"
+            f"{record.location}: {settings.text[0]!r} and {settings.label[0]!r} should be lists of words and of tags"
         )
     if len(words) != len(tags):
         raise UserError(f"{record.location}: {len(words)} words, but {len(tags)} tags")
@@ -55,7 +55,7 @@ def convert_to_iob2(tags: list[str], location: str) -> list[str]:
 def collect_tags(records: list[Record], settings: InputSettings) -> list[str]:
     kinds = sorted({tag[2:] for record in records for tag in read_tagged_words(record, settings)[1]} - {""})
     if not kinds:
-        raise UserError(f"task.train: all tags in column {settings.label!r} are O; there is no entity to learn from")
+        raise UserError(f"task.train: all tags in column {settings.label[0]!r} are O; there is no entity to learn from")
     return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
 
 

@@ -10,7 +10,7 @@ from bertlite.config.finetune_settings import InputSettings, SavedTask
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
-from bertlite.finetuning import answer_metrics, answers, decoding, examples, labels, losses, metrics, tags
+from bertlite.finetuning import answer_metrics, answers, decoding, examples, label_lists, labels, losses, metrics, tags
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
@@ -34,6 +34,11 @@ class Task:
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
     learn: Callable[[Outputs], dict[str, Any]] = lambda outputs: {}  # settings that follow from the validation set
     details: Callable[[list[Any], list[Any]], dict[str, float]] = lambda references, predictions: {}  # further scores
+    read_texts: Callable[[Record, InputSettings], tuple[Any, ...]] = labels.read_texts  # raises for a bad record
+    read_labels: Callable[[Record, InputSettings], list[str]] = lambda record, settings: []  # names; raises likewise
+    are_labelled: Callable[[list[Record], InputSettings, list[str]], list[bool]] = (
+        lambda records, settings, known_labels: [True] * len(records)
+    )
     describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
     single_label: bool = False  # each example has exactly one of the labels: a confusion matrix makes sense
     label_weights: bool = False  # the loss takes class weights and label smoothing
@@ -46,28 +51,35 @@ TASKS = {
         labels.collect_classes, examples.classification_examples, examples.encode_texts, losses.label_loss,
         decode=lambda outputs: [int(scores.argmax()) for scores in outputs.scores],
         results=decoding.rank_classes,
+        read_labels=lambda record, settings: [labels.read_label(record, settings)],
+        are_labelled=labels.have_label,
         describe=lambda prediction, labels: labels[prediction],
         single_label=True, label_weights=True,
     ),
     "multilabel": Task(
         SequenceClassifier, "multi_label_classification", metrics.MULTILABEL, SINGLE_OR_PAIR,
-        labels.collect_labels, examples.multilabel_examples, examples.encode_texts, losses.multilabel_loss,
+        label_lists.collect_labels, examples.multilabel_examples, examples.encode_texts, losses.multilabel_loss,
         decode=lambda outputs: [(scores > 0).astype(int) for scores in outputs.scores],
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, decoding.sigmoid),
+        read_labels=label_lists.read_label_list, are_labelled=label_lists.have_label_columns,
         describe=lambda prediction, labels: [label for label, has in zip(labels, prediction, strict=True) if has],
     ),
     "regression": Task(
         SequenceClassifier, "regression", metrics.REGRESSION, SINGLE_OR_PAIR,
-        lambda records, settings: [settings.label], examples.regression_examples, examples.encode_texts,
+        lambda records, settings: settings.label, examples.regression_examples, examples.encode_texts,
         losses.regression_loss,
         decode=lambda outputs: [float(scores[0]) for scores in outputs.scores],
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, lambda scores: scores),
+        read_labels=labels.check_number,
+        are_labelled=labels.have_number,
     ),
     "token-classification": Task(
         TokenClassifier, None, metrics.ENTITIES, SINGLE,
         tags.collect_tags, tags.tag_examples, examples.encode_texts, losses.label_loss,
         decode=tags.decode_tags,
         results=lambda outputs, top_k: tags.find_entities(outputs),
+        read_texts=lambda record, settings: (tags.read_tagged_words(record, settings)[0],),
+        read_labels=lambda record, settings: tags.read_tagged_words(record, settings)[1],
         label_weights=True,
     ),
     "question-answering": Task(

@@ -12,7 +12,8 @@ from bertlite.core.random import choose_validation
 from bertlite.data.formats import Record
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning.finetune import run
-from bertlite.finetuning.labels import read_label, read_label_list
+from bertlite.finetuning.label_lists import read_label_list
+from bertlite.finetuning.labels import read_label
 
 
 def bad_records(kind: str, number: int, **changes: Any) -> list[dict[str, Any]]:
@@ -30,8 +31,9 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
     "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
     "empty": (C, bad_records(C, 30, text=" "), {}, r"train\.jsonl:7: the column 'text' is empty"),
-    "no label": (C, bad_records(C, 30, label=None), {}, r"train\.jsonl:7: the label in column 'label' is empty"),
-    "NaN": (R, bad_records(R, 30, label=math.nan), {}, r"train\.jsonl:7: the target in column 'label' is nan"),
+    "infinity": (R, bad_records(R, 30, label=math.inf), {}, r"train\.jsonl:7: the target in column 'label' is inf"),
+    "label columns": (C, None, {"task__label": ["a", "b"]}, r"task\.label names 2 columns; classification reads 1"),
+    "label names": (R, None, {"task__label_names": ["a", "b"]}, r"task\.label_names is .* needs no names; remove it"),
     "no number": (R, bad_records(R, 30, label="much"), {}, r"is 'much', not a finite number"),
     "number beyond fp32": (R, bad_records(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
     "number beyond fp64": (R, bad_records(R, 30, label=10**400), {}, r"not a finite number"),
