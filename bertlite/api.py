@@ -65,12 +65,24 @@ class LoadedModel:
             return fill(self.masked_lm, self.tokenizer, text, top_k)
 
     @property
+    def is_fine_tuned(self) -> bool:
+        return isinstance(self.model, Classifier)
+
+    @property
     def classifier(self) -> Classifier:
         if not isinstance(self.model, Classifier):
             raise UserError(
                 f"{self.folder}: the model is not fine-tuned, so it predicts no labels; see bertlite finetune"
             )
         return self.model
+
+    def evaluate(
+        self, files: list[str], columns: list[str] | None = None, label: list[str] | None = None
+    ) -> dict[str, Any]:
+        """Return the metrics of a fine-tuned model on labelled files, by `finetuning.evaluate.evaluate_files`."""
+        from bertlite.finetuning.evaluate import evaluate_files
+
+        return evaluate_files(self.classifier, self.tokenizer, files, self.runtime, columns, label)
 
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
         """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`.

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -116,34 +116,41 @@ def batch(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Text to evaluate on; repeatable.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Text, or labelled examples; repeatable.")
+    ] = None,
     pairs: Annotated[list[str] | None, typer.Option(metavar="FILE", help="File of BLiMP pairs; repeatable.")] = None,
     pseudo_perplexity: Annotated[
         bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
     ] = False,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: as in pretraining.")] = None,
-    document: Annotated[Literal["blank-line", "line"], typer.Option(help="What ends a document.")] = "blank-line",
-    column: Column = None,
+    document: Annotated[
+        Literal["blank-line", "line"] | None, typer.Option(help="What ends a document; default: a blank line.")
+    ] = None,
+    columns: Columns = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Column of the label; default: as in fine-tuning.")
+    ] = None,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a masked language model on text or minimal pairs."""
+    """Evaluate a masked language model on text or minimal pairs, or a fine-tuned model on labelled examples."""
     from bertlite.core.errors import UserError
-    from bertlite.pretraining.evaluate import evaluate_text, format_evaluation
-    from bertlite.pretraining.scoring import minimal_pairs, read_pairs
+    from bertlite.pretraining.evaluate import evaluate_masked_lm, format_evaluation
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
     loaded = _load_model(model, precision)
-    masked_lm, tokenizer, runtime = loaded.masked_lm, loaded.tokenizer, loaded.runtime
-    result: dict[str, Any] = {}
-    if data:
-        result |= evaluate_text(
-            masked_lm, tokenizer, data, runtime, sequence_length, document, column, pseudo_perplexity
-        )
-    if pairs:
-        with runtime.autocast():
-            result |= minimal_pairs(masked_lm, tokenizer, read_pairs(pairs))
+    options = {"--pairs": pairs, "--pseudo-perplexity": pseudo_perplexity, "--sequence-length": sequence_length}
+    if loaded.is_fine_tuned:
+        _refuse({**options, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples")
+        result = loaded.evaluate(data or [], columns, label)
+    else:
+        _refuse({"--label": label, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned")
+        result = evaluate_masked_lm(
+            loaded.masked_lm, loaded.tokenizer, loaded.runtime, data, pairs, sequence_length, document, columns,
+            pseudo_perplexity,
+        )  # fmt: skip
     _print_result(result, as_json, format_evaluation)
 
 
@@ -364,6 +371,15 @@ def _load_config(
     options = {"model.init_from": model, "output_dir": out and str(out)}
     changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
     return load_config(config_type, path, [*(overrides or []), *changes])
+
+
+def _refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Raise UserError if one of these options is given."""
+    from bertlite.core.errors import UserError
+
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name} does not apply: {reason}")
 
 
 def _load_model(model: str, precision: str) -> "LoadedModel":

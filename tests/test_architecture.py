@@ -19,7 +19,7 @@ ORDER = {
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",
     "finetuning": "metrics answer_metrics labels label_lists examples batches losses decoding answers tags tasks"
-    " splits results experiment finetune inputs predict sweep",
+    " inputs splits results evaluate experiment finetune predict sweep",
     "": "api cli __main__",
 }
 MODULES = [".".join(filter(None, (package, name))) for package, names in ORDER.items() for name in names.split()]

@@ -56,6 +56,11 @@ def best_of_answers(metric: Metric, answers: Sequence[str], prediction: str) -> 
     return max(metric(answer, prediction) for answer in [text for text in answers if split_answer(text)] or [""])
 
 
+def is_correct(answers: Sequence[str], prediction: str) -> bool:
+    """Return whether a prediction has the words of one of the reference answers."""
+    return best_of_answers(answer_match, answers, prediction) == 1
+
+
 def mean_over_questions(metric: Metric, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> float:
     """Mean over the questions, in percent, of a metric against the reference answer that fits best."""
     pairs = zip(references, predictions, strict=True)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, SavedTask, TaskSettings
+from bertlite.config.finetune_settings import FinetuneConfig, FinetuneTrainSettings, TaskSettings
 from bertlite.config.settings import Architecture, OptimizationSettings, TrainSettings
 from bertlite.core.distributed import barrier
 from bertlite.core.errors import Failure, UserError
@@ -21,12 +21,12 @@ from bertlite.core.files import write_json
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
 from bertlite.finetuning.batches import ExampleBatches
-from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.evaluate import evaluate_split
 from bertlite.finetuning.examples import Examples
-from bertlite.finetuning.losses import Loss, compute_outputs, compute_scores, sum_losses
+from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
 from bertlite.finetuning.results import EvaluationResult, write_reports
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
-from bertlite.finetuning.tasks import TASKS, Task
+from bertlite.finetuning.tasks import TASKS, Task, saved_task
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier
 from bertlite.model.huggingface import load_model, load_tokenizer_of, load_weights_for, read_architecture
@@ -72,26 +72,10 @@ class Experiment:
     def measured_on(self) -> str:
         return "test" if "test" in self.splits else "validation"
 
-    @property
-    def saved_task(self) -> SavedTask:
-        """What task.json keeps of the settings."""
-        return SavedTask.model_validate(self.settings.model_dump(include=set(SavedTask.model_fields)))
-
     def evaluate(self, model: Classifier, split_name: str) -> EvaluationResult:
-        """Compute all metrics of a split, and the loss without class weights.
-
-        On the validation split the model's task also learns settings, such as the threshold of unanswerable questions.
-        """
-        split, task = self.splits[split_name], self.task
-        scores, losses, loss = compute_outputs(model, split.batches, self.runtime, self.compute_scores, task.loss)
-        outputs = Outputs(scores, split.examples, self.labels, self.settings)
-        if split_name == "validation":
-            model.task = self.saved_task.model_copy(update=task.learn(outputs))
-        predictions = task.decode(replace(outputs, settings=model.task or self.settings))
-        references = split.examples.references
-        metrics = {name: metric(references, predictions) for name, metric in task.metrics.items()}
-        metrics |= task.details(references, predictions)
-        return EvaluationResult({**metrics, "loss": loss}, predictions, losses)
+        """Evaluate a model on a split; on the validation split, its task learns settings."""
+        split, learn = self.splits[split_name], split_name == "validation"
+        return evaluate_split(model, self.task, split, self.settings, self.runtime, self.compute_scores, learn)
 
 
 def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) -> Experiment:
@@ -177,7 +161,7 @@ def make_train_settings(train: FinetuneTrainSettings, batches: ExampleBatches, s
 def build_initial_model(experiment: Experiment, kernel: str, seed: int) -> Classifier:
     """Build the model with the weights of the starting model; what that lacks, such as the head, is initialized."""
     model = experiment.task.head(experiment.architecture, experiment.labels, kernel, experiment.task.problem_type)
-    model.task = experiment.saved_task
+    model.task = saved_task(experiment.settings)
     initialize(model, experiment.architecture.initializer_range, seed)
     model.load_state_dict(model.state_dict() | experiment.starting_weights)
     return model

@@ -78,7 +78,7 @@ def keep_best_seed(folder: Path, results: dict[str, Any]) -> None:
     seeds, metric = results["seeds"], results["metric"]
     best_seed = max(seeds, key=lambda seed: seeds[seed][f"validation_{metric}"])
     best = folder / f"seed-{best_seed}"
-    for name in ("worst.jsonl", "confusion.png"):
+    for name in ("predictions.jsonl", "worst.jsonl", "confusion.png"):
         if (best / name).exists():
             shutil.copy(best / name, folder / name)
     if not (folder / "model").exists():

@@ -149,6 +149,6 @@ def find_label_indices(names: list[str], labels: list[str], record: Record) -> l
     for name in names:
         if name not in labels:
             raise UserError(
-                f"{record.location}: the label {name!r} does not occur in task.train, which has {list_some(labels)}"
+                f"{record.location}: the label {name!r} is none of those of the training examples: {list_some(labels)}"
             )
     return [labels.index(name) for name in names]

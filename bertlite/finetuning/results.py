@@ -2,13 +2,16 @@
 
 import json
 import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertlite.core.files import write_text
+from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.splits import Split
 from bertlite.finetuning.tasks import Task
 
@@ -17,11 +20,13 @@ NUM_WORST = 100  # examples with the largest loss that worst.jsonl holds
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a model achieves on a split: its metrics and mean loss, a prediction per record, a loss per example."""
+    """What a model achieves on a split: its metrics and mean loss, a prediction per record, a loss per example, and
+    the outputs that these follow from."""
 
     scores: dict[str, float]
     predictions: list[Any]
     losses: list[float]
+    outputs: Outputs
 
 
 def summarize_seeds(seeds: dict[str, dict[str, float]], metric: str, measured_on: str) -> dict[str, Any]:
@@ -42,17 +47,35 @@ def format_results(results: dict[str, Any]) -> str:
 
 
 def write_reports(folder: Path, task: Task, labels: list[str], split: Split, evaluation: EvaluationResult) -> None:
-    """Write worst.jsonl and, if each example has one label, confusion.png."""
+    """Write predictions.jsonl, worst.jsonl and, if each example has one label, confusion.png."""
     losses = np.bincount(split.examples.record_indices, evaluation.losses, len(split.records))
-    lines = []
-    for index in np.argsort(-losses, kind="stable")[:NUM_WORST].tolist():
-        record = split.records[index]
-        prediction = task.describe(evaluation.predictions[index], labels)
-        line = {"where": record.location, **record.columns, "predicted": prediction, "loss": losses[index]}
-        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    write_text(folder / "worst.jsonl", "".join(lines))
+    lines = [
+        json.dumps(line | {"loss": loss}, ensure_ascii=False, default=str) + "\n"
+        for line, loss in zip(describe_predictions(task, labels, split, evaluation), losses.tolist(), strict=True)
+    ]
+    write_text(folder / "predictions.jsonl", "".join(lines))
+    worst = np.argsort(-losses, kind="stable")[:NUM_WORST].tolist()
+    write_text(folder / "worst.jsonl", "".join(lines[index] for index in worst))
     if task.single_label:
         draw_confusion_matrix(folder / "confusion.png", split.examples.references, evaluation.predictions, labels)
+
+
+def describe_predictions(
+    task: Task, labels: list[str], split: Split, evaluation: EvaluationResult
+) -> Iterator[dict[str, Any]]:
+    """Yield a line of predictions.jsonl for each record: where it is from, its columns, the prediction, whether that is
+    correct, and the score of each label."""
+    rankings: Iterable[Any] = repeat({})
+    if task.problem_type in ("single_label_classification", "multi_label_classification") and len(labels) > 1:
+        rankings = task.results(evaluation.outputs, len(labels))
+    rows = zip(split.records, split.examples.references, evaluation.predictions, rankings, strict=False)
+    for record, reference, prediction, ranking in rows:
+        line = {"where": record.location, **record.columns, "predicted": task.describe(prediction, labels)}
+        if task.is_correct is not None:
+            line["correct"] = bool(task.is_correct(reference, prediction))
+        if ranking:
+            line["scores"] = {entry["label"]: round(entry["score"], 6) for entry in ranking}
+        yield line
 
 
 def draw_confusion_matrix(path: Path, references: list[int], predictions: list[int], labels: list[str]) -> None:

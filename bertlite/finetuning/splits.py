@@ -113,7 +113,7 @@ def tokenize_splits(
     return splits
 
 
-def log_split(name: str, split: Split, task: Task, labels: list[str], settings: TaskSettings) -> None:
+def log_split(name: str, split: Split, task: Task, labels: list[str], settings: InputSettings) -> None:
     """Log the size of a split, and warn of labels that none of its examples has."""
     num_truncated, padding = split.examples.num_truncated, split.batches.padding
     truncated = f"; {num_truncated:,} truncated to task.max_length {settings.max_length}" if num_truncated else ""

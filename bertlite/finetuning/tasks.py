@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings, SavedTask
@@ -40,6 +41,7 @@ class Task:
         lambda records, settings, known_labels: [True] * len(records)
     )
     describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
+    is_correct: Callable[[Any, Any], bool] | None = np.array_equal  # of a reference and a prediction; None: neither
     single_label: bool = False  # each example has exactly one of the labels: a confusion matrix makes sense
     label_weights: bool = False  # the loss takes class weights and label smoothing
 
@@ -72,6 +74,7 @@ TASKS = {
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, lambda scores: scores),
         read_labels=labels.check_number,
         are_labelled=labels.have_number,
+        is_correct=None,
     ),
     "token-classification": Task(
         TokenClassifier, None, metrics.ENTITIES, SINGLE,
@@ -90,6 +93,7 @@ TASKS = {
         results=lambda outputs, top_k: answers.find_pipeline_answers(outputs),
         learn=answers.learn_null_threshold,
         details=answer_metrics.scores_by_answerability,
+        is_correct=answer_metrics.is_correct,
     ),
 }  # fmt: skip
 
@@ -109,6 +113,11 @@ def find_task(model: Classifier) -> Task:
         return task
     tasks = [task for task in TASKS.values() if task.head is type(model)]
     return next((task for task in tasks if task.problem_type == model.problem_type), tasks[0])
+
+
+def saved_task(settings: InputSettings) -> SavedTask:
+    """Return what task.json keeps of the settings of a task."""
+    return SavedTask.model_validate(settings.model_dump(include=set(SavedTask.model_fields)))
 
 
 def input_settings(model: Classifier, tokenizer: PreTrainedTokenizerBase) -> SavedTask:

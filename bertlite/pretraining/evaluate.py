@@ -14,10 +14,34 @@ from bertlite.data.corpus import prepare_corpus
 from bertlite.data.packing import pack_corpus
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.pretraining.losses import masked_lm_scores
-from bertlite.pretraining.scoring import pseudo_perplexity
+from bertlite.pretraining.scoring import minimal_pairs, pseudo_perplexity, read_pairs
 from bertlite.training.trainer import evaluate
 
 MICRO_BATCH_SIZE = 32
+
+
+def evaluate_masked_lm(
+    model: MaskedLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    data: list[str] | None,
+    pairs: list[str] | None,
+    sequence_length: int | None = None,
+    document: str | None = None,
+    columns: list[str] | None = None,
+    pseudo: bool = False,
+) -> dict[str, Any]:
+    """Return what `evaluate_text` measures on the files `data`, and `minimal_pairs` on the files `pairs`."""
+    result: dict[str, Any] = {}
+    if data:
+        column = columns[0] if columns else None
+        result |= evaluate_text(
+            model, tokenizer, data, runtime, sequence_length, document or "blank-line", column, pseudo
+        )
+    if pairs:
+        with runtime.autocast():
+            result |= minimal_pairs(model, tokenizer, read_pairs(pairs))
+    return result
 
 
 def evaluate_text(

@@ -43,7 +43,7 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
     try:
         _check_config(folder, config, resume)
         for place in (folder, *folder.glob("seed-*")):
-            for name in ("config.yaml", "metrics.jsonl", "model", "results.json", "worst.jsonl"):
+            for name in ("config.yaml", "metrics.jsonl", "model", "results.json", "predictions.jsonl", "worst.jsonl"):
                 remove_leftovers(place, name)
             remove_leftovers(place / "checkpoints", "step-*")
         yield

@@ -18,6 +18,7 @@ from bertlite.core.errors import Failure, UserError
 from bertlite.core.signals import Stopped, stop_request
 from bertlite.data.batches import Batch
 from bertlite.finetuning.batches import ExampleBatches
+from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.experiment import Experiment
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.results import EvaluationResult, format_results, write_reports
@@ -102,7 +103,9 @@ def test_reports_hold_the_worst_hundred_examples_and_the_confusion_matrix(write,
     monkeypatch.setattr(
         ConfusionMatrixDisplay, "plot", lambda self, **o: drawn.append(self.confusion_matrix) or plot(self, **o)
     )
-    evaluation = EvaluationResult({}, predictions, list(range(276)))
+    examples = experiment.splits["train"].examples
+    outputs = Outputs(list(np.eye(7, dtype=np.float32)[predictions]), examples, experiment.labels, experiment.settings)
+    evaluation = EvaluationResult({}, predictions, list(range(276)), outputs)
     write_reports(tmp_path, experiment.task, experiment.labels, experiment.splits["train"], evaluation)
     worst = [json.loads(line) for line in (tmp_path / "worst.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in worst] == list(range(275, 175, -1))

@@ -1,0 +1,68 @@
+"""The evaluation of a fine-tuned model: its metrics on a split of the run, or on labelled files."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bertlite.config.finetune_settings import InputSettings
+from bertlite.config.settings import DataLocation
+from bertlite.core.runtime import Runtime
+from bertlite.data.tables import read_records
+from bertlite.finetuning.batches import ExampleBatches
+from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.inputs import choose_inputs
+from bertlite.finetuning.losses import compute_outputs, compute_scores
+from bertlite.finetuning.results import EvaluationResult
+from bertlite.finetuning.splits import Split, log_split, select_examples
+from bertlite.finetuning.tasks import Task, find_task, saved_task
+from bertlite.model.heads import Classifier
+
+
+def evaluate_split(
+    model: Classifier,
+    task: Task,
+    split: Split,
+    settings: InputSettings,
+    runtime: Runtime,
+    compute: Callable[..., Tensor] = compute_scores,
+    learn: bool = False,
+) -> EvaluationResult:
+    """Compute all metrics of a split, and the loss without class weights.
+
+    With `learn`, as on the validation split, the model's task first learns settings from the split, such as the
+    threshold of unanswerable questions.
+    """
+    scores, losses, loss = compute_outputs(model, split.batches, runtime, compute, task.loss)
+    outputs = Outputs(scores, split.examples, model.labels, settings)
+    if learn:
+        model.task = saved_task(settings).model_copy(update=task.learn(outputs))
+    outputs = replace(outputs, settings=model.task or settings)
+    predictions, references = task.decode(outputs), split.examples.references
+    metrics = {name: metric(references, predictions) for name, metric in task.metrics.items()}
+    metrics |= task.details(references, predictions)
+    return EvaluationResult({**metrics, "loss": loss}, predictions, losses, outputs)
+
+
+def evaluate_files(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    files: list[str],
+    runtime: Runtime,
+    columns: list[str] | None = None,
+    label: list[str] | None = None,
+) -> dict[str, float]:
+    """Return all metrics of a fine-tuned model on labelled files, and the loss.
+
+    The files have the columns of the model's training files, unless `columns` and `label` name others. Raises UserError
+    for what cannot be read, and for a label that the model does not have.
+    """
+    task, settings = find_task(model), choose_inputs(model, tokenizer, columns)
+    settings = settings.model_copy(update={"label": label or settings.label})
+    read = [record for file in files for record in read_records(DataLocation(path=file), settings, "--data")]
+    records = select_examples(read, task, settings, "--data", model.labels)
+    examples = task.make_examples(records, model.labels, tokenizer, settings)
+    split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
+    log_split("--data", split, task, model.labels, settings)
+    return evaluate_split(model, task, split, settings, runtime).scores
