@@ -1,6 +1,7 @@
 """The model card: the README.md of an exported folder, written from the run that made the model."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def describe_run(source: Path, task: str) -> tuple[list[str], list[EvalResult]]:
         )
         results.append(EvalResult(task, "text", split, metric, mean))
     recipe = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    return [*paragraphs, f"## Recipe\n\n```yaml\n{recipe}```"], results
+    fence = "`" * (2 + max(map(len, re.findall("`+", f"`{recipe}"))))  # longer than any in the names of labels
+    return [*paragraphs, f"## Recipe\n\n{fence}yaml\n{recipe}{fence}"], results
 
 
 def _describe_pretraining(

@@ -21,6 +21,7 @@ from bertlite.core.files import write_json
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
 from bertlite.finetuning.batches import ExampleBatches
+from bertlite.finetuning.confusion import draw_confusion_matrix
 from bertlite.finetuning.evaluate import evaluate_split
 from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
@@ -228,10 +229,14 @@ def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
     results = {**evaluation.scores, **{f"validation_{name}": value for name, value in progress.best_scores.items()}}
     results["best_step"] = progress.best_step
     if runtime.rank == 0:
-        write_reports(folder, experiment.task, experiment.labels, experiment.splits[experiment.measured_on], evaluation)
+        split = experiment.splits[experiment.measured_on]
+        write_reports(folder, experiment.task, experiment.labels, split, evaluation)
         if not (folder / "model").exists():  # a killed process may have saved it before the results
             save_final_model(folder, best, experiment.tokenizer)
         write_json(folder / "results.json", results)
+        if experiment.task.single_label:  # after the results: a picture that fails loses no training
+            references, path = split.examples.references, folder / "confusion.png"
+            draw_confusion_matrix(path, references, evaluation.predictions, experiment.labels)
         shutil.rmtree(folder / "checkpoints")
     barrier()
     return results

@@ -1,4 +1,4 @@
-"""What a fine-tuning run reports: its results over the seeds, the worst examples, and the confusion matrix."""
+"""What a fine-tuning run reports: its results over the seeds, and the worst examples."""
 
 import json
 import statistics
@@ -47,7 +47,7 @@ def format_results(results: dict[str, Any]) -> str:
 
 
 def write_reports(folder: Path, task: Task, labels: list[str], split: Split, evaluation: EvaluationResult) -> None:
-    """Write predictions.jsonl, worst.jsonl and, if each example has one label, confusion.png."""
+    """Write predictions.jsonl and worst.jsonl."""
     losses = np.bincount(split.examples.record_indices, evaluation.losses, len(split.records))
     lines = [
         json.dumps(line | {"loss": loss}, ensure_ascii=False, default=str) + "\n"
@@ -56,8 +56,6 @@ def write_reports(folder: Path, task: Task, labels: list[str], split: Split, eva
     write_text(folder / "predictions.jsonl", "".join(lines))
     worst = np.argsort(-losses, kind="stable")[:NUM_WORST].tolist()
     write_text(folder / "worst.jsonl", "".join(lines[index] for index in worst))
-    if task.single_label:
-        draw_confusion_matrix(folder / "confusion.png", split.examples.references, evaluation.predictions, labels)
 
 
 def describe_predictions(
@@ -76,20 +74,3 @@ def describe_predictions(
         if ranking:
             line["scores"] = {entry["label"]: round(entry["score"], 6) for entry in ranking}
         yield line
-
-
-def draw_confusion_matrix(path: Path, references: list[int], predictions: list[int], labels: list[str]) -> None:
-    """Draw how often each label is predicted for each reference label, as a share of the reference label's examples."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    size = min(4 + 0.35 * len(labels), 40)  # inches
-    figure = Figure(figsize=(size, size), layout="constrained")
-    display = ConfusionMatrixDisplay.from_predictions(
-        references, predictions, labels=range(len(labels)), display_labels=labels, normalize="true",
-        include_values=len(labels) <= 20, values_format=".2f", xticks_rotation="vertical", cmap="Blues", colorbar=False,
-        ax=figure.subplots(),
-    )  # fmt: skip
-    if len(labels) > 100:  # too many to read
-        display.ax_.set(xticks=[], yticks=[])
-    figure.savefig(path)

@@ -305,7 +305,9 @@ def test_the_model_card_describes_the_run(every_head, tmp_path):
 def test_the_model_card_describes_a_task_or_says_that_nothing_is_known(every_head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(every_head["BertForSequenceClassification"], run / "model")
-    (run / "config.yaml").write_text("task: {type: classification, train: ../data/train.tsv}")
+    labels = {"```": 1.0, "a\n```\n# b": 2.0, "$x_1|<b>": 1.0}
+    config = {"task": {"type": "classification", "train": "../data/train.tsv", "class_weights": labels}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     results = {"metric": "accuracy", "mean": 0.875, "std": 0.0125, "measured_on": "test", "seeds": {"0": {}, "1": {}}}
     (run / "results.json").write_text(json.dumps(results))
     export(run / "model", tmp_path / "out", "hf")
@@ -313,6 +315,8 @@ def test_the_model_card_describes_a_task_or_says_that_nothing_is_known(every_hea
     (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": 0.875}] and result["dataset"]["name"] == "test"
     assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s), on the test examples." in card and "train: train.tsv" in card
+    fence, recipe, rest = re.search(r"\n(`+)yaml\n(.*?)\n\s*\1(`*\n.*)", card, re.DOTALL).groups()
+    assert yaml.safe_load(recipe)["task"]["class_weights"] == labels and rest.startswith("\n\n## Checks"), fence
     export(every_head["BertModel"], tmp_path / "bare", "hf")
     assert "says nothing about its training" in (tmp_path / "bare" / "README.md").read_text()
 
