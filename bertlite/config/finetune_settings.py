@@ -45,6 +45,9 @@ LabelTexts = Annotated[
         )
     ),
 ]
+Delimiter = Annotated[
+    str, Field(min_length=1, max_length=1), BeforeValidator(lambda value: "\t" if value == r"\t" else value)
+]
 ClassWeights = Annotated[
     Annotated[Literal["balanced"], Tag("<balanced>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
     Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<balanced>"),
@@ -81,7 +84,7 @@ class InputSettings(Section):
     """A question has no answer if [CLS] scores higher than the best answer by more; null: learned on validation."""
     columns: list[str] | None = None
     """Names of the columns of a file without a header."""
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    delimiter: Delimiter | None = None
     """What separates columns; null: a comma in .csv, else a tab."""
     quoting: bool | None = None
     """Whether text in double quotes may contain delimiters and line ends; null: in .csv only."""

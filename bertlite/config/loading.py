@@ -153,11 +153,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
-    """Split `section.key=value` into the dotted name and the value, which is YAML."""
+    """Split `section.key=value` into the dotted name and the value, which is YAML, or a single sign."""
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not all(name.split(".")):
         raise UserError(f"--set {override}: write it as section.key=value, such as train.max_steps=100")
+    is_sign = len(text) == 1 and not text.isalnum() and text != "~"  # such as a delimiter; YAML reads | as no text
+    if is_sign or (text and text.isspace()):
+        return name, text
     try:
         return name, yaml.load(text, _Loader)
     except _YAML_ERRORS:

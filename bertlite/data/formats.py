@@ -250,7 +250,7 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
             yield Record(f"{table.path}:{line}", dict(zip(names, values, strict=True)))
         elif any(map(str.strip, values)):
             expected = f"{len(values)} columns, but {len(names)} are named ({', '.join(names)})"
-            raise UserError(f"{table.path}:{line}: {expected}{table.advice}")
+            raise UserError(f"{table.path}:{line}: {expected}; the delimiter is {delimiter!r}{table.advice}")
 
 
 def _split_unquoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -1,5 +1,6 @@
 """Tables of labelled examples, as records of named columns."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -61,8 +62,14 @@ def find_table_file(location: DataLocation, setting: str) -> Path:
 def get_column(record: Record, name: str, setting: str) -> Any:
     """Return the value of a column. Raises UserError, listing the columns, if there is no such column."""
     if name not in record.columns:
-        names = ", ".join(map(repr, record.columns))
-        raise UserError(f"{record.location}: {setting}: there is no column {name!r}; there are {names}")
+        columns = list(map(str, record.columns))
+        names = ", ".join(repr(column if len(column) <= 40 else f"{column[:39]}…") for column in columns)
+        advice = ""
+        if any(column.replace(".", "", 1).isdecimal() or len(column.split()) > 4 for column in columns):
+            advice = "; if these are an example and no header, name the columns in task.columns"
+        elif len(columns) == 1 and re.search(r"[,;|\t]", columns[0]):
+            advice = "; task.delimiter sets what separates columns"
+        raise UserError(f"{record.location}: {setting}: there is no column {name!r}; there are {names}{advice}")
     return record.columns[name]
 
 

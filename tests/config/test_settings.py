@@ -8,7 +8,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertlite.config.finetune_settings import SweepConfig
+from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import choose, diff_configs, dump_config, load_config
 from bertlite.config.settings import (
     MAY_DIFFER_ON_RESUME,
@@ -506,3 +506,14 @@ def test_no_file_or_override_ends_in_anything_but_a_user_error(text, override, t
         assert str(error).startswith((f"{path}:", "--set "))
     else:
         assert isinstance(config, PretrainConfig)
+
+
+@pytest.mark.parametrize("sign", [" ", "\t", "|", ";", "#", ",", "-", ">", "*", "\\t"])
+def test_a_delimiter_by_set_is_the_sign_itself(tmp_path, sign):
+    path = tmp_path / "task.yaml"
+    path.write_text("task: {train: a.txt}")
+    task = load_config(FinetuneConfig, path, [f"task.delimiter={sign}"]).task
+    assert task is not None and task.delimiter == {"\\t": "\t"}.get(sign, sign)
+    assert load_config(FinetuneConfig, path, ["task.delimiter=~"]).task.delimiter is None
+    with pytest.raises(UserError, match=r"task\.delimiter is 'ab': string should have at most 1 character"):
+        load_config(FinetuneConfig, path, ["task.delimiter=ab"])

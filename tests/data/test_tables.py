@@ -114,7 +114,11 @@ BAD = {
         {"delimiter": ",", "quoting": True},
         r"bad\.tsv:3: the record that starts here is not valid: ',' expected after '\"'",
     ),
-    "fields": (b"text\tlabel\nx\ty\tz\n", {}, r"bad\.tsv:2: 3 columns, but 2 are named"),
+    "fields": (
+        b"text\tlabel\nx\ty\tz\n",
+        {},
+        r"bad\.tsv:2: 3 columns, but 2 are named \(text, label\); the delimiter is '\\t'",
+    ),
 }
 
 
@@ -149,6 +153,22 @@ def test_a_missing_column_lists_those_there_are(tmp_path):
         UserError, match=r"a\.tsv:2: task\.text: there is no column 'sentence'; there are 'text', 'label'"
     ):
         get_column(row, "sentence", "task.text")
+
+
+@pytest.mark.parametrize(
+    "name, header, advice",
+    [
+        ("a.tsv", "1\ta fine film", r"are '1', 'a fine film'; if these are an example and no header, .* task\.columns"),
+        ("a.tsv", f"good\t{'a fine film ' * 9}", r"are 'good', 'a fine film .*…'; if these are an example"),
+        ("a.csv", "text;label", r"are 'text;label'; task\.delimiter sets what separates columns"),
+        ("a.csv", "body,label", r"there are 'body', 'label'$"),
+    ],
+)
+def test_a_missing_column_tells_of_missing_headers_and_other_delimiters(tmp_path, name, header, advice):
+    (tmp_path / name).write_text(f"{header}\n" * 2)
+    (row,) = read_records(DataLocation(path=str(tmp_path / name)), TaskSettings(train=DataLocation(path="x")), "")
+    with pytest.raises(UserError, match=advice):
+        get_column(row, "text", "task.text")
 
 
 ODDITIES = {
