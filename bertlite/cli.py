@@ -94,8 +94,9 @@ def plan(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import estimate
 
-    result = estimate.plan(_load_config(PretrainConfig, config, overrides, out), measure)
-    _print_result(result, as_json, estimate.format_plan)
+    report = None if as_json else lambda known: _print(estimate.format_size(known))
+    result = estimate.plan(_load_config(PretrainConfig, config, overrides, out), measure, report)
+    _print_result(result, as_json, estimate.format_time)
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +26,11 @@ from bertlite.pretraining.bench import flops_of_step, peak_memory, rehearse
 from bertlite.pretraining.prepare import Prepared, prepare
 from bertlite.pretraining.starting_model import resolve_architecture
 from bertlite.training.memory import bytes_per_sequence, choose_micro_batch_size
+from bertlite.training.trainer import PHASES
 
 SAMPLE_CHARACTERS = 2_000_000  # of each source
-MEASURED_STEPS = 6  # the first of them compiles, and is not counted
+MEASURED_STEPS = 4  # the first of them warms up, and is not counted
+MEASURED_OPERATIONS = 3e11  # of a measured step on a CPU: some seconds
 
 
 @dataclass
@@ -43,12 +45,15 @@ class Sample:
     validation_shares: list[float | None]
 
 
-def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
+def plan(
+    config: PretrainConfig, measure: bool = True, report: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Estimate parameters, tokens, epochs, memory and disk (bytes), time (seconds), and warn of what does not fit.
 
-    Only the start of the text is read and, with `measure`, a few steps are trained; all of it in a temporary folder.
-    What cannot be known from that is None. For example, of a run of 1,000 steps of 32 sequences, when the first fifth
-    of the text fills 200 sequences: 32,000 sequences are trained on, the text has about 1,000, and so `epochs` is 32.
+    Only the start of the text is read and, with `measure`, a few micro-batches are trained; all of it in a temporary
+    folder. `report` is called with what is known before that. What cannot be known is None. For example, of a run of
+    1,000 steps of 32 sequences, when the first fifth of the text fills 200 sequences: 32,000 sequences are trained on,
+    the text has about 1,000, and so `epochs` is 32.
 
     Raises UserError for a wrong configuration.
     """
@@ -63,6 +68,7 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
         trained_sequences = settings.max_steps * settings.global_batch_size
         tokens_per_sequence = prepared.packing.tokens() / len(prepared.packing)
         result |= {
+            "text_tokens": round(train_sequences * tokens_per_sequence) if train_sequences else None,
             "tokens": round(trained_sequences * tokens_per_sequence),
             "epochs": trained_sequences / train_sequences if train_sequences else None,
             "floating_point_operations": float(flops_of_step(config, prepared, trained_sequences)),
@@ -70,31 +76,40 @@ def plan(config: PretrainConfig, measure: bool = True) -> dict[str, Any]:
             "seconds_per_step": None,
             "seconds": None,
         }
+        result["warnings"] = _warnings(config, result)
+        if report:
+            report(result)
         if measure and result["memory"] <= result["memory_free"]:
-            result |= _measure_time(sample.config, prepared, runtime, validation_sequences or 0)
-    return result | {"warnings": _warnings(config, result)}
+            micro_batch_size = result["micro_batch_size"]
+            result |= _measure_time(sample.config, prepared, runtime, micro_batch_size, validation_sequences or 0)
+    return result
 
 
-def format_plan(result: dict[str, Any]) -> str:
-    """Format what `plan` returns as lines for people."""
-    epochs = "an unknown number of"
+def format_size(result: dict[str, Any]) -> str:
+    """Format what `plan` knows without measuring."""
+    text, epochs = "an unknown number of tokens", "an unknown number of"
     if result["epochs"] is not None:
+        text = f"about {result['text_tokens']:,} tokens"
         epochs = f"about {result['epochs']:,.{0 if result['epochs'] >= 10 else 1}f}"
-    duration = "not measured"
-    if result["seconds"] is not None:
-        hours = timedelta(seconds=round(result["seconds"]))
-        duration = f"about {hours}, {result['seconds_per_step']:.3g} s a step, as measured here"
     lines = {
         "parameters": f"{result['parameters']:,}",
-        "tokens": f"{result['tokens']:,} to train on, {epochs} epochs",
+        "text": f"{text} in data.train, estimated from its start",
+        "training": f"{result['tokens']:,} tokens in all steps: {epochs} epochs of the text",
         "operations": f"{result['floating_point_operations']:.2g}",
         "memory": f"{result['memory'] / 1e9:,.1f} GB with micro-batches of {result['micro_batch_size']} sequences; "
         f"{result['memory_free'] / 1e9:,.1f} GB are free",
         "disk": f"{result['disk'] / 1e9:,.1f} GB for checkpoints; {result['disk_free'] / 1e9:,.1f} GB are free",
-        "time": duration,
     }
     warnings = [f"warning: {text}" for text in result["warnings"]]
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), *warnings])
+
+
+def format_time(result: dict[str, Any]) -> str:
+    """Format what `plan` has measured."""
+    if result["seconds"] is None:
+        return f"{'time':11} not measured"
+    duration = timedelta(seconds=round(result["seconds"]))
+    return f"{'time':11} about {duration}, {result['seconds_per_step']:.3g} s a step, as measured here"
 
 
 def _estimate_size(config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> dict[str, Any]:
@@ -120,16 +135,38 @@ def _estimate_size(config: PretrainConfig, prepared: Prepared, runtime: Runtime)
 
 
 def _measure_time(
-    config: PretrainConfig, prepared: Prepared, runtime: Runtime, validation_sequences: float
+    config: PretrainConfig,
+    prepared: Prepared,
+    runtime: Runtime,
+    micro_batch_size: int,
+    validation_sequences: float,
 ) -> dict[str, float]:
-    """Train a few steps, and estimate the time of the run: its steps, and the forward passes of its evaluations."""
+    """Train a few micro-batches, and estimate the time of the run: its steps, and the forward passes of evaluations.
+
+    On a CPU the micro-batches are small and the model is not compiled, which would take longer than all the rest.
+    """
     settings = config.train
-    laps = rehearse(config, prepared, runtime, MEASURED_STEPS)
-    times = np.diff([(lap.at, lap.seconds["forward"]) for lap in laps], axis=0)
-    step_seconds, forward_seconds = np.median(times, axis=0).tolist()
+    share = settings.global_batch_size / runtime.world_size
+    slower = ""
+    if runtime.device.type == "cpu":
+        micro_batch_size = max(1, min(micro_batch_size, int(MEASURED_OPERATIONS / flops_of_step(config, prepared, 1))))
+        if runtime.compile:
+            slower = ", without compiling the model, which makes it faster"
+        runtime = replace(runtime, compile=False)
+    logger.info(f"measuring {MEASURED_STEPS} steps of {micro_batch_size} sequences{slower}")
+    changes = {
+        "global_batch_size": micro_batch_size * runtime.world_size,
+        "per_device_train_batch_size": micro_batch_size,
+    }
+    measured = config.model_copy(update={"train": settings.model_copy(update=changes)})
+    laps = rehearse(measured, prepared, runtime, MEASURED_STEPS)
+    phases = {phase: np.median(np.diff([lap.seconds[phase] for lap in laps])) for phase in PHASES}
+    micro_batches = share / micro_batch_size
+    step_seconds = (phases["data"] + phases["forward"] + phases["backward"]) * micro_batches + phases["optimizer"]
     evaluated_sequences = math.ceil(settings.max_steps / settings.eval_steps) * validation_sequences
-    evaluation_seconds = forward_seconds * evaluated_sequences / settings.global_batch_size
-    return {"seconds_per_step": step_seconds, "seconds": step_seconds * settings.max_steps + evaluation_seconds}
+    evaluation_seconds = phases["forward"] * evaluated_sequences / (micro_batch_size * runtime.world_size)
+    seconds = step_seconds * settings.max_steps + evaluation_seconds
+    return {"seconds_per_step": float(step_seconds), "seconds": float(seconds)}
 
 
 def _warnings(config: PretrainConfig, result: dict[str, Any]) -> list[str]:

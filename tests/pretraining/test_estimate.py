@@ -10,14 +10,14 @@ import pytest
 from paths import SAMPLE
 from tiny_runs import metrics, pretrain, weights
 
-from bertlite.config.loading import load_config
+from bertlite.config.loading import load_config, with_changes
 from bertlite.config.settings import MaskingSettings, PretrainConfig
 from bertlite.core.errors import UserError
 from bertlite.data.masking import max_predictions
 from bertlite.model.huggingface import read_architecture
 from bertlite.pretraining import estimate as planning
 from bertlite.pretraining.bench import flops_per_sequence
-from bertlite.pretraining.estimate import format_plan, plan
+from bertlite.pretraining.estimate import format_size, plan
 from bertlite.pretraining.prepare import prepare
 
 
@@ -63,6 +63,38 @@ def test_time_is_measured(write_config):
     assert longer["seconds"] > 10 * result["seconds"]
 
 
+def test_a_step_of_many_sequences_is_extrapolated_from_few(write_config, monkeypatch, capsys):
+    """What is known is reported before the measurement, which trains one sequence a step here."""
+    monkeypatch.setattr(planning, "MEASURED_OPERATIONS", 1)
+    reported: list[dict] = []
+    config = load_config(PretrainConfig, write_config(train__max_steps=1000))
+    few, many = (
+        plan(
+            with_changes(config, {"train.global_batch_size": size}, "test"),
+            report=lambda known: reported.append(dict(known)),
+        )
+        for size in (8, 800)
+    )
+    assert capsys.readouterr().err.count("4 steps of 1 sequences") == 2
+    assert 4 < many["seconds_per_step"] / few["seconds_per_step"] < 3000  # without a busy machine, 50 to 100
+    times = {"seconds", "seconds_per_step"}
+    for known, result in zip(reported, (few, many), strict=True):
+        assert all(known[name] is None for name in times)
+        assert {name: known[name] for name in known.keys() - times} == {
+            name: result[name] for name in result.keys() - times
+        }
+
+
+def test_the_text_and_the_run_are_counted_apart(write_config):
+    result = planned(write_config(train__max_steps=500))
+    assert result["tokens"] == pytest.approx(result["epochs"] * result["text_tokens"], rel=1e-3)
+    prepared = prepare(load_config(PretrainConfig, write_config()))
+    assert result["text_tokens"] == pytest.approx(prepared.packing.tokens(), rel=0.02)
+    lines = format_size(result)
+    assert f"about {result['text_tokens']:,} tokens in data.train" in lines
+    assert f"{result['tokens']:,} tokens in all steps" in lines
+
+
 @pytest.mark.parametrize("form", ["plain", "gz", "split"])
 def test_epochs_are_estimated_from_a_sample(write_config, tmp_path, monkeypatch, form):
     monkeypatch.setattr(planning, "SAMPLE_CHARACTERS", 400_000)
@@ -81,7 +113,7 @@ def test_unknown_epochs_are_none(write_config, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"some words of row {number}"}) for number in range(500)))
     result = planned(write_config(data__train=[str(rows)]))
-    assert result["epochs"] is None and "an unknown number of epochs" in format_plan(result)
+    assert result["epochs"] is None and "an unknown number of epochs" in format_size(result)
 
 
 def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
@@ -90,7 +122,7 @@ def test_plan_warns_of_what_does_not_fit_without_allocating_it(write_config):
     assert result["parameters"] > 10**12 and result["seconds"] is None
     memory, disk = result["warnings"]
     assert "does not fit into memory" in memory and "do not fit on the disk" in disk and "--out" in disk
-    assert format_plan(result).count("\nwarning: ") == 2
+    assert format_size(result).count("\nwarning: ") == 2
 
 
 @pytest.mark.parametrize("setting", ["hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"])
@@ -104,7 +136,7 @@ def test_the_command_prints_lines_or_json(bertlite, write_config):
     command = ("plan", write_config(), "--no-measure")
     _, lines, _ = bertlite(*command)
     assert [line.split()[0] for line in lines.splitlines()] == [
-        "parameters", "tokens", "operations", "memory", "disk", "time",
+        "parameters", "text", "training", "operations", "memory", "disk", "time",
     ]  # fmt: skip
     result = json.loads(bertlite(*command, "--json")[1])
     assert re.search(f"parameters +{result['parameters']:,}\n", lines)
