@@ -172,6 +172,7 @@ def _tokenize(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, "*.json")
+    logger.info(f"{setting}: tokenizing the documents")
     progress = folder / "progress.json"
     summary = Summary(**(read_json(progress) or {}))
     with disk_full_as_error(folder), _progress_bar(sources, setting) as bar, ExitStack() as stack:

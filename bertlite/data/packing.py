@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import atomic_folder, fingerprint, lock, write_json
+from bertlite.core.logging import logger
 from bertlite.core.random import PACKING, choose_validation, draw_uint32
 from bertlite.data.corpus import Corpus
 
 PLAN_VERSION = 3  # raise it when the same corpus would give other sequences
+MANY_DOCUMENTS = 1_000_000  # which take some seconds to pack
 MIN_SPAN = 8  # tokens; only the last span of a long document may have fewer
 
 Ints = NDArray[np.int64]
@@ -82,6 +84,8 @@ def pack_corpus(
                         "name a file in data.validation or, where each line is a document, set data.document to line"
                     )
                 in_split = choose_validation(len(corpus), validation_split) == (split == "validation")
+            if len(corpus) > MANY_DOCUMENTS:
+                logger.info(f"packing {len(corpus):,} documents into sequences of {sequence_length}")
             with atomic_folder(folder) as unfinished:
                 _write_packing(unfinished, corpus, sequence_length, in_split, np.repeat(weights, sources))
     return Packing(folder)

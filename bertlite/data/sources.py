@@ -17,6 +17,8 @@ from bertlite.core.logging import logger
 from bertlite.core.packages import require
 from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, find_format, read_lines
 
+LARGE_FILE = 1 << 30  # bytes, which take some seconds to read
+
 
 def find_source_files(source: Source, setting: str) -> list[Path]:
     """List the files of a source: one file, the matches of a glob, the files in a folder, or the sample.
@@ -67,6 +69,8 @@ def digest_file(path: Path, cache: Path) -> str:
     state = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     known = read_json(record)
     if known is None or {**known, **state} != known:
+        if status.st_size > LARGE_FILE:
+            logger.info(f"{path}: reading {status.st_size / 1e9:,.1f} GB, to notice later whether they have changed")
         try:
             state["sha256"] = sha256(path)
         except OSError as error:

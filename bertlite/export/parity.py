@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError, first_line
+from bertlite.core.logging import logger
 from bertlite.core.runtime import is_out_of_memory
 from bertlite.data.masking import IGNORED
 from bertlite.data.packing import collate
@@ -57,6 +58,7 @@ def check_parity(folder: Path, precision: str = "fp32") -> list[Check]:
 
     Dropout is off in both. Raises UserError, naming the file, for a folder that one of them cannot read.
     """
+    logger.info("comparing the model with transformers")
     ours = load_model(folder, best_kernel(torch.device("cpu")))
     theirs, odd_names = load_reference(folder, ours)
     tolerances = TOLERANCES[precision]

@@ -90,7 +90,9 @@ def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) ->
     tokenizer = load_tokenizer_of(folder, architecture)
     check_fit(config, settings, architecture)
     trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
+    logger.info("reading the tables")
     labels, records = read_tables(task, settings)
+    logger.info("tokenizing the examples")
     splits = tokenize_splits(records, task, labels, tokenizer, settings)
     check_examples(splits, config, architecture, trained_length)
     torch.compiler.reset()  # each task has its own shapes, and torch compiles few shapes of one function
@@ -267,6 +269,7 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} tokens, on "
         f"average {examples_per_step:.1f} examples"
+        + (", compiled in the first step, about a minute" if runtime.compile else "")
     )
     optimizer = Optimizer(model, settings, layerwise_decay(train.layerwise_lr_decay, len(model.encoder.layers)))
     state = load_training_state(checkpoint) if checkpoint else TrainingState()

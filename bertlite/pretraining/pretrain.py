@@ -108,7 +108,7 @@ def _log_setup(
     model: torch.nn.Module, settings: TrainSettings, runtime: Runtime, kernel: str, micro_batch_size: int
 ) -> None:
     environment = runtime.environment()
-    compiled = "compiled" if runtime.compile else "not compiled"
+    compiled = "compiled in the first step, about a minute" if runtime.compile else "not compiled"
     ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
     logger.info(
         f"{parameter_count(model):,} parameters on {environment['device']}, {environment['precision']}, {kernel} "

@@ -57,7 +57,9 @@ class ProgressBar(Callback):
     def on_log(self, trainer: Trainer, line: dict[str, float]) -> None:
         if "loss" not in line:
             return
-        text = f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {line['loss']:.3f}"
+        if math.isfinite(line["tokens_per_second"]):
+            text += f", {line['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             logger.info(f"step {trainer.progress.step:,} of {trainer.settings.max_steps:,}: {text}")
@@ -67,7 +69,10 @@ class ProgressBar(Callback):
 
 
 class TrainingLog(Callback):
-    """Logs loss, learning rate, gradient norm and throughput every `logging_steps`."""
+    """Logs loss, learning rate, gradient norm and throughput every `logging_steps`.
+
+    The throughput leaves out the step that compiles the model; it is NaN where there is no other step.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0  # since the last line
@@ -75,8 +80,9 @@ class TrainingLog(Callback):
 
     def on_step(self, trainer: Trainer, step: Step) -> None:
         progress = trainer.progress
-        self.tokens += step.tokens
-        self.seconds += step.seconds
+        if not trainer.runtime.compile or progress.step > trainer.first_step + 1:
+            self.tokens += step.tokens
+            self.seconds += step.seconds
         if not step.skipped:
             progress.loss_sum += step.loss_sum
             progress.num_predictions += step.num_predictions
@@ -88,7 +94,7 @@ class TrainingLog(Callback):
             "loss": progress.loss_sum / progress.num_predictions if progress.num_predictions else math.nan,
             "lr": trainer.optimizer.learning_rate(),
             "grad_norm": step.gradient_norm,
-            "tokens_per_second": self.tokens / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
             "elapsed_seconds": trainer.elapsed_seconds(),
         }
         if progress.skipped_steps:
@@ -108,6 +114,7 @@ class Evaluation(Callback):
         self, evaluate: Callable[[Trainer], dict[str, float]], metric: str | None = None, patience: int | None = None
     ) -> None:
         self.evaluate, self.metric, self.patience = evaluate, metric, patience
+        self.compiled = False
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.progress.evaluated_step < trainer.progress.step:  # a signal interrupted this evaluation before
@@ -123,6 +130,9 @@ class Evaluation(Callback):
         progress = trainer.progress
         if not trainer.is_due(trainer.settings.eval_steps):
             return
+        if trainer.runtime.compile and not self.compiled:
+            logger.info("compiling the evaluation")
+            self.compiled = True
         scores = self.evaluate(trainer)
         trainer.log(
             {

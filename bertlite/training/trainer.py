@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bertlite.config.settings import TrainSettings
 from bertlite.core.distributed import all_reduce_max, all_reduce_sum
@@ -251,7 +252,9 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     with torch.inference_mode(), runtime.autocast():
         # Every rank makes as many batches as the others; sequences past the last one are empty.
-        for first in range(0, num_sequences, micro_batch_size * runtime.world_size):
+        firsts = range(0, num_sequences, micro_batch_size * runtime.world_size)
+        hidden = True if runtime.rank else None  # None: shown on a terminal
+        for first in tqdm(firsts, desc="evaluating", leave=False, disable=hidden, delay=2):
             if stop_request.number and not dist.is_initialized():  # the other ranks would wait
                 raise Stopped(stop_request.number)
             batch = make_batch(first + runtime.rank * micro_batch_size, micro_batch_size).to(runtime.device)

@@ -24,6 +24,7 @@ from bertlite.model.huggingface import load_model, load_tokenizer_of
 from bertlite.pretraining.prepare import prepare, training_batches
 from bertlite.pretraining.pretrain import new_trainer, standard_callbacks
 from bertlite.training.optim import OPTIMIZERS
+from bertlite.training.run_folder import read_metrics
 from bertlite.training.trainer import Callback, Step, Trainer, evaluate
 
 
@@ -131,7 +132,7 @@ def test_bf16_training_follows_fp32(write_config, optim):
     assert bf16 == pytest.approx(plain, abs=3e-2) and bf16 != plain
 
 
-def test_compiled_training_follows_uncompiled_training_and_resumes_bit_for_bit(write_config, tmp_path):
+def test_compiled_training_follows_uncompiled_training_and_resumes_bit_for_bit(write_config, tmp_path, capsys):
     changes = {
         "model__num_hidden_layers": 1,
         "train__logging_steps": 1,
@@ -142,6 +143,10 @@ def test_compiled_training_follows_uncompiled_training_and_resumes_bit_for_bit(w
     path = write_config("compiled", **changes, train__compile=True)
     compiled = pretrain(path)
     assert counters["stats"]["unique_graphs"] > 0
+    log = capsys.readouterr().err
+    assert log.count("compiled in the first step") == log.count("compiling the evaluation") == 1
+    first, *others = [line["tokens_per_second"] for line in read_metrics(compiled) if "loss" in line]
+    assert first is None and min(others) > 0, "the time of compiling counts as throughput"
     plain = pretrain(write_config("plain", **changes))
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)  # the order of sums differs
     cut = crash_after(compiled, 5, tmp_path / "cut")
