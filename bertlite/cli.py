@@ -1,6 +1,6 @@
 """The command line. A command imports what it needs when it runs, so that --help is immediate."""
 
-import errno
+import io
 import json
 import os
 import sys
@@ -312,14 +312,17 @@ def bench(
 
 def main() -> None:
     """Run the command line. A user's mistake ends with one or two lines and exit code 2, never with a traceback."""
+    from bertlite.core.distributed import check_environment
     from bertlite.core.logging import log_to_terminal
-    from bertlite.core.signals import Stopped, listen
+    from bertlite.core.signals import Stopped, listen, stop_request
 
+    _open_standard_streams()
     # torch reads this when it is imported: large tensors in huge pages make a step about a tenth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     log_to_terminal()
     listen()
     try:
+        check_environment()
         app()
     except SystemExit as end:
         if end.code == 2:  # typer has printed what is wrong with the arguments
@@ -328,6 +331,9 @@ def main() -> None:
             for hint in find_settings(*sys.argv[1:]):
                 print(f"bertlite: {hint}", file=sys.stderr)
         raise
+    except BrokenPipeError:  # whoever read the output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except (Exception, Stopped) as error:
         explained = _explain(error)
         if explained is None:
@@ -337,20 +343,35 @@ def main() -> None:
             for line in message.splitlines():
                 print(f"bertlite: {line}", file=sys.stderr)
         sys.exit(code)
+    finally:
+        stop_request.is_deferred = True  # the process ends anyway
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for standard streams that are closed, and let the others print every text and file name."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets the number that it should have
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:
     """Return the message for an error and the exit code; None for a bug, which needs its traceback."""
     from bertlite.core.errors import Failure, UserError
+    from bertlite.core.files import find_full_disk
     from bertlite.core.signals import Stopped
 
     if isinstance(error, Stopped):
         return f"stopped by {error}", 128 + error.number
     if isinstance(error, UserError | Failure):
         return str(error), 2 if isinstance(error, UserError) else 1
+    if reason := find_full_disk(error):
+        name = error.filename if isinstance(error, OSError) else None
+        return f"{name or 'temporary files (TMPDIR), the cache or the output'}: {reason}", 1
     if isinstance(error, OSError):  # such as a folder that cannot be written, or a file that disappeared
-        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.filename or 'the system'}: {error.strerror or error}", 1 if disk_full else 2
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 2
     if isinstance(error, MemoryError | RuntimeError):
         from bertlite.core.runtime import is_out_of_memory
 
@@ -369,6 +390,7 @@ def _load_config(
     """Load the configuration of a command, with --set, --model and --out."""
     from bertlite.config.loading import load_config
 
+    out = out or _folder_of_run(path)
     options = {"model.init_from": model, "output_dir": out and str(out)}
     changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
     return load_config(config_type, path, [*(overrides or []), *changes])
@@ -383,6 +405,13 @@ def _refuse(options: Mapping[str, Any], reason: str) -> None:
             raise UserError(f"{name} does not apply: {reason}")
 
 
+def _folder_of_run(config: Path) -> Path | None:
+    """Return the folder of the run that a configuration is a part of, wherever it was moved or copied; else None."""
+    files = (".lock", "metrics.jsonl", "checkpoints", "results.json")
+    is_run = config.name == "config.yaml" and any((config.parent / name).exists() for name in files)
+    return config.parent if is_run else None
+
+
 def _load_model(model: str, precision: str) -> "LoadedModel":
     from bertlite.api import LoadedModel
     from bertlite.core.runtime import initialize_runtime
@@ -391,7 +420,8 @@ def _load_model(model: str, precision: str) -> "LoadedModel":
 
 
 def _print_result(result: Any, as_json: bool, format_text: Callable[[Any], str]) -> None:
-    _print(json.dumps(result, ensure_ascii=False) if as_json else format_text(result))
+    ensure_ascii = sys.stdout.encoding.lower() != "utf-8"
+    _print(json.dumps(result, ensure_ascii=ensure_ascii) if as_json else format_text(result))
 
 
 def _print(result: object) -> None:

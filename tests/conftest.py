@@ -17,6 +17,7 @@ import yaml
 
 from bertlite import cli
 from bertlite.core.logging import log_to_terminal
+from bertlite.core.signals import stop_request
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("bertlite", suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)
@@ -87,6 +88,7 @@ def bertlite(capsys, monkeypatch):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["bertlite", *map(str, arguments)])
+        monkeypatch.setattr(stop_request, "is_deferred", False)  # this process goes on after the command
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()

@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,9 +16,19 @@ from bertlite.config.finetune_settings import FinetuneConfig, SavedTask, SweepCo
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError, first_line
 
+MAX_BYTES = 1 << 20  # of a configuration
+MAX_NODES = 100_000  # values of a configuration, with those that aliases repeat
+
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `1e-4` as a number and rejects duplicate keys."""
+    """A YAML loader that reads `1e-4` as a number, and rejects duplicate keys and aliases that repeat too much."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if _count_nodes(node, {}) > MAX_NODES:
+            problem = f"its aliases make more than {MAX_NODES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -25,6 +37,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _count_nodes(node: Any, counts: dict[int, float]) -> float:
+    """Count a node and those in it, each time that an alias repeats them; infinite for a node that contains itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = math.inf
+        children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
+    return counts[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -130,13 +153,17 @@ def choose(table: dict[str, Any], name: str, setting: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a UTF-8 text file") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, so not a configuration")
     try:
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

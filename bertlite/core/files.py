@@ -4,6 +4,7 @@ Atomic: other processes see either the old state or the complete new file or fol
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from bertlite.core.errors import DiskFull, UserError
 from bertlite.core.logging import logger
@@ -30,7 +30,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     with disk_full_as_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name))
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        claim = _claim(temporary)
         try:
             yield temporary
             umask = _get_umask()
@@ -42,6 +44,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             fsync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # exists only after an error
+            os.close(claim)
 
 
 @contextmanager
@@ -55,9 +58,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}; name a file")
     with disk_full_as_error(path.parent):
+        remove_leftovers(path.parent, glob.escape(path.name))
         # The process number would not make the name unique: containers may share a folder.
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
+        claim = _claim(temporary)
         try:
             with open(descriptor, "wb") as file:
                 yield file
@@ -67,16 +72,41 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # exists only after an error
+            os.close(claim)
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove temporary files and folders that killed processes left in `folder` while they wrote `name` (a glob).
 
-    Call it only for names that no other process is writing.
+    Those that a process is writing stay: it holds a claim to them.
     """
     for path in folder.glob(f".{name}.*"):
-        if re.search(r"\.\w{8}$", path.name):  # the suffix that tempfile gives
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not re.search(r"\.\w{8}$", path.name):  # the suffix that tempfile gives
+            continue
+        try:
+            claim = _claim(path)
+        except OSError:  # another process holds it, or has just finished
+            continue
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        os.close(claim)
+
+
+def _claim(path: Path) -> int:
+    """Lock a temporary file or folder until the descriptor is closed or this process ends.
+
+    Raises OSError if it is not there or another process holds it.
+    """
+    if os.name != "posix":
+        return os.open(os.devnull, os.O_RDONLY)  # open files cannot be removed there anyway
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextmanager
@@ -97,7 +127,7 @@ def lock(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write an atomic file in UTF-8."""
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # for names of files that are not UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -115,14 +145,31 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def disk_full_as_error(folder: Path) -> Iterator[None]:
-    """Raise DiskFull, naming `folder`, if the block fails because the disk is full."""
+    """Raise DiskFull, naming `folder`, if the block fails because no more can be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes):
-            raise DiskFull(f"{folder}: the disk is full; what was saved before is intact") from None
+    except Exception as error:
+        if reason := find_full_disk(error):
+            raise DiskFull(f"{folder}: {reason}; what was saved before is intact") from None
         raise
+
+
+def find_full_disk(error: BaseException | None) -> str:
+    """Return why nothing more can be written, if that is what an error or one of its causes is about; else ""."""
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file would be larger than this process may write (ulimit -f)",
+    }
+    while error is not None:
+        for code, reason in reasons.items():  # libraries in Rust and SQLite have no error number
+            texts = (f"os error {code})", os.strerror(code))
+            if getattr(error, "errno", None) == code or any(text in str(error) for text in texts):
+                return reason
+        if "database or disk is full" in str(error):
+            return reasons[errno.ENOSPC]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def fsync(path: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from bertlite.core.distributed import get_rank
+from bertlite.core.distributed import check_environment, get_rank, get_world_size
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 
@@ -55,10 +55,11 @@ def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch sets it so too
     _keep_freed_memory()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_environment()
+    world_size = get_world_size()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl"
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)), "nccl"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # The timeout is long because rank 0 may prepare a corpus for hours while the other ranks wait.
@@ -77,7 +78,7 @@ def available_memory(runtime: Runtime) -> int:
     """Return how many bytes this rank may still allocate."""
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:

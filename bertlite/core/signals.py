@@ -1,20 +1,21 @@
-"""SIGINT and SIGTERM end a process without losing work."""
+"""SIGINT, SIGTERM and SIGHUP end a process without losing work."""
 
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
 PATIENCE = 5  # seconds that Python has to handle a signal
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM asked this process to end; exit code 128 + the signal."""
+    """One of SIGNALS asked this process to end; exit code 128 + the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -22,11 +23,14 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Handles SIGINT and SIGTERM: raises Stopped or, inside `deferred()`, sets `number` for the loop to act on."""
+    """Handles SIGNALS: raises Stopped, once, or, inside `deferred()`, sets `number` for the loop to act on."""
 
     def __init__(self) -> None:
         self.number = 0
         self.is_deferred = False
+        self.is_raised = False
+        self.save: Callable[[], None] | None = None
+        self.saving = threading.Lock()
 
     @contextmanager
     def deferred(self, is_deferred: bool = True) -> Iterator[None]:
@@ -40,9 +44,24 @@ class StopRequest:
         finally:
             self.is_deferred = outer
 
+    @contextmanager
+    def saves_when_late(self, save: Callable[[], None]) -> Iterator[None]:
+        """Let the watchdog call `save` and end the process if the block runs for PATIENCE seconds after a signal.
+
+        `save` runs in another thread while the block goes on: it may only use what the block does not change.
+        """
+        with self.saving:
+            self.save = save
+        try:
+            yield
+        finally:
+            with self.saving:
+                self.save = None
+
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if not self.is_deferred:
+        if not self.is_deferred and not self.is_raised:  # a second one would interrupt what the first one cleans up
+            self.is_raised = True
             raise Stopped(number)
 
 
@@ -50,11 +69,15 @@ stop_request = StopRequest()
 
 
 def listen() -> None:
-    """Send SIGINT and SIGTERM to `stop_request`; end the process if a long call into a library blocks them."""
+    """Send SIGNALS to `stop_request`; end the process if a long call into a library blocks them.
+
+    A signal that the parent process ignores, as nohup does with SIGHUP, stays ignored.
+    """
     if os.name == "posix":
         _start_watchdog()
-    signal.signal(signal.SIGINT, stop_request.receive)
-    signal.signal(signal.SIGTERM, stop_request.receive)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop_request.receive)
 
 
 @cache
@@ -73,9 +96,11 @@ def _start_watchdog() -> None:
         while True:
             number = os.read(reader, 1)[0]
             time.sleep(PATIENCE)
-            handled = stop_request.number or stop_request.is_deferred
-            if number in (signal.SIGINT, signal.SIGTERM) and not handled:
-                print(f"bertlite: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-                os._exit(128 + number)
+            with stop_request.saving:
+                if number in SIGNALS and (stop_request.save or not (stop_request.number or stop_request.is_deferred)):
+                    if stop_request.save:
+                        stop_request.save()
+                    print(f"bertlite: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                    os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -116,7 +116,13 @@ def check_sizes(sizes: dict[Path, int]) -> None:
 
 def cache_folder(setting: str | None) -> Path:
     """Return the folder for corpora and tokenizers: the setting, $BERTLITE_CACHE, or ~/.cache/bertlite."""
-    return Path(setting or os.environ.get("BERTLITE_CACHE") or "~/.cache/bertlite").expanduser()
+    folder = setting or os.environ.get("BERTLITE_CACHE") or "~/.cache/bertlite"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{folder}: this user has no home folder; set data.cache_dir or the environment variable BERTLITE_CACHE"
+        ) from None
 
 
 def prepare_corpus(

@@ -61,12 +61,16 @@ def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
 
 
 def digest_file(path: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file; compute it again only if size or modification time have changed."""
+    """Return the SHA-256 of a file; compute it again only if its size, inode or times have changed.
+
+    No program can set the change time of an inode, as rsync and cp -p set the modification time.
+    """
     status = path.stat()
     if not path.is_file():
         raise UserError(f"{path}: not a regular file, so it cannot be read twice; write the text into a file")
     record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
     state = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    state |= {"ctime_ns": status.st_ctime_ns, "inode": status.st_ino}
     known = read_json(record)
     if known is None or {**known, **state} != known:
         if status.st_size > LARGE_FILE:

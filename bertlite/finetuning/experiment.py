@@ -1,6 +1,5 @@
 """One task with its seeds: read and tokenize everything once, then train and evaluate a model per seed."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from bertlite.finetuning.confusion import draw_confusion_matrix
 from bertlite.finetuning.evaluate import evaluate_split
 from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
-from bertlite.finetuning.results import EvaluationResult, write_reports
+from bertlite.finetuning.results import EvaluationResult, read_results, write_reports
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task, saved_task
 from bertlite.model.attention import best_kernel
@@ -215,7 +214,7 @@ def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
     if (folder / "results.json").exists():
         if runtime.rank == 0:  # a killed process may have left them after it wrote the results
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return read_results(folder)
     folder.mkdir(exist_ok=True)
     trainer = build_trainer(experiment, folder, seed, resume)
     trainer.train()

@@ -1,6 +1,5 @@
 """`bertlite finetune`: from a configuration and a BERT to a model for a task, and its results over several seeds."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from bertlite.core.packages import require
 from bertlite.core.runtime import initialize_runtime
 from bertlite.data.tables import find_table_file
 from bertlite.finetuning.experiment import prepare, run_seed
-from bertlite.finetuning.results import summarize_seeds
+from bertlite.finetuning.results import read_results, summarize_seeds
 from bertlite.finetuning.tasks import TASKS
 from bertlite.training.optim import OPTIMIZERS, SCHEDULES
 from bertlite.training.run_folder import open_run, write_config
@@ -57,8 +56,11 @@ def run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> di
     folder = Path(config.output_dir)
     with open_run(folder, config, resume, runtime.rank):
         if resume and (folder / "results.json").exists():
+            results = read_results(folder)
+            if runtime.rank == 0:
+                remove_other_models(folder)  # a killed process may have left them after it wrote the results
             logger.info(f"{folder}: the run has finished")
-            return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            return results
         experiment = prepare(config, settings, runtime)
         if runtime.rank == 0:  # after all checks, so that a mistake leaves no run behind
             write_config(folder, config)
@@ -84,8 +86,13 @@ def keep_best_seed(folder: Path, results: dict[str, Any]) -> None:
     if not (folder / "model").exists():
         (best / "model").rename(folder / "model")
     write_json(folder / "results.json", results)
-    for seed in seeds:
-        shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
+    remove_other_models(folder)
+
+
+def remove_other_models(folder: Path) -> None:
+    """Remove the models of the seeds; that of the best one has moved."""
+    for model in folder.glob("seed-*/model"):
+        shutil.rmtree(model)
 
 
 def check_settings(config: FinetuneConfig) -> None:
@@ -104,8 +111,8 @@ def check_settings(config: FinetuneConfig) -> None:
 
 def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> None:
     """Check the settings of one task; `name` is their key, such as task or tasks.cola."""
-    if Path(name).name != name:
-        raise UserError(f"{name}: the name of a task is also the name of its folder, so it must not contain a slash")
+    if Path(name).name != name or name.endswith(".."):
+        raise UserError(f"{name}: the name of a task is also the name of its folder, so it cannot contain / or be ..")
     task = choose(TASKS, settings.type, f"{name}.type")
     if settings.metric is not None:
         choose(task.metrics, settings.metric, f"{name}.metric")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bertlite.core.files import write_text
+from bertlite.core.errors import UserError
+from bertlite.core.files import read_json, write_text
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.splits import Split
 from bertlite.finetuning.tasks import Task
@@ -34,6 +35,15 @@ def summarize_seeds(seeds: dict[str, dict[str, float]], metric: str, measured_on
     values = [scores[metric] for scores in seeds.values()]
     mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return {"metric": metric, "mean": mean, "std": deviation, "measured_on": measured_on, "seeds": seeds}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read results.json of a run or of a seed. Raises UserError if it is damaged."""
+    path = folder / "results.json"
+    results = read_json(path)
+    if not isinstance(results, dict) or not results:
+        raise UserError(f"{path}: damaged; remove it, and --resume makes it again")
+    return results
 
 
 def format_results(results: dict[str, Any]) -> str:

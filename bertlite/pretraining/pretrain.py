@@ -37,7 +37,7 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
     """Pretrain into `output_dir`; with `resume`, continue from its newest valid checkpoint.
 
     Returns the folder of the final model. Raises UserError for a wrong configuration, Failure when the training cannot
-    continue, and Stopped after SIGINT or SIGTERM, with a checkpoint saved.
+    continue, and Stopped after a signal, with a checkpoint saved.
     """
     check_settings(config)
     folder = Path(config.output_dir)

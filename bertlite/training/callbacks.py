@@ -133,7 +133,8 @@ class Evaluation(Callback):
         if trainer.runtime.compile and not self.compiled:
             logger.info("compiling the evaluation")
             self.compiled = True
-        scores = self.evaluate(trainer)
+        with stop_request.saves_when_late(trainer.interrupt):
+            scores = self.evaluate(trainer)
         trainer.log(
             {
                 "step": progress.step,

@@ -14,6 +14,7 @@ from bertlite.config.loading import diff_configs, dump_config, load_config
 from bertlite.config.settings import MAY_DIFFER_ON_RESUME, Section
 from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
+from bertlite.core.logging import logger
 from bertlite.model.huggingface import local_folder
 from bertlite.training.checkpoint import newest_checkpoint
 
@@ -81,14 +82,19 @@ def metrics_file(folder: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a run's metrics."""
+    """Return the lines of a run's metrics, up to the first one that is damaged."""
     path = metrics_file(folder)
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    texts = path.read_bytes().splitlines() if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break  # a crash cut the last line
+            line = json.loads(text)
+            _ = line["step"] + 0
+        except (ValueError, LookupError, TypeError, RecursionError):
+            if number < len(texts):  # a crash may have cut the last one
+                logger.warning(f"{path}:{number}: damaged; this line and the later ones are ignored")
+            break
+        lines.append(line)
     return lines
 
 

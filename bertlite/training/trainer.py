@@ -102,15 +102,14 @@ class Trainer:
     def train(self) -> None:
         """Train until the last step, or until a callback stops it.
 
-        Raises Stopped after SIGINT or SIGTERM, DataLost when the corpus vanishes, and Failure when memory runs out or
-        the loss is not finite and `on_nonfinite_loss` is "stop".
+        Raises Stopped after SIGINT, SIGTERM or SIGHUP, DataLost when the corpus vanishes, and Failure when memory runs
+        out or the loss is not finite and `on_nonfinite_loss` is "stop".
         """
         with stop_request.deferred(), ThreadPoolExecutor(1, "batches") as executor:
             try:
                 self._run_steps(executor)
             except (Stopped, DataLost):
-                for callback in self.callbacks:
-                    callback.on_interrupt(self)
+                self.interrupt()
                 raise
             finally:
                 for callback in self.callbacks:
@@ -128,10 +127,16 @@ class Trainer:
                 batch = next_batch.result()
                 next_batch = executor.submit(self._load_batch, self.progress.step + 1)
                 self._end_phase("data")
-                sums = self._forward_backward(batch)
+                with stop_request.saves_when_late(self.interrupt):  # as of the last step: weights do not change here
+                    sums = self._forward_backward(batch)
             step = self._update(sums, start)
             for callback in self.callbacks:
                 callback.on_step(self, step)
+
+    def interrupt(self) -> None:
+        """Let the callbacks save what would be lost."""
+        for callback in self.callbacks:
+            callback.on_interrupt(self)
 
     def is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps happens after this one; after the last step everything does."""

@@ -1,5 +1,6 @@
 """The YAML: the contract's defaults, what people write, and that every mistake is named."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -325,6 +326,13 @@ def test_dump_is_complete(load):
         ("data: {train: [a]}\noutput_dir: 2001-02-30", ["not valid YAML"]),
         ("a\x00b: 3", ["not valid YAML"]),
         ("{" * 5000, ["not valid YAML"]),
+        (
+            "a: &a [x, x]\n"
+            + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 10)}]\n" for p, c in pairwise("abcdefghijkl")),
+            ["line 1", "its aliases make more than 100,000 values"],
+        ),
+        ("a: &a [*a]", ["line 1", "its aliases make more than"]),
+        ("# " + "x" * (1 << 20), ["larger than 1,048,576 bytes"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named(complaint, text, fragments):
@@ -332,6 +340,15 @@ def test_a_mistake_in_the_file_is_named(complaint, text, fragments):
     assert "mine.yaml" in message and "--set" not in message
     for fragment in fragments:
         assert fragment in message
+
+
+def test_aliases_and_merge_keys_repeat_sections(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "data: {train: &files [a.txt], validation: *files}\nmodel: &small {hidden_size: 64}\n"
+        "train: {<<: {max_steps: 7}, seed: 3}\n"
+    )
+    config = load_config(PretrainConfig, tmp_path / "mine.yaml")
+    assert config.data.validation == config.data.train and (config.train.max_steps, config.train.seed) == (7, 3)
 
 
 def test_several_mistakes_are_named_together(complaint):

@@ -1,5 +1,7 @@
 """Atomic files and folders, leftovers, checksums."""
 
+import errno
+import json
 import os
 import stat
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bertlite.core.errors import UserError
-from bertlite.core.files import atomic_folder, remove_leftovers, sha256, write_text
+from bertlite.core.files import atomic_file, atomic_folder, find_full_disk, remove_leftovers, sha256, write_text
 
 
 def test_an_atomic_folder_appears_only_when_complete(tmp_path):
@@ -32,8 +34,9 @@ def test_an_atomic_folder_leaves_nothing_after_an_error(tmp_path):
 def test_an_atomic_file_keeps_the_old_content_after_an_error(tmp_path):
     path = tmp_path / "config.yaml"
     write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+    with pytest.raises(KeyError), atomic_file(path) as file:
+        file.write(b"new")
+        raise KeyError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["config.yaml"]
 
@@ -77,6 +80,47 @@ def test_files_left_by_a_killed_process_are_recognized_as_leftovers(tmp_path):
         assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / name).exists()
         remove_leftovers(tmp_path, name)
         assert os.listdir(tmp_path) == []
+
+
+def test_the_next_process_that_writes_a_name_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".vectors.npy.abc_1xyz").write_text("half of it")
+    (tmp_path / ".out.12345678").mkdir()
+    write_text(tmp_path / "vectors.npy", "whole")
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+    assert sorted(os.listdir(tmp_path)) == ["out", "vectors.npy"]
+
+
+def test_two_processes_that_write_one_name_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "vectors.npy"
+    with atomic_file(path) as slow:
+        slow.write(b"slow")
+        write_text(path, "quick")
+        assert path.read_text() == "quick"
+    assert path.read_text() == "slow" and os.listdir(tmp_path) == ["vectors.npy"]
+
+
+def test_text_with_a_file_name_that_is_not_utf_8_is_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    write_text(tmp_path / "a.json", json.dumps(name, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text()) == name
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "no space"), "the disk is full"),
+        (OSError(errno.EFBIG, "too large"), "a file would be larger than this process may write (ulimit -f)"),
+        (Exception("No space left on device (os error 28)"), "the disk is full"),  # tokenizers, safetensors
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "the disk is full"),
+        (FileNotFoundError(errno.ENOENT, "no such file"), ""),
+        (ValueError("288 (os error 280)"), ""),
+    ],
+)
+def test_a_full_disk_is_recognized_in_the_errors_of_libraries(error, reason):
+    wrapped = RuntimeError("compilation failed")
+    wrapped.__cause__ = error
+    assert find_full_disk(error) == find_full_disk(wrapped) == reason
 
 
 def test_sha256_is_that_of_coreutils(tmp_path):

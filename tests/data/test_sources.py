@@ -179,6 +179,16 @@ def test_a_dataset_is_another_text_when_its_files_or_settings_are_others(tmp_pat
     assert digest() != before
 
 
+def test_a_text_that_changed_with_its_size_and_time_kept_is_another_text(tmp_path):
+    path, source = tmp_path / "a.txt", Source(path=str(tmp_path / "a.txt"))
+    path.write_text("one")
+    os.utime(path, (1e9, 1e9))
+    before = digest_source(source, "data.train", tmp_path / "cache")
+    path.write_text("two")
+    os.utime(path, (1e9, 1e9))
+    assert digest_source(source, "data.train", tmp_path / "cache") != before
+
+
 def test_records_without_text_are_counted(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": " "}\n{"text": null}\n')
     summary = prepare(tmp_path, tokenizer, [str(tmp_path / "a.jsonl")]).summary

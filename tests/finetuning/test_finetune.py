@@ -120,6 +120,32 @@ def test_a_picture_that_fails_loses_no_training(write, monkeypatch):
     assert results["seeds"]["0"]["best_step"] and read_weights(config.output_dir)
 
 
+def test_a_damaged_result_is_named_and_made_again_without_it(write):
+    config = write(train__seeds=[0, 1])
+    results, folder = run(config), Path(config.output_dir)
+    (folder / "results.json").unlink()
+    (folder / "seed-0" / "results.json").write_text('{"accuracy": 0.')
+    with pytest.raises(UserError, match=r"seed-0/results\.json: damaged; remove it, and --resume makes it again"):
+        run(config, resume=True)
+    (folder / "seed-0" / "results.json").unlink()
+    assert run(config, resume=True) == results
+
+
+def test_models_left_by_a_process_that_was_killed_after_the_results_are_removed(write):
+    config = write(train__seeds=[0, 1])
+    results, folder = run(config), Path(config.output_dir)
+    shutil.copytree(folder / "model", folder / "seed-1" / "model")
+    assert run(config, resume=True) == results
+    assert not (folder / "seed-1" / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b"])
+def test_the_name_of_a_task_is_a_folder_inside_the_run(write, name):
+    config = write()
+    with pytest.raises(UserError, match="the name of a task is also the name of its folder"):
+        run(config.model_copy(update={"task": None, "tasks": {name: config.task}}))
+
+
 def test_a_loss_that_is_not_finite_ends_with_advice(write):
     with pytest.raises(Failure, match="not finite at step") as failure:
         run(write(train__learning_rate=1e30, train__num_train_epochs=3))

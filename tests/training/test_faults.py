@@ -286,6 +286,64 @@ def test_a_signal_ends_a_long_computation_of_a_library():
         process.communicate()
 
 
+def test_a_signal_in_a_long_step_saves_the_step_before(write_config, tmp_path):
+    """The loss takes a minute in one call, as a large micro-batch may; the process ends within ten seconds."""
+    path = write_config(train__max_steps=4, train__save_steps=100, train__eval_steps=100)
+    code = (
+        "import sys, time\nfrom bertlite import cli\nfrom bertlite.training import trainer\n"
+        "compute, calls = trainer.Trainer._forward_backward, []\n"
+        "def slowly(self, batch):\n"
+        "    sums = compute(self, batch)\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        print('computing', flush=True)\n"
+        "        import hashlib; hashlib.pbkdf2_hmac('sha256', b'password', b'salt', 1 << 27)\n"
+        "    return sums\n"
+        "trainer.Trainer._forward_backward = slowly\n"
+        "sys.argv = ['bertlite', 'pretrain', sys.argv[1]]\ncli.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout.readline() == "computing\n"
+    start = time.monotonic()
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    assert time.monotonic() - start < 10
+    run = tmp_path / "run"
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed, whole = pretrain(path, resume=True), pretrain(path, f"output_dir={tmp_path / 'whole'}")
+    assert traces(resumed)[0] == traces(whole)[0] and traces(resumed)[2] == traces(whole)[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_repeated_signal_does_not_disturb_the_save(write_config, tmp_path, number):
+    path = write_config(train__max_steps=5000, train__save_steps=5000, train__eval_steps=5000, train__logging_steps=1)
+    process = Command("pretrain", path)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and process_has_logged(tmp_path / "run"), process)
+    for _ in range(20):
+        if process.poll() is None:
+            process.send_signal(number)
+        time.sleep(0.01)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "Traceback" not in errors, errors
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+def process_has_logged(run) -> bool:
+    return (run / "metrics.jsonl").read_text().count("\n") > 3
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    code = (
+        "import os, signal\nfrom bertlite.core.signals import listen\nlisten()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"
+    )
+    command = ["nohup", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "goes on\n"
+
+
 def test_killed_runs_end_as_the_script_measures(tmp_path):
     """The fast part of what `scripts/measure_kills` shows."""
     script = ROOT / "scripts" / "measure_kills"

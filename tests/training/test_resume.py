@@ -330,6 +330,25 @@ def test_a_name_means_the_final_model_or_the_newest_checkpoint(write_config, tmp
         model_folder(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("damage", [b"\xff\n", b"5\n", b'{"loss": 1}\n', b"\0\0\0", b'{"step": nu'])
+def test_metrics_are_cut_back_to_the_first_damaged_line(write_config, tmp_path, damage, capsys):
+    whole = pretrain(write_config())
+    cut = crash_after(whole, 8, tmp_path / "cut")
+    lines = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_bytes(b"".join(lines) + damage + b"\n" + lines[-1])
+    pretrain(write_config("cut"), resume=True)
+    assert traces(cut)[0] == traces(whole)[0] and traces(cut)[2] == traces(whole)[2]
+    assert f"metrics.jsonl:{len(lines) + 1}: damaged" in capsys.readouterr().err
+
+
+def test_a_moved_or_copied_run_is_resumed_where_it_is(bertlite, write_config, tmp_path):
+    whole = pretrain(write_config())
+    copy = crash_after(whole, 8, tmp_path / "copy")
+    shutil.rmtree(whole / "model")
+    code, _, errors = bertlite("pretrain", copy / "config.yaml", "--resume")
+    assert code == 0 and (copy / "model").is_dir() and not (whole / "model").exists(), errors
+
+
 @pytest.mark.parametrize(("moment", "number"), [("training", signal.SIGINT), ("evaluation", signal.SIGTERM)])
 def test_a_signal_saves_and_ends_the_run_within_seconds(write_config, number, moment):
     changes = {"train__max_steps": 150, "train__save_steps": 150, "train__logging_steps": 1}
