@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
     """A YAML loader that reads `1e-4` as a number, and rejects duplicate keys and aliases that repeat too much."""
 
     def get_single_node(self) -> Any:
-        node = super().get_single_node()
+        node: Any = super().get_single_node()
         if _count_nodes(node, {}) > MAX_NODES:
             problem = f"its aliases make more than {MAX_NODES:,} values"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
