@@ -34,9 +34,13 @@ class FinetuneModel(Section):
 TableLocation = Annotated[
     DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
 ]
-_in_list = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-TextColumns = Annotated[list[str], Field(min_length=1, max_length=2), _in_list]
-LabelColumns = Annotated[list[str], Field(min_length=1), _in_list]
+_in_list = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)
+_as_text = BeforeValidator(
+    lambda value: str(value) if type(value) is int else value
+)  # YAML reads some names as numbers
+ColumnName = Annotated[str, _as_text]
+TextColumns = Annotated[list[ColumnName], Field(min_length=1, max_length=2), _in_list]
+LabelColumns = Annotated[list[ColumnName], Field(min_length=1), _in_list]
 LabelTexts = Annotated[
     list[str],
     BeforeValidator(  # YAML reads some labels as numbers
@@ -65,13 +69,19 @@ class InputSettings(Section):
     text: TextColumns = Field(default=["text"])
     """Column of the text, or two columns for pairs and for [question, context]."""
     label: LabelColumns = Field(default=["label"])
-    """Column of the label: text, a number for regression, tags for tokens; multilabel: labels, or a 0/1 column each."""
+    """Column of the label: text, a number, tags or spans for tokens; for multilabel also a column of 0/1 for each."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
     """What separates the labels of a multilabel example; null: a comma, if they are not a list."""
     label_names: Annotated[LabelTexts, Field(min_length=2)] | None = None
     """Names of labels that the data give as numbers 0, 1, … or as vectors of 0 and 1, in order."""
     no_label: LabelTexts | None = None
     """Labels that mean that an example has none; null: -1 beside words, and - beside three or more labels."""
+    positive_label: Annotated[str, _as_text] | None = None
+    """Which of two labels f1, precision and recall are those of; null: 1 of 0 and 1, else the rarer label."""
+    tag_scheme: Literal["entities", "none"] | None = None
+    """What tags are: entities (B-PER, I-PER, O in any scheme) or none (each stands for itself); null: as they look."""
+    sentence: ColumnName | None = None
+    """Column of the sentence's number in a table with one word per row; null: a row or block of lines is a sentence."""
     on_bad_example: Literal["error", "skip"] = "error"
     """What to do with examples that cannot be used, such as an empty text: end with an error, or leave them out."""
     max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128

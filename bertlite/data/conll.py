@@ -1,36 +1,126 @@
-"""Files of tagged words: a word and its tag per line, as in the CoNLL shared tasks."""
+"""Files with a word per line or row: CoNLL's columns, CoNLL-U, and tables with a column of sentence numbers."""
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from bertlite.core.errors import UserError
-from bertlite.data.formats import Record, TableFile
+from bertlite.core.logging import logger
+from bertlite.data.formats import Record, TableFile, file_format
+
+CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
 
 def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[Record]:
     """Read sentences in the CoNLL format: a word and its tag per line, blank lines between sentences.
 
-    The word is in the first column and the tag in the last one, unless `table.columns` names them.
+    The word is in the first column and the tag in the last one, unless `table.columns` names them or they are numbers
+    of columns. CoNLL-U has names of its own; its ranges of words (1-2) and empty nodes (1.1) are skipped. Raises
+    UserError for a line without its tag.
     """
-    names = table.columns or [word_column, tag_column]
-    if word_column not in names or tag_column not in names:
-        raise UserError(f"task.columns should name {word_column!r} and {tag_column!r} (task.text, task.label)")
-    word_index = names.index(word_column)
-    tag_index = names.index(tag_column) if table.columns else -1
-    words: list[str] = []
-    tags: list[str] = []
-    start = 0
-    for number, line in enumerate([*table.lines(), ""], 1):
-        line = line.strip("\r ")
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            if words:
-                yield Record(f"{table.path}:{start}", {word_column: words, tag_column: tags})
-            words, tags = [], []
+    lines = [line.strip("\r ") for line in table.lines()]
+    rows = split_columns(lines, table.delimiter)
+    marked = ("#", "-DOCSTART-")
+    first_row = next((row for row, line in zip(rows, lines, strict=True) if line and not line.startswith(marked)), [])
+    is_conllu = file_format(table.path) == ".conllu" or (tag_column in CONLLU and len(first_row) == len(CONLLU))
+    names = table.columns or (CONLLU if is_conllu else None)
+    word_index = find_column(names, "form" if is_conllu and word_column not in CONLLU else word_column, 0, "text")
+    tag_index = find_column(names, tag_column, -1, "label")
+    skipped = find_comments(lines, rows, tag_index)
+    if skipped:
+        logger.info(f"{table.path}: {len(skipped):,} comment lines (# …) are left out")
+    if is_conllu:
+        skipped |= {index for index, row in enumerate(rows) if not row[0].isdecimal()}
+    ends = [not line.strip() or line.startswith("-DOCSTART-") for line in lines]
+    for is_end, group in groupby(range(len(lines)), ends.__getitem__):
+        indices = [index for index in group if index not in skipped]
+        if is_end or not indices:
             continue
-        separator = re.escape(table.delimiter) if table.delimiter else "\t" if "\t" in line else " +"
-        fields = re.split(separator, line)
-        if len(fields) < 2 or (table.columns and len(fields) != len(names)):
-            raise UserError(f"{table.path}:{number}: {line!r} should be {' '.join(names)}")
-        start = start if words else number
-        words.append(fields[word_index])
-        tags.append(fields[tag_index])
+        for index in indices:
+            if problem := find_problem(rows[index], len(first_row), names, {"text": word_index, "label": tag_index}):
+                raise UserError(f"{table.path}:{index + 1}: {lines[index]!r} {problem}{table.advice}")
+        columns = {word_column: word_index, tag_column: tag_index}
+        sentence = {name: [rows[index][column] for index in indices] for name, column in columns.items()}
+        yield Record(f"{table.path}:{indices[0] + 1}", sentence)
+
+
+def find_problem(row: list[str], width: int, names: list[str] | None, columns: dict[str, int]) -> str | None:
+    """Return what is wrong with the columns of a line, None if nothing is; `width` is the number of the first line."""
+    if names and len(row) != len(names):
+        return f"should be {' '.join(names)}"
+    if len(row) < max(2, width):
+        return f"should have {max(2, width)} columns, {'as the first line has' if width > 1 else 'a word and its tag'}"
+    for setting, index in columns.items():
+        if not -len(row) <= index < len(row):
+            return f"has {len(row)} columns: task.{setting} should be from {-len(row)} to {len(row) - 1}, not {index}"
+    return None
+
+
+def split_columns(lines: list[str], delimiter: str | None) -> list[list[str]]:
+    """Split each line at `delimiter`, or else at tabs if it has some, or else at blanks.
+
+    A line that starts with # is split as the other lines are, since a comment may have blanks where words have tabs.
+    """
+    has_tabs = any("\t" in line for line in lines if not line.startswith("#"))
+    separator = re.escape(delimiter) if delimiter else None
+    return [
+        re.split(separator or ("\t" if "\t" in line or (has_tabs and line.startswith("#")) else " +"), line)
+        for line in lines
+    ]
+
+
+def find_comments(lines: list[str], rows: list[list[str]], tag_index: int) -> set[int]:
+    """Return the indices of comments: lines that start with # and have no tag that a line without # has."""
+    marked = {index for index, line in enumerate(lines) if line.startswith("#")}
+    needed = max(2, tag_index + 1)
+    tags = {row[tag_index] for index, row in enumerate(rows) if index not in marked and len(row) >= needed}
+    return {index for index in marked if len(rows[index]) < needed or rows[index][tag_index] not in tags}
+
+
+def find_column(names: list[str] | None, column: str, default: int, setting: str) -> int:
+    """Return the index of a column that is given by its name or its number: 0 is the first, -1 the last."""
+    if names and column in names:
+        return names.index(column)
+    if re.fullmatch(r"-?\d+", column):
+        return int(column)
+    if names:
+        raise UserError(f"task.{setting} is {column!r}, which is not one of the columns {', '.join(names)}")
+    return default
+
+
+def group_words(records: Iterator[Record], sentence: str, word: str, tag: str) -> Iterator[Record]:
+    """Group the rows of a table with a word per row into sentences, by the numbers in the column `sentence`.
+
+    Raises UserError for a sentence that continues after another one began, and for a word without a tag.
+    """
+    seen: set[str] = set()
+    for number, group in groupby(fill_down(records, sentence), itemgetter(0)):
+        rows = [record for _, record in group]
+        location, columns = rows[0]
+        if number in seen:
+            raise UserError(f"{location}: the sentence {number!r} continues after another one; sort the rows")
+        seen.add(number)
+        for name, setting in {word: "text", tag: "label"}.items():
+            if name not in columns:
+                raise UserError(f"{location}: task.{setting}: there is no column {name!r}; there are {list(columns)}")
+        for record in rows:
+            if str(record.columns[tag] or "").strip() == "":
+                raise UserError(f"{record.location}: the word {record.columns[word]!r} has no tag")
+        words = [str(record.columns[word] or "") for record in rows]
+        yield Record(location, {word: words, tag: [str(record.columns[tag]).strip() for record in rows]})
+
+
+def fill_down(records: Iterator[Record], column: str) -> Iterator[tuple[str, Record]]:
+    """Yield each record with its value in a column; an empty one is that of the record above."""
+    value = ""
+    for record in records:
+        if column not in record.columns:
+            raise UserError(
+                f"{record.location}: task.sentence: there is no column {column!r}; there are {list(record.columns)}"
+            )
+        cell = record.columns[column]
+        value = value if cell is None else str(cell).strip() or value
+        if not value:
+            raise UserError(f"{record.location}: the first row has no value in the column {column!r} (task.sentence)")
+        yield value, record

@@ -11,7 +11,7 @@ from typing import Any
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
-from bertlite.data.conll import read_conll
+from bertlite.data.conll import group_words, read_conll
 from bertlite.data.formats import READERS, Record, TableFile, find_format, read_json
 from bertlite.data.sources import read_dataset
 
@@ -41,11 +41,14 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
     and its tag per line. Raises UserError, naming file and line, for what cannot be read.
     """
     readers, default = READERS | {".json": read_json_or_squad, ".jsonl": read_json_or_squad}, READERS[".tsv"]
-    if settings.type == "token-classification":
+    if settings.type == "token-classification" and settings.sentence is None:
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label[0])
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
-    return readers.get(find_format(table.path, table.format), default)(table)
+    records = readers.get(find_format(table.path, table.format), default)(table)
+    return (
+        group_words(records, settings.sentence, settings.text[0], settings.label[0]) if settings.sentence else records
+    )
 
 
 def find_table_file(location: DataLocation, setting: str) -> Path:

@@ -28,8 +28,9 @@ def evaluate_split(
     runtime: Runtime,
     compute: Callable[..., Tensor] = compute_scores,
     learn: bool = False,
+    metric: str | None = None,
 ) -> EvaluationResult:
-    """Compute all metrics of a split, and the loss without class weights.
+    """Compute all metrics of a split, `metric` among them, and the loss without class weights.
 
     With `learn`, as on the validation split, the model's task first learns settings from the split, such as the
     threshold of unanswerable questions.
@@ -40,9 +41,11 @@ def evaluate_split(
         model.task = saved_task(settings).model_copy(update=task.learn(outputs))
     outputs = replace(outputs, settings=model.task or settings)
     predictions, references = task.decode(outputs), split.examples.references
-    metrics = {name: metric(references, predictions) for name, metric in task.metrics.items()}
-    metrics |= task.details(references, predictions)
-    return EvaluationResult({**metrics, "loss": loss}, predictions, losses, outputs)
+    metrics = task.metrics_of(model.labels, settings, metric)
+    results = {name: function(references, predictions) for name, function in metrics.items()}
+    results |= task.details(references, predictions)
+    by_label = task.score_labels(references, predictions, model.labels, settings) if task.score_labels else {}
+    return EvaluationResult({**results, "loss": loss}, predictions, losses, outputs, by_label)
 
 
 def evaluate_files(
@@ -60,6 +63,7 @@ def evaluate_files(
     """
     task, settings = find_task(model), choose_inputs(model, tokenizer, columns)
     settings = settings.model_copy(update={"label": label or settings.label})
+    settings = settings.model_copy(update=task.settle([], model.labels, settings))
     read = [record for file in files for record in read_records(DataLocation(path=file), settings, "--data")]
     records = select_examples(read, task, settings, "--data", model.labels)
     examples = task.make_examples(records, model.labels, tokenizer, settings)

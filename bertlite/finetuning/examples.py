@@ -17,7 +17,7 @@ from bertlite.finetuning.labels import find_label_indices, read_input_texts, rea
 
 @dataclass(frozen=True)
 class Examples:
-    """The tokenized examples of a table. A record gives one example, a question with a long context several.
+    """The tokenized examples of a table. A record gives one example, a long text of some tasks several.
 
     Per example: `encodings`, the tokenizer's; `record_indices`, the record that it is from; `targets`, which the loss
     compares with: an index, a vector, a number, an index per token (`targets_per_token`), or the first and the last
@@ -40,13 +40,11 @@ class Examples:
 
 
 def encode_texts(
-    texts: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings, words: bool = False
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
-    """Tokenize single texts or pairs, truncated to `max_length`; with `words`, each text is a list of its words."""
+    """Tokenize single texts or pairs, truncated to `max_length`."""
     columns = map(list, zip(*texts, strict=True))
-    encodings = tokenizer(
-        *columns, is_split_into_words=words, truncation=True, max_length=settings.max_length, verbose=False
-    ).encodings
+    encodings = tokenizer(*columns, truncation=True, max_length=settings.max_length, verbose=False).encodings
     return without_labels(encodings, list(range(len(texts))), texts, tokenizer)
 
 

@@ -24,7 +24,8 @@ from bertlite.finetuning.confusion import draw_confusion_matrix
 from bertlite.finetuning.evaluate import evaluate_split
 from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.losses import Loss, compute_scores, sum_losses
-from bertlite.finetuning.results import EvaluationResult, read_results, write_reports
+from bertlite.finetuning.metrics import average_scores
+from bertlite.finetuning.results import PER_CLASS, EvaluationResult, read_results, write_reports
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task, saved_task
 from bertlite.model.attention import best_kernel
@@ -66,7 +67,7 @@ class Experiment:
 
     @property
     def metric(self) -> str:
-        return self.settings.metric or next(iter(self.task.metrics))
+        return self.settings.metric or next(iter(self.task.metrics_of(self.labels, self.settings)))
 
     @property
     def measured_on(self) -> str:
@@ -75,7 +76,8 @@ class Experiment:
     def evaluate(self, model: Classifier, split_name: str) -> EvaluationResult:
         """Evaluate a model on a split; on the validation split, its task learns settings."""
         split, learn = self.splits[split_name], split_name == "validation"
-        return evaluate_split(model, self.task, split, self.settings, self.runtime, self.compute_scores, learn)
+        metric = self.settings.metric
+        return evaluate_split(model, self.task, split, self.settings, self.runtime, self.compute_scores, learn, metric)
 
 
 def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) -> Experiment:
@@ -90,7 +92,7 @@ def prepare(config: FinetuneConfig, settings: TaskSettings, runtime: Runtime) ->
     check_fit(config, settings, architecture)
     trained_length, tokenizer.model_max_length = tokenizer.model_max_length, settings.max_length
     logger.info("reading the tables")
-    labels, records = read_tables(task, settings)
+    labels, records, settings = read_tables(task, settings)
     logger.info("tokenizing the examples")
     splits = tokenize_splits(records, task, labels, tokenizer, settings)
     check_examples(splits, config, architecture, trained_length)
@@ -227,8 +229,10 @@ def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
     barrier()
     best.to(runtime.device)
     evaluation = experiment.evaluate(best, experiment.measured_on)
-    results = {**evaluation.scores, **{f"validation_{name}": value for name, value in progress.best_scores.items()}}
-    results["best_step"] = progress.best_step
+    on_validation = {f"validation_{name}": value for name, value in progress.best_scores.items()}
+    results: dict[str, Any] = {**evaluation.scores, **on_validation, "best_step": progress.best_step}
+    if evaluation.scores_by_label:
+        results |= {**average_scores(evaluation.scores_by_label), PER_CLASS: evaluation.scores_by_label}
     if runtime.rank == 0:
         split = experiment.splits[experiment.measured_on]
         write_reports(folder, experiment.task, experiment.labels, split, evaluation)

@@ -123,6 +123,8 @@ def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> Non
     if settings.label_names and (len(settings.label) > 1 or settings.type in ("regression", "question-answering")):
         raise UserError(f"{name}.label_names is {settings.label_names}, but {name}.label needs no names; remove it")
     label_settings = {f"{name}.class_weights": settings.class_weights, "train.label_smoothing_factor": label_smoothing}
+    if settings.positive_label is not None and not task.single_label:
+        raise UserError(f"{name}.positive_label is {settings.positive_label!r}, but {settings.type} does not use it")
     for key, value in label_settings.items():
         if value and not task.label_weights:
             raise UserError(f"{key} is {value!r}, but {settings.type} does not use it; remove it")

@@ -8,6 +8,7 @@ import numpy as np
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
+from bertlite.core.logging import logger
 from bertlite.data.formats import Record
 from bertlite.data.tables import get_column
 
@@ -117,6 +118,26 @@ def collect_classes(records: list[Record], settings: InputSettings) -> list[str]
     if len(labels) < 2:
         raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
     return settings.label_names or labels
+
+
+def choose_positive_label(records: list[Record], labels: list[str], settings: InputSettings) -> dict[str, Any]:
+    """Return the setting `positive_label`: 1 of the labels 0 and 1, else the rarer of two among the training examples.
+
+    Of more labels, and without training examples, it is null. Raises UserError if it is set and not one of two labels.
+    """
+    chosen = settings.positive_label
+    if chosen is not None and (len(labels) != 2 or chosen not in labels):
+        raise UserError(f"task.positive_label is {chosen!r}, which is not one of two labels; there are {labels}")
+    if chosen is not None or len(labels) != 2:
+        return {}
+    if labels == ["0", "1"]:
+        return {"positive_label": "1"}
+    if not records:
+        return {}
+    counts = Counter(read_label(record, settings) for record in records)
+    rarer = min(reversed(labels), key=lambda label: counts[label])
+    logger.info(f"f1, precision and recall are those of {rarer!r}, the rarer label (task.positive_label)")
+    return {"positive_label": rarer}
 
 
 def sort_labels(labels: set[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,37 @@ import numpy as np
 from bertlite.core.errors import UserError
 from bertlite.core.files import read_json, write_text
 from bertlite.finetuning.decoding import Outputs
+from bertlite.finetuning.metrics import ScoresByLabel
 from bertlite.finetuning.splits import Split
 from bertlite.finetuning.tasks import Task
 
+PER_CLASS = "per_class"  # the key of the scores of each label
 NUM_WORST = 100  # examples with the largest loss that worst.jsonl holds
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a model achieves on a split: its metrics and mean loss, a prediction per record, a loss per example, and
-    the outputs that these follow from."""
+    """What a model achieves on a split: its metrics and mean loss, a prediction per record, a loss per example, the
+    outputs that these follow from, and the scores of each label or kind of entity."""
 
     scores: dict[str, float]
     predictions: list[Any]
     losses: list[float]
     outputs: Outputs
+    scores_by_label: ScoresByLabel = field(default_factory=dict)
 
 
-def summarize_seeds(seeds: dict[str, dict[str, float]], metric: str, measured_on: str) -> dict[str, Any]:
-    """Return what results.json holds: the metric's mean and standard deviation, and all metrics of each seed."""
+def summarize_seeds(results: dict[str, dict[str, Any]], metric: str, measured_on: str) -> dict[str, Any]:
+    """Return what results.json holds: the metric's mean and standard deviation, all metrics of each seed and, by seed,
+    the scores of each label."""
+    seeds = {
+        seed: {name: value for name, value in scores.items() if name != PER_CLASS} for seed, scores in results.items()
+    }
+    per_class = {seed: scores[PER_CLASS] for seed, scores in results.items() if PER_CLASS in scores}
     values = [scores[metric] for scores in seeds.values()]
     mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"metric": metric, "mean": mean, "std": deviation, "measured_on": measured_on, "seeds": seeds}
+    summary = {"metric": metric, "mean": mean, "std": deviation, "measured_on": measured_on, "seeds": seeds}
+    return {**summary, PER_CLASS: per_class} if per_class else summary
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -30,14 +30,16 @@ class Split:
     batches: ExampleBatches
 
 
-def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str, list[Record]]]:
-    """Read the tables of a task: the labels of the training table, and the records of each split.
+def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str, list[Record]], TaskSettings]:
+    """Read the tables of a task: the labels of the training table, the records of each split, and the settings with
+    those that follow from the training table.
 
     Without `task.validation`, a share of the training records becomes the validation split.
     """
     train = read_records(settings.train, settings, "task.train")
     records = {"train": select_examples(train, task, settings, "task.train", [])}
     labels = task.output_labels(records["train"], settings)
+    settings = settings.model_copy(update=task.settle(records["train"], labels, settings))
     for name, table in {"validation": settings.validation, "test": settings.test}.items():
         if table is not None:
             split_records = read_records(table, settings, f"task.{name}")
@@ -49,7 +51,7 @@ def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str
         pairs = list(zip(records["train"], chosen, strict=True))
         records["validation"] = [record for record, is_chosen in pairs if is_chosen]
         records["train"] = [record for record, is_chosen in pairs if not is_chosen]
-    return labels, records
+    return labels, records, settings
 
 
 def select_examples(

@@ -14,6 +14,7 @@ from bertlite.data.formats import Record
 from bertlite.finetuning import answer_metrics, answers, decoding, examples, label_lists, labels, losses, metrics, tags
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
+from bertlite.finetuning.metrics import Metric, ScoresByLabel
 from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
 SINGLE_OR_PAIR, SINGLE, PAIR = (1, 2), (1,), (2,)
@@ -25,7 +26,7 @@ class Task:
 
     head: type[Classifier]
     problem_type: str | None  # Hugging Face's name for what the outputs of SequenceClassifier mean
-    metrics: dict[str, metrics.Metric]  # the first is the default
+    metrics: dict[str, Metric]  # the first is the default
     num_texts: tuple[int, ...]  # how many text columns an example may have
     output_labels: Callable[[list[Record], InputSettings], list[str]]  # names of the outputs, from training records
     make_examples: Callable[[list[Record], list[str], PreTrainedTokenizerBase, InputSettings], Examples]
@@ -33,6 +34,8 @@ class Task:
     loss: losses.Loss
     decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
+    # Settings that follow from the training examples and their labels.
+    settle: Callable[[list[Record], list[str], InputSettings], dict[str, Any]] = lambda records, labels, settings: {}
     learn: Callable[[Outputs], dict[str, Any]] = lambda outputs: {}  # settings that follow from the validation set
     details: Callable[[list[Any], list[Any]], dict[str, float]] = lambda references, predictions: {}  # further scores
     read_texts: Callable[[Record, InputSettings], tuple[Any, ...]] = labels.read_texts  # raises for a bad record
@@ -40,10 +43,17 @@ class Task:
     are_labelled: Callable[[list[Record], InputSettings, list[str]], list[bool]] = (
         lambda records, settings, known_labels: [True] * len(records)
     )
+    # The metrics of a model with these labels, the named one among them, if not all of `metrics`.
+    choose_metrics: Callable[[list[str], InputSettings, str | None], dict[str, Metric]] | None = None
+    score_labels: Callable[[list[Any], list[Any], list[str], InputSettings], ScoresByLabel] | None = None
     describe: Callable[[Any, list[str]], Any] = lambda prediction, labels: prediction  # as worst.jsonl shows it
     is_correct: Callable[[Any, Any], bool] | None = np.array_equal  # of a reference and a prediction; None: neither
     single_label: bool = False  # each example has exactly one of the labels: a confusion matrix makes sense
     label_weights: bool = False  # the loss takes class weights and label smoothing
+
+    def metrics_of(self, labels: list[str], settings: InputSettings, metric: str | None = None) -> dict[str, Metric]:
+        """Return the metrics of a model with these labels, `metric` among them; the first one is the default."""
+        return self.choose_metrics(labels, settings, metric) if self.choose_metrics else self.metrics
 
 
 # Keys of task.type.
@@ -55,6 +65,8 @@ TASKS = {
         results=decoding.rank_classes,
         read_labels=lambda record, settings: [labels.read_label(record, settings)],
         are_labelled=labels.have_label,
+        settle=labels.choose_positive_label, choose_metrics=metrics.classification_metrics,
+        score_labels=metrics.score_labels,
         describe=lambda prediction, labels: labels[prediction],
         single_label=True, label_weights=True,
     ),
@@ -64,6 +76,7 @@ TASKS = {
         decode=lambda outputs: [(scores > 0).astype(int) for scores in outputs.scores],
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, decoding.sigmoid),
         read_labels=label_lists.read_label_list, are_labelled=label_lists.have_label_columns,
+        score_labels=metrics.score_labels,
         describe=lambda prediction, labels: [label for label, has in zip(labels, prediction, strict=True) if has],
     ),
     "regression": Task(
@@ -78,11 +91,12 @@ TASKS = {
     ),
     "token-classification": Task(
         TokenClassifier, None, metrics.ENTITIES, SINGLE,
-        tags.collect_tags, tags.tag_examples, examples.encode_texts, losses.label_loss,
+        tags.collect_tags, tags.tag_examples, tags.encode_sentences, losses.label_loss,
         decode=tags.decode_tags,
         results=lambda outputs, top_k: tags.find_entities(outputs),
-        read_texts=lambda record, settings: (tags.read_tagged_words(record, settings)[0],),
-        read_labels=lambda record, settings: tags.read_tagged_words(record, settings)[1],
+        read_texts=tags.read_texts, read_labels=tags.read_labels, settle=tags.settle_scheme,
+        choose_metrics=tags.tag_metrics,
+        score_labels=tags.score_tags,
         label_weights=True,
     ),
     "question-answering": Task(
