@@ -26,7 +26,7 @@ C, R, T, Q = "classification", "regression", "token-classification", "question-a
 
 
 BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
-    "unknown label": (C, bad_records(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' does not occur"),
+    "unknown label": (C, bad_records(C, 3, label="new"), {}, r"validation\.jsonl:4: the label 'new' is none of those"),
     "one class": (C, [{"text": "x", "label": "a"}] * 120, {}, r"all 96 examples have the label 'a'"),
     "column": (C, None, {"task__text": "sentence"}, r"no column 'sentence'; there are 'text', 'label'"),
     "label column": (C, None, {"task__label": "y"}, r"task\.label: there is no column 'y'"),
@@ -47,7 +47,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         T,
         bad_records(T, 3, text=["x"], label=["B-X"]),
         {},
-        r"validation\.jsonl:4: the label 'B-X' does not",
+        r"validation\.jsonl:4: the label 'B-X' is none of those",
     ),
     "positive label": (
         C,
