@@ -33,7 +33,7 @@ def task_of(kind: str = "multilabel", **settings) -> TaskSettings:
 def read(path: Path, **settings) -> tuple[list[str], dict[str, list[Record]]]:
     settings = {"type": "multilabel", "train": str(path), "validation": str(path), **settings}
     task = TaskSettings.model_validate(settings)
-    return read_tables(TASKS[task.type], task)
+    return read_tables(TASKS[task.type], task)[:2]
 
 
 def to_csv(path: Path, cells: list) -> Path:
