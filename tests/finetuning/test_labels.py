@@ -187,7 +187,7 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_skipped(write, capsys):
     assert [len(split.records) for split in experiment.splits.values()] == [93, 23]
     told = capsys.readouterr().err
     assert "task.train: 3 of 96 rows cannot be used and are left out: " in told and "train.jsonl:17: " in told
-    assert "task.validation: 1 of 24 rows cannot be used" in told and "'new' does not occur in task.train" in told
+    assert "task.validation: 1 of 24 rows cannot be used" in told and "'new' is none of those" in told
     with pytest.raises(UserError, match="there is no column 'body'"):
         make_experiment(write(records=records, task__on_bad_example="skip", task__text="body"))
 
