@@ -19,6 +19,7 @@ from bertlite.inference.fill import fill
 from bertlite.model.attention import best_kernel
 from bertlite.model.heads import Classifier, MaskedLanguageModel
 from bertlite.model.huggingface import load_model, load_tokenizer_of
+from bertlite.model.sentence_transformers import read_vector_options
 from bertlite.training.run_folder import model_folder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,8 +51,19 @@ class LoadedModel:
         return self.model
 
     def embedder(self, **options: Any) -> Embedder:
-        """Make what turns texts into vectors; the options are those of `inference.embed.Embedder`."""
-        return Embedder(self.model.encoder, self.tokenizer, **options)
+        """Make what turns texts into vectors; the options are those of `inference.embed.Embedder`.
+
+        Options that are left out, or None, are as a sentence-transformers folder says, or else the defaults.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        own = read_vector_options(self.folder, given)
+        if own:
+            settings = ", ".join(f"{name} {value}" for name, value in own.items() if value is not False)
+            logger.info(f"{self.folder}: as its modules.json says: {settings}")
+        positions = self.model.config.max_position_embeddings
+        if "sequence_length" in own:
+            own["sequence_length"] = min(own["sequence_length"], positions)
+        return Embedder(self.model.encoder, self.tokenizer, **own, **given)
 
     def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
         """Return the vectors of texts, (N,D) in fp32, or of one text, (D,); options as for `embedder`."""

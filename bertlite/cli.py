@@ -243,9 +243,15 @@ def embed(
     model: Model,
     file: Annotated[str, typer.Argument(metavar="FILE", help="One text per line, or a table; may be compressed.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.npy", help="The vectors, in the order of the texts.")],
-    pooling: Annotated[str, typer.Option(help="Vector of a text: mean, cls or max of its tokens.")] = "mean",
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="Vector of a text: mean, cls or max of its tokens; default: the model's, or mean."),
+    ] = None,
     layer: Annotated[int, typer.Option(help="Layer to take: 0 is the embeddings, -1 the last layer.")] = -1,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Scale every vector to length 1; default: as the model does."),
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=3, help="Tokens after which texts are truncated; default: as in pretraining.")
     ] = None,

@@ -13,7 +13,8 @@ ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "settings finetune_settings loading",
     "data": "masking words compression formats sources vocabulary tokenizer corpus conll tables packing batches",
-    "model": "layers attention encoder bert architectures heads initialization weight_files huggingface",
+    "model": "layers attention encoder bert architectures heads initialization weight_files huggingface"
+    " sentence_transformers",
     "training": "progress optim memory checkpoint run_folder trainer callbacks plateau",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",

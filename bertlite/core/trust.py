@@ -11,10 +11,11 @@ MAX_JSON_BYTES = 1 << 28  # ten times the largest tokenizer.json in use
 def check_model_folder(folder: Path) -> None:
     """Raise UserError if reading a model folder could leave the folder, hang, or run out of memory.
 
-    Links may point inside the folder or, in the cache of huggingface_hub, from `snapshots/REVISION` to `blobs`.
+    Links may point inside the folder or, in the cache of huggingface_hub, from below `snapshots/REVISION` to `blobs`.
     """
     real = Path(os.path.realpath(folder))
-    allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    snapshots = [parent.parent for parent in (real, *real.parents) if parent.parent.name == "snapshots"]
+    allowed = [real, *(path.parent / "blobs" for path in snapshots)]
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(parent) for parent in allowed):

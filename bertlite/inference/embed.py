@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
+from bertlite.core.logging import logger
 from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.encoder import Encoder
 
@@ -37,8 +38,8 @@ class Embedder:
     """Embeds texts by an encoder that is prepared for inference.
 
     `layer` counts from 0, the embeddings, as in Hugging Face's hidden_states; -1 is the last. Texts are truncated to
-    `sequence_length` tokens, by default the tokenizer's model_max_length. Raises UserError for a pooling, layer or
-    length that the model does not have.
+    `sequence_length` tokens, by default the tokenizer's model_max_length; how many are is logged. `lowercase` changes
+    them before. Raises UserError for a pooling, layer or length that the model does not have.
     """
 
     encoder: Encoder
@@ -47,6 +48,7 @@ class Embedder:
     layer: int = -1
     normalize: bool = False
     sequence_length: int | None = None
+    lowercase: bool = False
 
     def __post_init__(self) -> None:
         layers, positions = len(self.encoder.layers), self.encoder.config.max_position_embeddings
@@ -58,14 +60,16 @@ class Embedder:
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Return the vectors of texts in their order, (N,D) in fp32."""
-        return self._embed(self._tokenize(texts))
+        sequences, num_truncated = self._tokenize(texts)
+        self._log_truncated(num_truncated, len(texts))
+        return self._embed(sequences)
 
     def write(self, texts: Iterable[str], out: Path) -> tuple[int, int]:
         """Write the vectors of texts to a .npy file, whole or not at all, and return its shape (N,D).
 
         The next texts are read and tokenized while the vectors of the current ones are computed.
         """
-        count, size = 0, self.encoder.config.hidden_size
+        count, num_truncated, size = 0, 0, self.encoder.config.hidden_size
         header = {"descr": npy.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": (0, size)}
         with (
             atomic_file(out) as file,
@@ -75,19 +79,35 @@ class Embedder:
             npy.write_array_header_1_0(file, header)
             tokenized = map(self._tokenize, chunks(texts, TEXTS_PER_CHUNK))
             future = executor.submit(next, tokenized, None)
-            while sequences := future.result():
+            while chunk := future.result():
+                sequences, num_truncated_in_chunk = chunk
                 future = executor.submit(next, tokenized, None)
                 file.write(self._embed(sequences).tobytes())
                 count += len(sequences)
+                num_truncated += num_truncated_in_chunk
                 progress_bar.update(len(sequences))
             file.seek(0)  # the header has room for any number of texts
             npy.write_array_header_1_0(file, header | {"shape": (count, size)})
+        self._log_truncated(num_truncated, count)
         return count, size
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    @property
+    def max_length(self) -> int:
+        """Tokens after which texts are truncated."""
         limit = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
-        length = self.sequence_length or limit
-        return self.tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else []
+        return self.sequence_length or limit
+
+    def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """Return the token ids of texts, and how many texts were truncated."""
+        if not texts:
+            return [], 0
+        texts = [text.lower() for text in texts] if self.lowercase else texts
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        return encoded["input_ids"], sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+
+    def _log_truncated(self, number: int, total: int) -> None:
+        if number:
+            logger.warning(f"{number:,} of {total:,} texts have more than {self.max_length} tokens and were truncated")
 
     def _embed(self, sequences: list[list[int]]) -> np.ndarray:
         device = self.encoder.embeddings.word.weight.device

@@ -16,6 +16,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
 from bertlite.core.logging import logger
 from bertlite.model.huggingface import local_folder
+from bertlite.model.sentence_transformers import find_encoder
 from bertlite.training.checkpoint import newest_checkpoint
 
 
@@ -73,7 +74,7 @@ def model_folder(name: str) -> Path:
         if checkpoint is None:
             raise UserError(f"{name}: this run has no valid checkpoint yet")
         return checkpoint
-    return local_folder(name)
+    return find_encoder(local_folder(name))
 
 
 def metrics_file(folder: Path) -> Path:
