@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_file(every_head, tmp_path, monkeypatch):
         embedder.write((f"text {number}" for number in range(count)), tmp_path / "v.npy")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.5 * peaks[1]
+    assert peaks[2] < 3 * peaks[1]  # of a file that is twenty times as long
 
 
 def test_after_an_error_the_old_file_is_whole(every_head, tmp_path, monkeypatch):
