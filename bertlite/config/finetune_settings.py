@@ -70,8 +70,8 @@ class InputSettings(Section):
     """Column of the text, or two columns for pairs and for [question, context]."""
     label: LabelColumns = Field(default=["label"])
     """Column of the label: text, a number, tags or spans for tokens; for multilabel also a column of 0/1 for each."""
-    label_separator: Annotated[str, Field(min_length=1)] | None = None
-    """What separates the labels of a multilabel example; null: a comma, if they are not a list."""
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    """What separates the labels of a multilabel example, where they are not a list."""
     label_names: Annotated[LabelTexts, Field(min_length=2)] | None = None
     """Names of labels that the data give as numbers 0, 1, … or as vectors of 0 and 1, in order."""
     no_label: LabelTexts | None = None

@@ -40,33 +40,42 @@ def _read_flag(record: Record, name: str) -> bool:
 def split_cell(record: Record, settings: InputSettings) -> tuple[str, list[Any]]:
     """Return how the cell of a record's labels is written, "" for an empty one, and its items.
 
-    Text with `label_separator` is split there. Without it, text in brackets is a list as JSON, Python, pandas and NumPy
-    write it; other text is split at commas. As many zeros and ones as `label_names` has names are a vector.
+    Text in brackets is a list as JSON, Python, pandas and NumPy write it; other text is split at `label_separator`. As
+    many zeros and ones as `label_names` has names are a vector. Raises UserError for items that are no texts.
     """
     cell = get_column(record, settings.label[0], "task.label")
     if is_empty(cell):
         return "", []
-    kind, items = LIST, cell
-    if not isinstance(cell, list):
-        text = str(cell).strip()
-        kind, items = TEXT, text.split(settings.label_separator or ",")
-        if settings.label_separator is None and text.startswith("[") and text.endswith("]"):
-            kind, items = LIST_IN_TEXT, _parse_list(text, record)
-        elif settings.label_separator is None and re.fullmatch(r"[01](\s+[01])+", text):
-            items = text.split()
+    kind, items = (LIST, cell) if isinstance(cell, list) else _split_text(str(cell).strip(), record, settings)
     if any(isinstance(item, list | dict) or item is None for item in items):
         raise UserError(f"{record.location}: the labels in column {settings.label[0]!r} are not texts: {cell!r}")
-    if settings.label_names and len(items) == len(settings.label_names) > 1 and _are_flags(items):
+    if settings.label_names and len(items) == len(settings.label_names) and _are_flags(items):
         kind = VECTOR
     return kind, items
+
+
+def _split_text(text: str, record: Record, settings: InputSettings) -> tuple[str, list[Any]]:
+    is_default = settings.label_separator == ","
+    if text.startswith("[") and text.endswith("]"):
+        items = _parse_list(text)
+        if items is not None:
+            return LIST_IN_TEXT, items
+        if is_default:
+            raise UserError(
+                f"{record.location}: the labels {text[:60]!r} look like a list, but are none, such as ['a', 'b']; if "
+                "brackets belong to the labels, separate those by another sign, in task.label_separator"
+            )
+    if is_default and re.fullmatch(r"[01](\s+[01])+", text):
+        return TEXT, text.split()
+    return TEXT, text.split(settings.label_separator)
 
 
 def _are_flags(items: list[Any]) -> bool:
     return all(str(item).strip().lower() in FLAGS for item in items)
 
 
-def _parse_list(text: str, record: Record) -> list[Any]:
-    """Parse a list in a text: ["a", "b"], ['a', 'b'], or without commas, as NumPy prints it. Raises UserError."""
+def _parse_list(text: str) -> list[Any] | None:
+    """Parse a list in a text: ["a", "b"], ['a', 'b'], or without commas, as NumPy prints it. None if it is not one."""
     quoted = "'" in text or '"' in text
     with_commas = re.sub(r"(?<=['\"])\s+(?=['\"])" if quoted else r"(?<=\d)\.?\s+(?=[-\d])", ", ", text)
     for parse, source in ((json.loads, text), (ast.literal_eval, with_commas)):
@@ -76,10 +85,7 @@ def _parse_list(text: str, record: Record) -> list[Any]:
             continue
         if isinstance(value, list):
             return value
-    raise UserError(
-        f"{record.location}: the labels {text[:60]!r} look like a list, but are none, such as ['a', 'b']; if the text "
-        "is one label, or labels with a separator, set task.label_separator"
-    )
+    return None
 
 
 def have_label_columns(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:

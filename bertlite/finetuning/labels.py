@@ -35,18 +35,28 @@ def is_empty(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
 
 
-def have_label(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
-    """Return which records have a label: those whose cell is neither empty nor a mark for a missing label.
-
-    `known_labels` are those of the training examples. Raises UserError if no record has the column.
-    """
+def read_cells(records: list[Record], settings: InputSettings) -> list[str]:
+    """Read the label column as texts, "" where it is empty or missing. Raises UserError if no record has it."""
     column = settings.label[0]
     if not any(column in record.columns for record in records):
         get_column(records[0], column, "task.label")
     cells = [record.columns.get(column) for record in records]
-    texts = ["" if is_empty(cell) else str(cell).strip() for cell in cells]
-    marks = find_missing_marks({*texts, *known_labels}, settings)
-    return [text not in marks for text in texts]
+    return ["" if is_empty(cell) else str(cell).strip() for cell in cells]
+
+
+def have_label(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
+    """Return which records have a label: those whose cell is neither empty nor a mark for a missing label.
+
+    `known_labels` are those of the training examples.
+    """
+    cells = read_cells(records, settings)
+    marks = find_missing_marks({*cells, *known_labels}, settings)
+    return [cell not in marks for cell in cells]
+
+
+def have_number(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
+    """Return which records have a regression target."""
+    return [cell not in {"", *(settings.no_label or [])} for cell in read_cells(records, settings)]
 
 
 def find_missing_marks(labels: set[str], settings: InputSettings) -> set[str]:
@@ -63,13 +73,6 @@ def find_missing_marks(labels: set[str], settings: InputSettings) -> set[str]:
     if len(others) >= 3 and all(any(map(str.isalnum, label)) for label in others):
         marks.add("-")
     return {"", *marks} - set(settings.label_names or [])
-
-
-def have_number(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
-    """Return which records have a regression target. Raises UserError if no record has the column."""
-    marks = {"", *(settings.no_label or [])}
-    cells = [get_column(record, settings.label[0], "task.label") for record in records]
-    return [not is_empty(cell) and str(cell).strip() not in marks for cell in cells]
 
 
 def read_label(record: Record, settings: InputSettings) -> str:
@@ -117,6 +120,8 @@ def collect_classes(records: list[Record], settings: InputSettings) -> list[str]
     labels = sort_labels({read_label(record, settings) for record in records})
     if len(labels) < 2:
         raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
+    if settings.no_label is None and {"-1", "0", "1"} <= set(labels):
+        logger.info("task.train: -1 is a label like 0 and 1; if it means that there is none, set task.no_label: [-1]")
     return settings.label_names or labels
 
 
@@ -160,8 +165,8 @@ def list_counts(counts: Counter[str]) -> str:
 
 
 def in_one_line(label: str) -> str:
-    """Return a label without line ends, and cut if it is long."""
-    text = " ".join(label.split())
+    """Return a label without line ends and control characters, and cut if it is long."""
+    text = " ".join("".join(character if character.isprintable() else " " for character in label).split())
     return text if len(text) <= 30 else f"{text[:29]}…"
 
 

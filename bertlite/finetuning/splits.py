@@ -70,12 +70,12 @@ def select_examples(
     if len(labelled) < len(records):
         missing = len(records) - len(labelled)
         logger.info(f"{setting}: {missing:,} of {len(records):,} rows have no label and are left out (task.no_label)")
-    usable, problems = [], []
+    usable, problems, known = [], [], set(labels)
     for record in labelled:
         try:
             task.read_texts(record, settings)
             names = task.read_labels(record, settings)
-            if labels:
+            if labels and not known.issuperset(names):
                 find_label_indices(names, labels, record)
             usable.append(record)
         except UserError as error:
@@ -125,7 +125,8 @@ def log_split(name: str, split: Split, task: Task, labels: list[str], settings: 
         f"{name}: {len(split.records):,} examples{labelled}, {padding:.1%} of the positions are padding{truncated}"
     )
     if task.single_label:
-        absent = [label for index, label in enumerate(labels) if index not in split.examples.targets]
+        present = set(split.examples.targets)
+        absent = [label for index, label in enumerate(labels) if index not in present]
         if absent:
             consequence = "learned" if name == "train" else "measured"
             logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")

@@ -16,7 +16,7 @@ from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.label_lists import check_one_form, collect_labels, read_label_list
-from bertlite.finetuning.labels import have_label, have_number, list_some, read_label
+from bertlite.finetuning.labels import collect_classes, have_label, have_number, list_some, read_label
 from bertlite.finetuning.splits import read_tables
 from bertlite.finetuning.tasks import TASKS
 
@@ -85,6 +85,7 @@ def test_lists_of_a_dataset_have_the_names_of_its_classes(tmp_path):
 def test_a_text_in_brackets_is_a_label_where_labels_are_single(tmp_path):
     assert read_label(Record("", {"label": "[joy]"}), task_of("classification")) == "[joy]"
     assert read_label_list(Record("", {"label": "[joy]; [x]"}), task_of(label_separator=";")) == ["[joy]", "[x]"]
+    assert read_label_list(Record("", {"label": "['joy', 'x']"}), task_of(label_separator=";")) == ["joy", "x"]
     assert read_label_list(Record("", {"label": math.nan}), task_of()) == []
 
 
@@ -96,7 +97,7 @@ def test_a_text_in_brackets_is_a_label_where_labels_are_single(tmp_path):
         (
             ["[joy, fear]"],
             {},
-            r"r1: the labels '\[joy, fear\]' look like a list, but are none.* set task\.label_sep",
+            r"r1: the labels '\[joy, fear\]' look like a list, but are none.* sign, in task\.label_sep",
         ),
         ([[{"name": "joy"}]], {}, "r1: the labels in column 'label' are not texts"),
         (["2"], {"label_names": ["a", "b"]}, r"r1: the label '2' is neither one of task\.label_names nor the number"),
@@ -158,6 +159,14 @@ def test_rows_without_a_label_are_left_out_and_counted(write, capsys):
     assert have_number(numbers, task_of("regression"), []) == [True, False, False, False, True, True]
 
 
+def test_minus_one_beside_other_numbers_is_a_label_and_told(capsys):
+    hint = "task.train: -1 is a label like 0 and 1; if it means that there is none, set task.no_label"
+    for labels, settings, told in [([0, -1, 1], {}, True), ([0, -1, 1], {"no_label": []}, False), ([1, -1], {}, False)]:
+        records = [Record("", {"label": label}) for label in labels]
+        assert collect_classes(records, task_of("classification", **settings)) == sorted(map(str, labels))
+        assert (hint in capsys.readouterr().err) == told
+
+
 def test_minus_one_of_a_dataset_is_no_label(tmp_path):
     """By the library's convention, also where classes are numbers; GLUE's test splits have nothing else."""
     place = to_dataset(tmp_path, [-1, 0, 1, -1, 1], datasets.ClassLabel(names=["0", "1"]))
@@ -193,4 +202,4 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_skipped(write, capsys):
 
 
 def test_labels_in_messages_take_one_line():
-    assert list_some(["two\nlines", "x" * 50]) == f"two lines, {'x' * 29}…"
+    assert list_some(["two\n\x1b[2Jlines", "x" * 50]) == f"two [2Jlines, {'x' * 29}…"
