@@ -102,6 +102,7 @@ HEADS = {
     "BertForSequenceClassification": {"num_labels": 3, "problem_type": "single_label_classification"},
     "BertForTokenClassification": {"num_labels": 5},
     "BertForQuestionAnswering": {},
+    "BertForMultipleChoice": {},
     "multi-label": {"num_labels": 4, "problem_type": "multi_label_classification"},
     "regression": {"num_labels": 1, "problem_type": "regression"},
 }

@@ -10,8 +10,10 @@ import torch
 from paths import SAMPLE
 from safetensors.torch import load_file
 from tiny_models import randomize
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -49,6 +51,7 @@ def make_records(kind: str) -> list[dict[str, Any]]:
                     "answers": {"text": [words[3]], "answer_start": [text.index(words[3])]},
                     "id": str(number),
                 },
+                "multiple-choice": {"text": text, "choices": words[: 3 + number % 2], "label": number % 3},
             }[kind]
         )
     return records
@@ -61,6 +64,7 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "regression": (BertForSequenceClassification, {"id2label": {0: "label"}}),
     "token-classification": (BertForTokenClassification, {"id2label": {0: "O", 1: "B-CAP", 2: "I-CAP"}}),
     "question-answering": (BertForQuestionAnswering, {"id2label": {0: "start", 1: "end"}}),
+    "multiple-choice": (BertForMultipleChoice, {"id2label": dict(enumerate("0123"))}),
 }
 
 
@@ -91,12 +95,27 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def transformers_loss(model: Any, kind: str, examples: Any, member: int) -> tuple[torch.Tensor, int]:
-    """Return the loss of one example in transformers, and the number of tokens or examples that it is the mean of."""
+    """Return the loss of one example in transformers, and the number of tokens or examples that it is the mean of.
+
+    For multiple choice it is that of the whole record at its first choice, and 0 at the others.
+    """
     target = torch.as_tensor(np.asarray(examples.targets[member]))
     inputs = {
         "input_ids": torch.tensor([examples.encodings[member].ids]),
         "token_type_ids": torch.tensor([examples.encodings[member].type_ids]),
     }
+    if kind == "multiple-choice":
+        if member and examples.record_indices[member - 1] == examples.record_indices[member]:
+            return torch.zeros(()), 0
+        choices = range(member, member + examples.record_indices.count(examples.record_indices[member]))
+        tensors = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
+        inputs = {
+            name: pad_sequence(
+                [torch.tensor(getattr(examples.encodings[choice], attribute)) for choice in choices], batch_first=True
+            )[None]
+            for name, attribute in tensors.items()
+        }
+        return model(**inputs, labels=target[None]).loss, 1
     if kind == "question-answering":
         return model(**inputs, start_positions=target[:1], end_positions=target[1:]).loss, 1
     if kind == "classification":

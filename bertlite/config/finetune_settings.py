@@ -40,7 +40,7 @@ _as_text = BeforeValidator(
 )  # YAML reads some names as numbers
 ColumnName = Annotated[str, _as_text]
 TextColumns = Annotated[list[ColumnName], Field(min_length=1, max_length=2), _in_list]
-LabelColumns = Annotated[list[ColumnName], Field(min_length=1), _in_list]
+Columns = Annotated[list[ColumnName], Field(min_length=1), _in_list]
 LabelTexts = Annotated[
     list[str],
     BeforeValidator(  # YAML reads some labels as numbers
@@ -65,10 +65,12 @@ class InputSettings(Section):
     """What a model reads: its type of task, the columns of its files, and how long its inputs may be."""
 
     type: str = "classification"
-    """classification, multilabel, regression, token-classification or question-answering."""
+    """classification, multilabel, regression, token-classification, question-answering or multiple-choice."""
     text: TextColumns = Field(default=["text"])
-    """Column of the text, or two columns for pairs and for [question, context]."""
-    label: LabelColumns = Field(default=["label"])
+    """Column of the text, or two for pairs, for [question, context], and for a context and what precedes a choice."""
+    choices: Columns = Field(default=["choices"])
+    """For multiple choice: the column of a list of choices, or a column for each choice."""
+    label: Columns = Field(default=["label"])
     """Column of the label: text, a number, tags or spans for tokens; for multilabel also a column of 0/1 for each."""
     label_separator: Annotated[str, Field(min_length=1)] = ","
     """What separates the labels of a multilabel example, where they are not a list."""

@@ -19,7 +19,7 @@ from bertlite.export.model_card import model_card
 from bertlite.export.onnx import sample_texts, write_onnx
 from bertlite.export.parity import TOLERANCES, check_parity, silence_transformers
 from bertlite.inference.embed import POOLINGS, Embedder
-from bertlite.model.heads import Classifier, Model
+from bertlite.model.heads import Classifier, Model, MultipleChoice
 from bertlite.model.huggingface import load_model, load_tokenizer_of, save_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +107,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
     model = load_model(source)
+    if format == "onnx" and isinstance(model, MultipleChoice):
+        raise UserError("--format onnx has no inputs for several choices of one example; export with --format hf")
     tokenizer = load_tokenizer_of(source, model.config)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     with atomic_folder(out) as temporary:

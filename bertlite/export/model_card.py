@@ -34,6 +34,12 @@ inputs = tokenizer("A question?", "The text that answers it.", return_tensors="p
 output = AutoModelForQuestionAnswering.from_pretrained("{name}")(**inputs)
 start, end = output.start_logits.argmax(), output.end_logits.argmax()
 print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))""",
+    "multiple-choice": """from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+choices = ["One choice.", "Another choice."]
+inputs = AutoTokenizer.from_pretrained("{name}")(["A context."] * 2, choices, return_tensors="pt", padding=True)
+inputs = {{name: tensor[None] for name, tensor in inputs.items()}}
+print(choices[AutoModelForMultipleChoice.from_pretrained("{name}")(**inputs).logits.argmax()])""",
     "onnx": """from onnxruntime import InferenceSession
 from transformers import AutoTokenizer
 

@@ -41,6 +41,12 @@ def read_answers(record: Record) -> tuple[list[str], list[int]]:
     return ([], []) if record.columns.get("is_impossible") is True else (texts, starts)
 
 
+def check_answers(record: Record, settings: InputSettings) -> list[str]:
+    """Return no label for a question. Raises UserError as `read_answers` does."""
+    read_answers(record)
+    return []
+
+
 def find_first_answer(record: Record, settings: InputSettings) -> tuple[int, int] | None:
     """Return the start and end of a question's first answer, in characters of the context.
 
@@ -61,7 +67,8 @@ def encode_questions(
 ) -> Examples:
     """Tokenize questions with their contexts. A long context gives examples that overlap by `doc_stride` tokens.
 
-    Questions are truncated so that a context token beyond the overlap fits. Raises UserError if none would fit.
+    Questions are truncated, which is logged, so that a context token beyond the overlap fits. Raises UserError if none
+    would fit.
     """
     max_question = settings.max_length - settings.doc_stride - 4  # [CLS], [SEP], [SEP], and that context token
     if max_question < 1:
@@ -70,9 +77,15 @@ def encode_questions(
             f"{settings.max_length}; raise task.max_length"
         )
     questions, contexts = map(list, zip(*texts, strict=True))
-    for number, encoding in enumerate(tokenizer(questions, add_special_tokens=False, verbose=False).encodings):
-        if len(encoding) > max_question:
-            questions[number] = questions[number][: encoding.offsets[max_question - 1][1]]
+    tokenized = tokenizer(questions, add_special_tokens=False, verbose=False).encodings
+    too_long = [number for number, encoding in enumerate(tokenized) if len(encoding) > max_question]
+    for number in too_long:
+        questions[number] = questions[number][: tokenized[number].offsets[max_question - 1][1]]
+    if too_long:
+        logger.warning(
+            f"{len(too_long):,} questions, such as {texts[too_long[0]][0][:60]!r}, are truncated to the {max_question} "
+            f"tokens that task.max_length {settings.max_length} leaves beside an overlap of {settings.doc_stride}"
+        )
     encoded = tokenizer(
         questions,
         contexts,
@@ -215,8 +228,9 @@ def find_pipeline_answers(outputs: Outputs) -> list[dict[str, Any]]:
             start, end = widen_to_words(encoding, in_context, first, last)
             text = examples.texts[record][1][start:end]
             answers[record] = {"score": float(np.exp(total)), "start": start, "end": end, "answer": text}
-    for record, difference in enumerate(find_best_answers(outputs)[1]):
-        if settings.null_score_diff_threshold is not None and difference > settings.null_score_diff_threshold:
+    if settings.null_score_diff_threshold is not None:
+        exceed = np.array(find_best_answers(outputs)[1]) > settings.null_score_diff_threshold
+        for record in np.flatnonzero(exceed).tolist():
             answers[record] = {"score": float(null_scores[record]), "start": 0, "end": 0, "answer": ""}
     return answers
 

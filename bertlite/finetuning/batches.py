@@ -1,6 +1,6 @@
 """Examples packed into sequences of one length, and batches of such sequences."""
 
-# Shapes: B sequences, T positions of a sequence, E places for examples in a sequence.
+# Shapes: B sequences, T positions of a sequence, E places for examples in a sequence, R places for groups of them.
 import math
 from dataclasses import dataclass
 
@@ -23,8 +23,9 @@ MAX_SEQUENCE_LENGTH = 1024  # … but attention costs more in them
 class TaskBatch(Batch):
     """Packed examples.
 
-    `prediction_positions` (B,E) are the first tokens of the examples. Labels are (B,E) or (B,E,·), one per example, or
-    (B,T), one per token; without an example they are IGNORED or, among floating-point labels, NaN.
+    `prediction_positions` (B,E) are the first tokens of the examples. Labels are (B,E) or (B,E,·), one per example,
+    (B,T), one per token, or (B,R), one per group of examples; without an example they are IGNORED or, among
+    floating-point labels, NaN. The examples of a group have as many places as the largest group has examples.
     """
 
     token_type_ids: Tensor  # (B,T)
@@ -41,11 +42,15 @@ class ExampleBatches:
     def __init__(self, examples: Examples, pad_id: int, seed: int = 0, sequence_length: int = 0) -> None:
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.lengths = np.array([len(encoding) for encoding in examples.encodings])
-        if sequence_length < self.lengths.max():
-            sequence_length = choose_sequence_length(self.lengths)
+        groups = examples.record_indices if examples.grouped else range(len(self.lengths))
+        self.group_starts = np.append(np.unique(groups, return_index=True)[1], len(self.lengths))
+        self.group_lengths = np.add.reduceat(self.lengths, self.group_starts[:-1])
+        self.group_size = int(np.diff(self.group_starts).max())  # examples of the largest group
+        if sequence_length < self.group_lengths.max():
+            sequence_length = choose_sequence_length(self.group_lengths)
         self.sequence_length = sequence_length
-        self.num_sequences = count_sequences(self.lengths, sequence_length)
-        self.max_examples = sequence_length // self.lengths.min()  # of a sequence
+        self.num_sequences = count_sequences(self.group_lengths, sequence_length)
+        self.max_groups = sequence_length // self.group_lengths.min()  # of a sequence
         self.packings: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by epoch, the last two
 
     @property
@@ -65,25 +70,31 @@ class ExampleBatches:
         return self._batch([self.members(0, sequence) for sequence in range(first, first + count)])
 
     def members(self, epoch: int, sequence: int) -> NDArray[np.int64]:
-        """Return the indices of the examples in a sequence of an epoch's packing; past the last sequence, none."""
+        """Return the indices of the groups in a sequence of an epoch's packing; past the last sequence, none.
+
+        A group is an example, or all examples of a record that are computed together.
+        """
         if epoch not in self.packings:
             self.packings = {number: packing for number, packing in self.packings.items() if number >= epoch - 1}
-            self.packings[epoch] = pack_lengths(self.lengths, self.sequence_length, self.seed, epoch)
+            self.packings[epoch] = pack_lengths(self.group_lengths, self.sequence_length, self.seed, epoch)
         order, starts = self.packings[epoch]
         return order[starts[sequence] : starts[sequence + 1]] if sequence < self.num_sequences else order[:0]
 
     def _batch(self, sequences: list[NDArray[np.int64]]) -> TaskBatch:
         encodings = self.examples.encodings
-        token_ids = [[encodings[member].ids for member in members] for members in sequences]
-        type_ids = [[encodings[member].type_ids for member in members] for members in sequences]
+        indices = np.full((len(sequences), self.max_groups * self.group_size), -1)
+        for row, groups in zip(indices, sequences, strict=True):
+            for place, group in enumerate(groups):
+                members = np.arange(*self.group_starts[group : group + 2])
+                row[place * self.group_size :][: len(members)] = members
+        lengths = np.where(indices >= 0, self.lengths[indices], 0)
+        starts = np.where(indices >= 0, lengths.cumsum(axis=1) - lengths, 0)
+        members_of_sequences = [row[row >= 0] for row in indices]
+        token_ids = [[encodings[member].ids for member in members] for members in members_of_sequences]
+        type_ids = [[encodings[member].type_ids for member in members] for members in members_of_sequences]
         ids, positions, documents = collate(token_ids, self.sequence_length, self.pad_id)
         types, *_ = collate(type_ids, self.sequence_length, 0)
-        indices = np.full((len(sequences), self.max_examples), -1)
-        starts = np.zeros_like(indices)
-        for number, members in enumerate(sequences):
-            indices[number, : len(members)] = members
-            starts[number, 1 : len(members)] = np.cumsum(self.lengths[members])[:-1]
-        labels = self._labels(indices, starts)
+        labels = self._labels(indices[:, :: self.group_size], starts[:, :: self.group_size])
         return TaskBatch(*map(torch.from_numpy, (ids, positions, documents, starts, labels, types, indices)))
 
     def _labels(self, indices: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.generic]:
@@ -104,7 +115,9 @@ class ExampleBatches:
         per_token = values.shape[1] == self.sequence_length  # there are always more tokens than examples
         for indices, sequence in zip(batch.example_indices.tolist(), values.float().cpu().numpy(), strict=True):
             members = [index for index in indices if index >= 0]
-            each = np.split(sequence, np.cumsum(self.lengths[members])) if per_token else sequence
+            each = (
+                np.split(sequence, np.cumsum(self.lengths[members])) if per_token else sequence[np.array(indices) >= 0]
+            )
             unpacked.update(zip(members, each, strict=False))  # what is left over is padding
         return unpacked
 

@@ -19,6 +19,8 @@ from bertlite.finetuning.labels import find_label_indices, read_input_texts, rea
 class Examples:
     """The tokenized examples of a table. A record gives one example, a long text of some tasks several.
 
+    A record with choices gives one for each choice. They are `grouped`: computed in one sequence.
+
     Per example: `encodings`, the tokenizer's; `record_indices`, the record that it is from; `targets`, which the loss
     compares with: an index, a vector, a number, an index per token (`targets_per_token`), or the first and the last
     token of an answer. Per record: `texts`, and `references`, which the metrics compare with.
@@ -30,13 +32,15 @@ class Examples:
     texts: list[tuple[Any, ...]]
     references: list[Any]
     targets_per_token: bool = False
+    grouped: bool = False
 
     @property
     def num_truncated(self) -> int:
-        """Examples that lost tokens to `max_length`; a context that is split into several examples loses none."""
-        if len(self.texts) < len(self.encodings):
+        """Records that lost tokens to `max_length`; a context that is split into several examples loses none."""
+        if len(self.texts) < len(self.encodings) and not self.grouped:
             return 0
-        return sum(bool(encoding.overflowing) for encoding in self.encodings)
+        pairs = zip(self.record_indices, self.encodings, strict=True)
+        return len({index for index, encoding in pairs if encoding.overflowing})
 
 
 def encode_texts(

@@ -148,7 +148,7 @@ def make_train_settings(train: FinetuneTrainSettings, batches: ExampleBatches, s
     A step takes as many sequences as hold about `global_batch_size` examples. Example: 1,000 examples packed into 100
     sequences, with a global batch size of 32, make steps of 3 sequences and epochs of 33 steps.
     """
-    num_examples, num_sequences = len(batches.lengths), batches.num_sequences
+    num_examples, num_sequences = len(batches.group_lengths), batches.num_sequences
     step_sequences = max(1, round(train.global_batch_size * num_sequences / num_examples))
     epoch_steps = max(1, round(num_sequences / step_sequences))
     max_steps = train.max_steps or max(1, round(train.num_train_epochs * num_sequences / step_sequences))
@@ -267,7 +267,7 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
     checkpoint = newest_checkpoint(folder) if resume else None
     model = build_model(experiment, checkpoint, seed)
     facts = {"text": experiment.data_fingerprint, **runtime.environment()}
-    examples_per_step = len(batches.lengths) * settings.global_batch_size / batches.num_sequences
+    examples_per_step = len(batches.group_lengths) * settings.global_batch_size / batches.num_sequences
     logger.info(
         f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} tokens, on "

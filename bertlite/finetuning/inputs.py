@@ -15,6 +15,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format
 from bertlite.data.tables import get_column, read_table
+from bertlite.finetuning.choices import read_choices
 from bertlite.finetuning.tasks import find_task, input_settings
 from bertlite.model.heads import Classifier
 
@@ -129,6 +130,8 @@ def find_table_format(first: str, settings: InputSettings) -> str | None:
 def split_text(text: str, location: str, settings: InputSettings) -> Record:
     """Make a record of a text or, if the model reads pairs, of two texts with a tab between."""
     names = settings.text
+    if settings.type == "multiple-choice":
+        return split_choices(text, location, settings)
     texts = [text] if len(names) == 1 else text.split("\t")
     if len(texts) != len(names):
         raise UserError(
@@ -138,8 +141,31 @@ def split_text(text: str, location: str, settings: InputSettings) -> Record:
     return Record(location, dict(zip(names, texts, strict=True)))
 
 
+def split_choices(text: str, location: str, settings: InputSettings) -> Record:
+    """Make a record of a text that holds the task's texts and then the choices, separated by tabs."""
+    fields, num_texts = text.split("\t"), len(settings.text)
+    texts, choices = dict(zip(settings.text, fields, strict=False)), fields[num_texts:]
+    if len(choices) < 2:
+        raise UserError(
+            f"{location}: should be {' and '.join(settings.text)} and at least two choices, separated by tabs: "
+            f"{text[:60]!r}"
+        )
+    if len(settings.choices) == 1:
+        return Record(location, {**texts, settings.choices[0]: choices})
+    if len(choices) > len(settings.choices):
+        raise UserError(
+            f"{location}: holds {len(choices)} choices; the model's columns are {', '.join(settings.choices)}"
+        )
+    return Record(
+        location, dict.fromkeys(settings.choices) | texts | dict(zip(settings.choices, choices, strict=False))
+    )
+
+
 def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
-    """Return the text or the two texts of a record; words are joined by blanks, and an empty cell is an empty text."""
+    """Return the text or the two texts of a record, and its choices if the model reads them.
+
+    Words are joined by blanks, and an empty cell is an empty text.
+    """
     texts = []
     for name in settings.text:
         cell = get_column(record, name, "--column")
@@ -148,4 +174,4 @@ def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
         if cell is not None and not isinstance(cell, str):
             raise UserError(f"{record.location}: the column {name!r} holds {type(cell).__name__}, not text")
         texts.append(cell or "")
-    return tuple(texts)
+    return (*texts, *read_choices(record, settings)) if settings.type == "multiple-choice" else tuple(texts)

@@ -111,6 +111,7 @@ CLASSIFICATION: dict[str, Metric] = {
     "micro_f1": sklearn_metric("f1", "micro"),
     "matthews_correlation": matthews_correlation,
 }
+CHOICES: dict[str, Metric] = {"accuracy": library_metric("sklearn.metrics", "accuracy_score")}
 MULTILABEL: dict[str, Metric] = {
     "micro_f1": sklearn_metric("f1", "micro"),
     "macro_f1": sklearn_metric("f1", "macro"),

@@ -11,11 +11,22 @@ from bertlite.config.finetune_settings import InputSettings, SavedTask
 from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
-from bertlite.finetuning import answer_metrics, answers, decoding, examples, label_lists, labels, losses, metrics, tags
+from bertlite.finetuning import (
+    answer_metrics,
+    answers,
+    choices,
+    decoding,
+    examples,
+    label_lists,
+    labels,
+    losses,
+    metrics,
+    tags,
+)
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.metrics import Metric, ScoresByLabel
-from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from bertlite.model.heads import Classifier, MultipleChoice, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
 SINGLE_OR_PAIR, SINGLE, PAIR = (1, 2), (1,), (2,)
 
@@ -105,9 +116,19 @@ TASKS = {
         answers.answer_loss,
         decode=answers.decode_answers,
         results=lambda outputs, top_k: answers.find_pipeline_answers(outputs),
+        read_labels=answers.check_answers,
         learn=answers.learn_null_threshold,
         details=answer_metrics.scores_by_answerability,
         is_correct=answer_metrics.is_correct,
+    ),
+    "multiple-choice": Task(
+        MultipleChoice, None, metrics.CHOICES, SINGLE_OR_PAIR,
+        choices.collect_choice_names, choices.choice_examples, choices.encode_choices, choices.choice_loss,
+        decode=choices.decode_choices,
+        results=choices.rank_choices,
+        read_texts=choices.read_fields,
+        are_labelled=choices.have_right_choice,
+        describe=choices.describe_choice,
     ),
 }  # fmt: skip
 

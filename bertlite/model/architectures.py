@@ -66,6 +66,7 @@ BERT = EncoderArchitecture(
         "ForSequenceClassification": {"classifier": ["classifier"]},
         "ForTokenClassification": {"classifier": ["classifier"]},
         "ForQuestionAnswering": {"classifier": ["qa_outputs"]},
+        "ForMultipleChoice": {"classifier": ["classifier"]},
     },
     tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

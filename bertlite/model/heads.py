@@ -92,7 +92,11 @@ class Classifier(nn.Module):
         self.problem_type = problem_type
         self.encoder = build_encoder(config, kernel, self.pooler)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = Linear(config.hidden_size, len(labels))
+        self.classifier = Linear(config.hidden_size, self.num_scores)
+
+    @property
+    def num_scores(self) -> int:
+        return len(self.labels)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, token_type_ids: Tensor | None = None
@@ -142,6 +146,23 @@ class QuestionAnswerer(Classifier):
     def hf_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
         scores = self.classify(hidden)
         return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
+
+
+class MultipleChoice(Classifier):
+    """A score (B,1) of each sequence, which holds one choice (Devlin et al. 2018, section 4.4).
+
+    `labels` name the choices, as far as they do.
+    """
+
+    head_name = "multiple-choice"
+    class_suffix = "ForMultipleChoice"
+    per_token = False
+    pooler = True
+    num_scores = 1
+
+    def hf_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return scores (1,B): the sequences are the choices of one example."""
+        return {"logits": self.classify(hidden).T}
 
 
 Model = Encoder | MaskedLanguageModel | Classifier
@@ -239,5 +260,12 @@ HEADS = {
         answer_loss,
         choose_highest,
         unseen_biases=("classifier.bias", "encoder.layers.{last}.norm.bias"),
+    ),
+    "multiple-choice": Head(
+        "multiple-choice",
+        make_targets=lambda model, input_ids, _: {"labels": input_ids[:1, 0] % len(input_ids)},
+        loss=label_loss,
+        decide=choose_highest,
+        unseen_biases=("classifier.bias",),
     ),
 }

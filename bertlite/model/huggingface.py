@@ -25,6 +25,7 @@ from bertlite.model.heads import (
     Classifier,
     MaskedLanguageModel,
     Model,
+    MultipleChoice,
     QuestionAnswerer,
     SequenceClassifier,
     TokenClassifier,
@@ -258,9 +259,10 @@ def _find_model_class(saved: SavedModel) -> type[Model]:
         return QuestionAnswerer
     if f"{_hf_classifier(saved, SequenceClassifier)}.weight" not in weights:
         return Encoder
-    has_pooler = f"{architecture.weight_prefix}pooler.dense.weight" in weights
-    for_tokens = saved.hf_config.get("architectures") == [architecture.class_prefix + TokenClassifier.class_suffix]
-    return SequenceClassifier if has_pooler and not for_tokens else TokenClassifier
+    for model_class in (TokenClassifier, MultipleChoice):
+        if saved.hf_config.get("architectures") == [architecture.class_prefix + model_class.class_suffix]:
+            return model_class
+    return SequenceClassifier if f"{architecture.weight_prefix}pooler.dense.weight" in weights else TokenClassifier
 
 
 def _check_ties(saved: SavedModel) -> None:
@@ -280,7 +282,10 @@ def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
     weight = saved.weights[name]
     if weight.ndim != 2 or not weight.numel():
         raise UserError(f"{saved.folder}: {name} has shape {tuple(weight.shape)}, which no head has")
-    numbers = [str(number) for number in range(len(weight))]
+    num_labels = len(weight)
+    if model_class is MultipleChoice:  # whose labels name the choices, two by Hugging Face's default
+        num_labels = len(saved.hf_config.get("id2label") or range(2))
+    numbers = [str(number) for number in range(num_labels)]
     labels = saved.hf_config.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
     if not isinstance(labels, dict) or labels.keys() != set(numbers):
         raise UserError(

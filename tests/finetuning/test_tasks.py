@@ -45,7 +45,7 @@ def test_twenty_steps_equal_those_of_transformers(kind, write, vocabulary, tmp_p
         epochs = samples // batches.num_sequences
         order = permute(samples % batches.num_sequences, batches.num_sequences, (batches.seed, EPOCH_ORDER), epochs)
         losses = [
-            transformers_loss(theirs, kind, train.examples, member)
+            transformers_loss(theirs, kind, train.examples, batches.group_starts[member])
             for epoch, sequence in zip(epochs.tolist(), order.tolist(), strict=True)
             for member in batches.members(epoch, sequence)
         ]
@@ -73,6 +73,8 @@ def test_packed_examples_have_the_scores_of_each_alone_in_transformers(kind, wri
     for member, output in enumerate(outputs):
         encoding = split.examples.encodings[member]
         ids, types = torch.tensor([encoding.ids]), torch.tensor([encoding.type_ids])
+        if kind == "multiple-choice":
+            ids, types = ids[None], types[None]
         result = theirs(input_ids=ids, token_type_ids=types)
         logits = result.logits if "logits" in result else torch.stack([result.start_logits, result.end_logits], -1)
         np.testing.assert_allclose(output, logits[0].detach(), atol=1e-5)

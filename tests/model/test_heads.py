@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, assert_close_to_scale, make_segments, make_sequences, randomize
 from transformers import (
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -24,7 +26,7 @@ from transformers import (
 from bertlite.config.settings import Architecture
 from bertlite.core.errors import UserError
 from bertlite.model.attention import KERNELS
-from bertlite.model.heads import Classifier, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from bertlite.model.heads import Classifier, MultipleChoice, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from bertlite.model.huggingface import load_model, load_weights_for, save_model
 from bertlite.model.initialization import initialize
 
@@ -32,6 +34,7 @@ HEADS: dict[type[Classifier], tuple[Any, Any]] = {
     SequenceClassifier: (BertForSequenceClassification, AutoModelForSequenceClassification),
     TokenClassifier: (BertForTokenClassification, AutoModelForTokenClassification),
     QuestionAnswerer: (BertForQuestionAnswering, AutoModelForQuestionAnswering),
+    MultipleChoice: (BertForMultipleChoice, AutoModelForMultipleChoice),
 }
 
 
@@ -46,6 +49,8 @@ def make_ours(model_class: type[Classifier], labels: list[str], **changes: Any) 
 
 
 def theirs_of(model: Any, tokens: tuple[torch.Tensor, ...], segments: torch.Tensor) -> torch.Tensor:
+    if isinstance(model, BertForMultipleChoice):  # the sequences are the choices of one example
+        return model(tokens[0][None], tokens[2][None], None if segments is None else segments[None]).logits.T
     output = model(tokens[0], tokens[2], segments)
     return output.logits if hasattr(output, "logits") else torch.stack([output.start_logits, output.end_logits], -1)
 
@@ -63,7 +68,7 @@ def test_scores_are_those_of_transformers(model_class, kernel, training, tmp_pat
     for pair in (torch.zeros_like(segments), segments):
         scores = ours.train(training)(*tokens, pair)
         expected = theirs_of(theirs.train(training), tokens, pair)
-        real = slice(None) if model_class is SequenceClassifier else tokens[2] > 0
+        real = slice(None) if not model_class.per_token else tokens[2] > 0
         assert scores.shape == expected.shape
         assert_close_to_scale(scores[real], expected[real])
 
@@ -79,7 +84,7 @@ def test_dropout_falls_where_that_of_transformers_does(model_class, tmp_path):
     scores = ours.train()(*tokens)
     torch.manual_seed(0)
     expected = theirs_of(theirs.train(), tokens, None)
-    real = slice(None) if model_class is SequenceClassifier else tokens[2] > 0
+    real = slice(None) if not model_class.per_token else tokens[2] > 0
     assert_close_to_scale(scores[real], expected[real])
 
 
