@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count as count_up
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -44,11 +44,13 @@ def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def train_word_piece(
-    documents: list[str], vocab_size: int, lowercase: bool, special_tokens: Iterable[str] = ()
+    documents: list[str], vocab_size: int, lowercase: bool, special_tokens: Sequence[str] = ()
 ) -> Tokenizer:
     """Train BERT's tokenizer on documents. Its vocabulary begins with BERT's special tokens and `special_tokens`."""
     untrained = build_word_piece({"[UNK]": 0}, lowercase)
-    documents = remove_tokens(documents, special_tokens)
+    if special_tokens:  # the letters of those in the text are no words
+        pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
+        documents = [pattern.sub(" ", document) for document in documents]
     first_tokens = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
     vocabulary = train_vocabulary(documents, vocab_size, untrained, first_tokens)
     return build_word_piece(vocabulary, lowercase)
@@ -86,15 +88,13 @@ def choose_new_tokens(documents: list[str], tokenizer: Tokenizer, count: int) ->
     """Choose at most `count` tokens to extend a WordPiece tokenizer by: those that occur most often in the documents.
 
     The candidates are the tokens that a vocabulary uses which is trained on the words that the tokenizer makes of the
-    documents. Among the old tokens some of them never occur, since WordPiece prefers longer tokens: these are replaced
-    by the next candidates.
+    documents. Some of them never occur beside the old tokens: WordPiece prefers longer tokens, and added tokens such as
+    [E1] are not split. These are replaced by the next candidates.
     """
     old = tokenizer.get_vocab()
-    added_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    plain = remove_tokens(documents, added_tokens)
-    vocabulary = train_vocabulary(plain, len(old), tokenizer, SPECIAL_TOKENS)
+    vocabulary = train_vocabulary(documents, len(old), tokenizer, SPECIAL_TOKENS)
     trained = _with_splitter_of(tokenizer, models.WordPiece(vocabulary, unk_token="[UNK]"))
-    candidates = [token for token, _ in _most_frequent_first(_count_tokens(plain, trained)) if token not in old]
+    candidates = [token for token, _ in _most_frequent_first(_count_tokens(documents, trained)) if token not in old]
     while True:
         chosen = candidates[:count]
         counts = _count_tokens(documents, with_vocabulary(tokenizer, extend_vocabulary(old, chosen)))
@@ -140,14 +140,6 @@ def spell_token(token: str, vocabulary: dict[str, int]) -> list[int]:
         ids.append(vocabulary[prefix + text[:end]])
         text, prefix = text[end:], "##"
     return ids
-
-
-def remove_tokens(documents: list[str], tokens: Iterable[str]) -> list[str]:
-    """Replace tokens that are never split by spaces, so that a vocabulary is not trained on their letters."""
-    if not tokens:
-        return documents
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-    return [pattern.sub(" ", document) for document in documents]
 
 
 def _random_numbers() -> Iterator[int]:

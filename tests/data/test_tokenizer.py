@@ -30,7 +30,7 @@ from bertlite.data.tokenizer import (
     save_tokenizer,
     wrap_tokenizer,
 )
-from bertlite.data.vocabulary import SPECIAL_TOKENS, build_word_piece, train_word_piece
+from bertlite.data.vocabulary import SPECIAL_TOKENS, build_word_piece, choose_new_tokens, train_word_piece
 from bertlite.data.words import mark_word_starts
 
 VOCABULARIES = {name: SHARED / "vocab" / name for name in ("bert-base-uncased", "bert-base-chinese")}
@@ -586,6 +586,28 @@ def test_each_token_that_is_added_occurs_in_the_text(kind, count, tmp_path):
     assert 3 <= len(added) <= count
     assert added <= set(new.tokenize(text)) and len(new.tokenize(text)) < len(old.tokenize(text))
     assert new.tokenize(text).count("[E1]") == text.count("[E1]")
+
+
+def test_a_part_of_words_that_are_known_whole_is_not_added(tmp_path):
+    """By itself, a new vocabulary would have the stem of these words, each of which the text has once."""
+    known = [f"walk{ending}" for ending in ("ing", "ed", "er", "s", "able", "out", "way", "over", "about")]
+    make_tokenizer([*LETTERS, *known]).save_pretrained(tmp_path / "base")
+    text = " ".join([*known, "zyloprim zyloprim qoph qoph"])
+    assert "walk" in train_word_piece([text], len(LETTERS) + len(known), True).get_vocab()
+    chosen = TokenizerSettings(extend=20)
+    new = prepare_tokenizer(chosen, str(tmp_path / "base"), lambda: iter([text]), "digest", tmp_path / "cache")
+    added = new.get_vocab().keys() - LETTERS.keys() - set(known)
+    assert {"zyloprim", "qoph"} <= added <= set(new.tokenize(text))
+
+
+def test_letters_of_added_tokens_make_no_tokens(tmp_path):
+    """Their characters are not those of words, which alone should fill the new places."""
+    tokens = [*LETTERS, "[", "]", "##[", "##]", "1", "##1"]
+    backend = build_word_piece({token: number for number, token in enumerate(tokens)}, True)
+    backend.add_special_tokens(["[entity1]"])
+    documents = ["[entity1] the cat"] * 9 + ["zyloprim"] * 3
+    new_tokens = choose_new_tokens(documents, backend, 3)
+    assert new_tokens == ["cat", "the", "zyloprim"]
 
 
 @pytest.mark.parametrize("of_existing", [False, True])
