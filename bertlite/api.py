@@ -13,6 +13,9 @@ from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
+from bertlite.finetuning.evaluate import evaluate_files
+from bertlite.finetuning.inputs import choose_inputs, read_inputs
+from bertlite.finetuning.predict import predict
 from bertlite.inference.batching import prepare_for_inference
 from bertlite.inference.embed import Embedder
 from bertlite.inference.fill import fill
@@ -92,8 +95,6 @@ class LoadedModel:
         self, files: list[str], columns: list[str] | None = None, label: list[str] | None = None
     ) -> dict[str, Any]:
         """Return the metrics of a fine-tuned model on labelled files, by `finetuning.evaluate.evaluate_files`."""
-        from bertlite.finetuning.evaluate import evaluate_files
-
         return evaluate_files(self.classifier, self.tokenizer, files, self.runtime, columns, label)
 
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
@@ -106,11 +107,9 @@ class LoadedModel:
 
     def predictions(self, texts: Iterable[str], pairs: bool = False, top_k: int = 1) -> Iterator[Any]:
         """Predict labels for any number of texts, one after the other."""
-        from bertlite.finetuning import inputs, predict  # import what only fine-tuning needs
-
-        settings = inputs.choose_inputs(self.classifier, self.tokenizer, pairs=pairs)
-        records = inputs.read_inputs(texts, None, settings)
-        results = predict.predict(self.classifier, self.tokenizer, records, settings, self.runtime, top_k)
+        settings = choose_inputs(self.classifier, self.tokenizer, pairs=pairs)
+        records = read_inputs(texts, None, settings)
+        results = predict(self.classifier, self.tokenizer, records, settings, self.runtime, top_k)
         return (prediction for _, prediction in results)
 
 
