@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.loading import choose
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.files import atomic_folder
+from bertlite.core.logging import logger
 from bertlite.core.packages import require
 from bertlite.data.tokenizer import save_tokenizer
 from bertlite.export.model_card import model_card
@@ -106,6 +107,7 @@ def export(
     require(f"--format {format}", f"bertlite[{format}]", *target.packages)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
+    logger.info(f"exporting {source} as {format}, and comparing what is written with the model")
     model = load_model(source)
     if format == "onnx" and isinstance(model, MultipleChoice):
         raise UserError("--format onnx has no inputs for several choices of one example; export with --format hf")

@@ -53,7 +53,6 @@ def write_onnx(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, d
     """
     from onnxruntime import InferenceSession
 
-    logger.info("writing the graph and comparing it with the model")
     graph, fp32_path, int8_path = Graph(model.eval()), folder / "model.onnx", folder / "model_int8.onnx"
     _write_graphs(graph, fp32_path, int8_path)
     save_config(model, folder)
