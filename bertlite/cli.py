@@ -35,6 +35,7 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of output_dir.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name or a run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the newest valid checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run of this command in the run folder.")]
 InitialModel = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
 ]
@@ -74,12 +75,24 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def pretrain(config: ConfigFile, overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def pretrain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    extend_to: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Resume a run, also a finished one, up to this step.")
+    ] = None,
+) -> None:
     """Pretrain a BERT by masked language modelling."""
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining.pretrain import run
 
-    _print(run(_load_config(PretrainConfig, config, overrides, out), resume=resume))
+    _check_start(overwrite, resume or bool(extend_to))
+    changes = [*(overrides or []), *([f"train.max_steps={extend_to}"] if extend_to else [])]
+    settings = _load_config(PretrainConfig, config, changes, out)
+    _print(run(settings, resume or bool(extend_to), overwrite, extend=bool(extend_to)))
 
 
 @app.command()
@@ -162,6 +175,7 @@ def finetune(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a BERT on one or several tasks."""
@@ -169,7 +183,8 @@ def finetune(
     from bertlite.finetuning.finetune import run
     from bertlite.finetuning.results import format_results
 
-    results = run(_load_config(FinetuneConfig, config, overrides, out, model), resume=resume)
+    _check_start(overwrite, resume)
+    results = run(_load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
     _print_result(results, as_json, format_results)
 
 
@@ -180,13 +195,15 @@ def sweep(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Search for the best settings of a fine-tuning."""
     from bertlite.config.finetune_settings import SweepConfig
     from bertlite.finetuning import sweep as sweeping
 
-    trials = sweeping.sweep(_load_config(SweepConfig, config, overrides, out, model), resume=resume)
+    _check_start(overwrite, resume)
+    trials = sweeping.sweep(_load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
     _print_result(trials, as_json, sweeping.format_trials)
 
 
@@ -416,6 +433,13 @@ def _folder_of_run(config: Path) -> Path | None:
     files = (".lock", "metrics.jsonl", "checkpoints", "results.json")
     is_run = config.name == "config.yaml" and any((config.parent / name).exists() for name in files)
     return config.parent if is_run else None
+
+
+def _check_start(overwrite: bool, resume: bool) -> None:
+    from bertlite.core.errors import UserError
+
+    if overwrite and resume:
+        raise UserError("--overwrite starts a run anew, --resume and --extend-to continue one; give one of them")
 
 
 def _load_model(model: str, precision: str) -> "LoadedModel":

@@ -17,22 +17,26 @@ from bertlite.finetuning.experiment import prepare, run_seed
 from bertlite.finetuning.results import read_results, summarize_seeds
 from bertlite.finetuning.tasks import TASKS
 from bertlite.training.optim import OPTIMIZERS, SCHEDULES
-from bertlite.training.run_folder import open_run, write_config
+from bertlite.training.run_folder import RUN_FILES, open_run, write_config
 
 
-def run(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune as configured into `output_dir`, with each seed; with `resume`, continue a stopped run.
+def run(config: FinetuneConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Fine-tune as configured into `output_dir`, with each seed; with `resume`, continue a stopped run, with
+    `overwrite`, replace one.
 
     Returns what results.json holds: the metric's mean and standard deviation, and all metrics of each seed; for
     several tasks, that by their names. Raises UserError for what is wrong with the configuration or the data.
     """
     check_settings(config)
-    results = run_tasks(config, resume) if config.task is None else run_task(config, config.task, resume)
+    if config.task is None:
+        results = run_tasks(config, resume, overwrite)
+    else:
+        results = run_task(config, config.task, resume, overwrite)
     leave_process_group()
     return results
 
 
-def run_tasks(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
+def run_tasks(config: FinetuneConfig, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Fine-tune on each of several tasks, into a folder of its own."""
     output_dir = Path(config.output_dir)
     for name, settings in config.tasks.items():  # a missing table ends the run before the first task is trained
@@ -44,17 +48,17 @@ def run_tasks(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     for name, settings in config.tasks.items():
         logger.info(f"task {name}")
         changes = {"task": settings, "tasks": {}, "output_dir": str(output_dir / name)}
-        results[name] = run_task(config.model_copy(update=changes), settings, resume)
+        results[name] = run_task(config.model_copy(update=changes), settings, resume, overwrite)
     if get_rank() == 0:
         write_json(output_dir / "results.json", results)
     return results
 
 
-def run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> dict[str, Any]:
+def run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Fine-tune on one task with each seed, and keep the model of the best."""
     runtime = initialize_runtime(config.train.precision, config.train.compile)
     folder = Path(config.output_dir)
-    with open_run(folder, config, resume, runtime.rank):
+    with open_run(folder, config, resume, runtime.rank, overwrite):
         if resume and (folder / "results.json").exists():
             results = read_results(folder)
             if runtime.rank == 0:
@@ -63,7 +67,7 @@ def run_task(config: FinetuneConfig, settings: TaskSettings, resume: bool) -> di
             return results
         experiment = prepare(config, settings, runtime)
         if runtime.rank == 0:  # after all checks, so that a mistake leaves no run behind
-            write_config(folder, config)
+            write_config(folder, config, outdated=RUN_FILES if overwrite else [])
         barrier()
         seeds = {str(seed): run_seed(experiment, seed, resume) for seed in config.train.seeds}
         results = summarize_seeds(seeds, experiment.metric, experiment.measured_on)

@@ -14,12 +14,12 @@ from bertlite.core.files import write_text
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
 from bertlite.finetuning.finetune import check_settings, run
-from bertlite.training.run_folder import open_run, write_config
+from bertlite.training.run_folder import RUN_FILES, open_run, write_config
 
 Space = dict[str, list[Any] | Range]  # the values that a setting may have, by the setting's name
 
 
-def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
+def sweep(config: SweepConfig, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
     """Run the remaining trials, each a fine-tuning into `output_dir`/trial-… with all seeds of the configuration.
 
     Returns the number, value and settings of each trial, best first. Writes study.db (Optuna's), trials.csv,
@@ -36,8 +36,8 @@ def sweep(config: SweepConfig, resume: bool = False) -> list[dict[str, Any]]:
     space, folder = config.sweep.space, Path(config.output_dir)
     base = FinetuneConfig(**{name: getattr(config, name) for name in FinetuneConfig.model_fields})
     check_space(base, space)
-    with open_run(folder, config, resume):
-        write_config(folder, config)
+    with open_run(folder, config, resume, overwrite=overwrite):
+        write_config(folder, config, outdated=RUN_FILES if overwrite else [])
         storage = f"sqlite:///{folder / 'study.db'}"
         study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
         write_best(folder, study, base, space)

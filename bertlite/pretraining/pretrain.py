@@ -8,6 +8,7 @@ import torch
 
 from bertlite.config.settings import PretrainConfig, TrainSettings
 from bertlite.core.distributed import barrier, leave_process_group
+from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime, initialize_runtime
 from bertlite.data.batches import Batches
@@ -29,12 +30,15 @@ from bertlite.training.checkpoint import (
 from bertlite.training.memory import choose_micro_batch_size
 from bertlite.training.optim import Optimizer
 from bertlite.training.plateau import PlateauWatch
-from bertlite.training.run_folder import open_run, write_config
+from bertlite.training.run_folder import RUN_FILES, open_run, write_config
 from bertlite.training.trainer import Callback, Trainer, evaluate
 
 
-def run(config: PretrainConfig, resume: bool = False) -> Path:
+def run(config: PretrainConfig, resume: bool = False, overwrite: bool = False, extend: bool = False) -> Path:
     """Pretrain into `output_dir`; with `resume`, continue from its newest valid checkpoint.
+
+    With `overwrite`, replace a run in this folder; with `extend`, resume it with a larger `train.max_steps`, also if it
+    has finished.
 
     Returns the folder of the final model. Raises UserError for a wrong configuration, Failure when the training cannot
     continue, and Stopped after a signal, with a checkpoint saved.
@@ -42,8 +46,8 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
     check_settings(config)
     folder = Path(config.output_dir)
     runtime = initialize_runtime(config.train.precision, config.train.compile)
-    with open_run(folder, config, resume, runtime.rank):
-        if resume and (folder / "model" / "config.json").exists():
+    with open_run(folder, config, resume, runtime.rank, overwrite, extend):
+        if resume and not extend and (folder / "model" / "config.json").exists():
             logger.info(f"{folder}: the run has finished; its model is in {folder / 'model'}")
             return folder / "model"
         if runtime.rank == 0:  # the other ranks find everything in the cache afterwards
@@ -52,11 +56,13 @@ def run(config: PretrainConfig, resume: bool = False) -> Path:
         if runtime.rank:
             prepared = prepare(config)
         checkpoint = newest_checkpoint(folder) if resume else None
+        if extend and checkpoint is None:
+            raise UserError(f"{folder}: has no valid checkpoint to continue from; start another run with --out DIR")
         if resume and checkpoint is None:
             logger.info(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
         trainer = new_trainer(config, prepared, runtime, standard_callbacks(config, prepared, runtime), checkpoint)
         if runtime.rank == 0:  # not before: a mistake found until here leaves no run behind
-            write_config(folder, config)
+            write_config(folder, config, outdated=RUN_FILES if overwrite else ["model"] if extend else [])
         trainer.train()
         if runtime.rank == 0:
             save_final_model(folder, trainer.model, prepared.tokenizer)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bertlite.config.loading import diff_configs, dump_config, load_config
-from bertlite.config.settings import MAY_DIFFER_ON_RESUME, Section
+from bertlite.config.settings import MAY_DIFFER_ON_RESUME, PretrainConfig, Section
 from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
 from bertlite.core.logging import logger
@@ -19,10 +19,21 @@ from bertlite.model.huggingface import local_folder
 from bertlite.model.sentence_transformers import find_encoder
 from bertlite.training.checkpoint import newest_checkpoint
 
+# What runs write beside config.yaml, as globs.
+RUN_FILES = (
+    "metrics.jsonl", "checkpoints", "model", "results.json", "predictions.jsonl", "worst.jsonl", "confusion.png",
+    "seed-*", "trial-*", "study.db", "trials.csv", "trials.png", "best.yaml",
+)  # fmt: skip
+
 
 @contextmanager
-def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iterator[None]:
+def open_run(
+    folder: Path, config: Section, resume: bool, rank: int = 0, overwrite: bool = False, extend: bool = False
+) -> Iterator[None]:
     """Lock a run folder for this process, after checking that `config` may start or resume the run in it.
+
+    With `overwrite` it may replace a run of the same command, with `extend` resume one with more steps; `write_config`
+    then removes what is outdated.
 
     The operating system frees the lock, on the file .lock, when the process ends. Rank 0 locks for all ranks.
     Raises UserError when another process holds the lock, when the folder holds a run and `resume` is false, or when
@@ -43,9 +54,15 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
     except OSError as error:
         raise UserError(f"{folder}: cannot be created or written: {error.strerror}") from None
     try:
-        _check_config(folder, config, resume)
+        if not _holds_run(folder):
+            if any(not name.startswith(".") for name in os.listdir(folder)):
+                raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --out")
+        elif overwrite:
+            _check_overwrite(folder, config)
+        else:
+            _check_resume(folder, config, resume, extend)
         for place in (folder, *folder.glob("seed-*")):
-            for name in ("config.yaml", "metrics.jsonl", "model", "results.json", "predictions.jsonl", "worst.jsonl"):
+            for name in ("config.yaml", *RUN_FILES):
                 remove_leftovers(place, name)
             remove_leftovers(place / "checkpoints", "step-*")
         yield
@@ -55,8 +72,16 @@ def open_run(folder: Path, config: Section, resume: bool, rank: int = 0) -> Iter
             shutil.rmtree(folder)
 
 
-def write_config(folder: Path, config: Section) -> None:
-    """Write the resolved configuration into a run folder, which then counts as a run."""
+def write_config(folder: Path, config: Section, outdated: Iterable[str] = ()) -> None:
+    """Write the resolved configuration into a run folder, which then counts as a run.
+
+    Entries of RUN_FILES that are `outdated` are removed before: config.yaml marks the folder as a run all the time.
+    """
+    for path in [path for name in outdated for path in folder.glob(name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     write_text(folder / "config.yaml", dump_config(config))
 
 
@@ -99,24 +124,47 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _check_config(folder: Path, config: Section, resume: bool) -> None:
-    holds_run = any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
-    if not holds_run:
-        if any(not name.startswith(".") for name in os.listdir(folder)):
-            raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --out")
-        return
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
+
+
+def _check_overwrite(folder: Path, config: Section) -> None:
+    """Raise UserError if the folder holds something else than a run of this command, or what the new run needs."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder}: has no config.yaml, so --overwrite does not replace it; name another folder with --out"
+        )
+    load_config(type(config), folder / "config.yaml")
+    for text in _find_texts(config.model_dump(exclude={"output_dir"})):
+        if os.path.exists(text) and Path(os.path.realpath(text)).is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"{text} is part of the run that --overwrite would replace; name another folder with --out")
+
+
+def _find_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _find_texts(item)
+
+
+def _check_resume(folder: Path, config: Section, resume: bool, extend: bool) -> None:
+    """Raise UserError if the run may not be resumed with this configuration."""
     if not resume:
-        raise UserError(f"{folder}: already holds a run; continue it with --resume, or name another folder with --out")
+        raise UserError(
+            f"{folder}: already holds a run; continue it with --resume, replace it with --overwrite, or name another "
+            "folder with --out"
+        )
     if not (folder / "config.yaml").exists():
         if newest_checkpoint(folder) is None:
             return
         raise UserError(f"{folder}: has no config.yaml, so it cannot be resumed; name another folder with --out")
     old = load_config(type(config), folder / "config.yaml")
     for name, (before, now) in diff_configs(old, config).items():
-        if name not in MAY_DIFFER_ON_RESUME:
-            is_length = name in ("train.max_steps", "train.num_train_epochs")
-            init_from = f" --set model.init_from={folder}" if is_length else ""
+        is_longer = name == "train.max_steps" and isinstance(config, PretrainConfig) and now > before
+        if name not in MAY_DIFFER_ON_RESUME and not (is_longer and extend):
+            advice = f"make the run longer by --extend-to {now}, " if is_longer else ""
             raise UserError(
-                f"{folder}: {name} is {now!r}, but the run there has {before!r}; resume with the old value, "
-                f"or start another run with --out DIR{init_from}"
+                f"{folder}: {name} is {now!r}, but the run there has {before!r}; resume with the old value, {advice}"
+                "or start another run with --out DIR"
             )
