@@ -169,7 +169,7 @@ def test_the_commands(bertlite, write, vocabulary, tmp_path, monkeypatch):
 
     save_model(vocabulary, "token-classification", tmp_path / "tokens")
     code, _, err = bertlite("predict", tmp_path / "tokens", "--pairs", "Ada\tspoke")
-    assert code == 2 and "--pairs: this model labels the words of single texts" in err
+    assert code == 2 and "--pairs: the model reads single texts" in err
     assert isinstance(json.loads(bertlite("predict", tmp_path / "tokens", "Ada spoke", "--json")[1]), list)
     values |= {"sweep": {"trials": 1, "space": {"train.max_steps": [2]}}, "output_dir": str(tmp_path / "sweep")}
     path.write_text(yaml.safe_dump(values))
