@@ -53,7 +53,7 @@ def answer_overlap(answer: str, prediction: str) -> float:
 
 def best_of_answers(metric: Metric, answers: Sequence[str], prediction: str) -> float:
     """Return a metric against the reference answer that fits best; one without words counts only if all are so."""
-    return max(metric(answer, prediction) for answer in [text for text in answers if split_answer(text)] or [""])
+    return max(metric(answer, prediction) for answer in [text for text in answers if split_answer(text)] or answers)
 
 
 def is_correct(answers: Sequence[str], prediction: str) -> bool:

@@ -21,19 +21,24 @@ from bertlite.data.tables import get_column
 from bertlite.finetuning.batches import TaskBatch
 from bertlite.finetuning.decoding import Outputs, Scores, softmax
 from bertlite.finetuning.examples import Examples, without_labels
+from bertlite.finetuning.label_lists import parse_list
 from bertlite.finetuning.labels import is_empty, read_label, read_texts
 
 TEXT = "text"  # the only label of a model whose choices are called by their text
 
 
 def read_choices(record: Record, settings: InputSettings) -> list[str]:
-    """Read the choices of a record: a column for each, or one column with a list of them, or of their `text`.
+    """Read the choices of a record: a column for each, or one with a list of them, also as a text, or of their `text`.
 
     The last columns may be empty. Raises UserError for fewer than two choices, and for one without text.
     """
     cells: Any = [get_column(record, name, "task.choices") for name in settings.choices]
     if len(cells) == 1:
-        cells = cells[0]["text"] if isinstance(cells[0], dict) and "text" in cells[0] else cells[0]
+        (cells,) = cells
+        if isinstance(cells, dict):
+            cells = cells.get("text")
+        elif isinstance(cells, str):
+            cells = parse_list(cells) or cells
     while isinstance(cells, list) and cells and cells[-1] in (None, ""):
         cells = cells[:-1]
     if not isinstance(cells, list) or len(cells) < 2:
@@ -98,17 +103,20 @@ def collect_choice_names(records: list[Record], settings: InputSettings) -> list
 
 
 def name_choices(labels: list[str], names: list[str], texts: Sequence[str]) -> list[str]:
-    """Return what the choices of a record are called: by its own `names`, by the model's labels, or by their texts."""
+    """Return what the choices of a record are called: by its own `names`, by the model's labels, or by their texts.
+
+    Choices beyond the labels are called by their indices.
+    """
     if names:
         return names
     if labels == [TEXT]:
         return list(texts)
-    return labels[: len(texts)] if len(labels) >= len(texts) else [str(index) for index in range(len(texts))]
+    return [*labels, *map(str, range(len(labels), len(texts)))][: len(texts)]
 
 
 def describe_choice(index: int, labels: list[str]) -> str:
     """Return what a choice is called, or its index if that is by its text."""
-    return str(index) if labels == [TEXT] else labels[index]
+    return labels[index] if labels != [TEXT] and index < len(labels) else str(index)
 
 
 def find_right_choice(record: Record, labels: list[str], settings: InputSettings) -> int:

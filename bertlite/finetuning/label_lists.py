@@ -57,7 +57,7 @@ def split_cell(record: Record, settings: InputSettings) -> tuple[str, list[Any]]
 def _split_text(text: str, record: Record, settings: InputSettings) -> tuple[str, list[Any]]:
     is_default = settings.label_separator == ","
     if text.startswith("[") and text.endswith("]"):
-        items = _parse_list(text)
+        items = parse_list(text)
         if items is not None:
             return LIST_IN_TEXT, items
         if is_default:
@@ -74,7 +74,7 @@ def _are_flags(items: list[Any]) -> bool:
     return all(str(item).strip().lower() in FLAGS for item in items)
 
 
-def _parse_list(text: str) -> list[Any] | None:
+def parse_list(text: str) -> list[Any] | None:
     """Parse a list in a text: ["a", "b"], ['a', 'b'], or without commas, as NumPy prints it. None if it is not one."""
     quoted = "'" in text or '"' in text
     with_commas = re.sub(r"(?<=['\"])\s+(?=['\"])" if quoted else r"(?<=\d)\.?\s+(?=[-\d])", ", ", text)

@@ -37,7 +37,8 @@ def predict(
     """Yield each record with the prediction for its texts, in order, in Hugging Face's format.
 
     Labels: `label, score`, or a list of the `top_k` best. Tokens: a list of entities, `entity_group, score, word,
-    start, end`. Questions: `score, start, end, answer`. At the end, log how many texts were truncated.
+    start, end`. Questions: `score, start, end, answer`. Multiple choice: `label, score, choice`, or a list of the best.
+    At the end, log how many texts were truncated.
     """
     task = find_task(model)
     num_records = num_truncated = 0
@@ -55,11 +56,12 @@ def predict(
 
 
 def format_prediction(prediction: Any) -> str:
-    """Format a prediction as a line of text: a dash if there are no entities."""
-    keys = ("label", "entity_group", "word", "answer")
+    """Format a prediction as a line of text: a dash if there are no entities, and for no answer."""
+    keys = ("label", "entity_group", "word", "answer", "choice")
     entries = prediction if isinstance(prediction, list) else [prediction]
     formatted = (
-        "  ".join([f"{entry['score']:.4f}", *(entry[key] for key in keys if key in entry)]) for entry in entries
+        "  ".join([f"{entry['score']:.4f}", *dict.fromkeys(entry[key] or "-" for key in keys if key in entry)])
+        for entry in entries
     )
     return "; ".join(formatted) or "-"
 

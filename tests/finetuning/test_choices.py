@@ -46,6 +46,11 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str], list[int
     "ARC": ([named("1234", "4"), named("ABCDE", "E"), named("ABC", "B")], {}, list("ABCDE"), [3, 4, 1]),
     "texts": ([{"choices": ["Rome", "Oslo"], "label": "Oslo"}] * 2, {}, ["text"], [1, 1]),
     "numbers as texts": ([{"choices": ["12", "3"], "label": "12"}] * 2, {}, ["text"], [0, 0]),
+    "no numbers": (
+        [{"choices": ["4", "3", "2"], "label": "3"}, {"choices": ["3", "1"], "label": "3"}], {}, ["text"], [1, 0],
+    ),
+    "lists in texts": ([{"choices": "['a', 'b']", "label": 1}, {"choices": '["c", "d", "e"]', "label": "2"}],
+                       {}, ["0", "1", "2"], [1, 2]),
     "some choices": (
         [swag("a"), {**swag("b"), "ending2": None, "ending3": ""}], {"choices": ENDINGS}, list("abcd"), [0, 1],
     ),
