@@ -87,9 +87,9 @@ class InputSettings(Section):
     on_bad_example: Literal["error", "skip"] = "error"
     """What to do with examples that cannot be used, such as an empty text: end with an error, or leave them out."""
     max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128
-    """Tokens of an example; longer ones are truncated, or split for question answering."""
+    """Tokens of an example; longer ones are truncated or, for tags and question answering, read in windows."""
     doc_stride: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 64
-    """Tokens by which the parts of a split context overlap; in predict, half of max_length, at most 128."""
+    """Tokens by which such windows overlap, for tags at most half of one; in predict of answers half, at most 128."""
     max_answer_length: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 30
     """Tokens of the longest answer."""
     null_score_diff_threshold: float | None = None
@@ -131,7 +131,7 @@ class TaskSettings(InputSettings):
     test: TableLocation | None = None
     """Test examples, which the results are measured on; null: the validation examples."""
     metric: str | None = None
-    """Metric that chooses the best checkpoint; null: the first one of the task's type."""
+    """Metric that chooses the best checkpoint; null: the first one of the task's type, or of its kind of tags."""
     class_weights: ClassWeights | None = None
     """Weights of the labels in the loss: balanced, or a number for each label, such as {spam: 2}; null: equal."""
 

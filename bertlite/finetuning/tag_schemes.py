@@ -55,13 +55,25 @@ def describe(sentences: list[Sentence], kinds: list[str]) -> str:
     prefixes = {split_tag(tag)[0] or tag for _, tags in sentences for tag in tags} - {"O"}
     names = [name for name, letters in SCHEMES.items() if prefixes <= set(letters)]
     name = "mixed prefixes" if not names else names[0]
+    num_changed, is_iob1 = compare_with_iob1([tags for _, tags in sentences])
     if name == "IOB":
-        prefixes_kept = all(
-            [tag[:1] for tag in tags] == [tag[:1] for tag in convert_to_iob2(tags)] for _, tags in sentences
-        )
-        name = "IOB2" if prefixes_kept else "IOB1"
+        name = "IOB1" if num_changed and is_iob1 else "IOB2"
     read_as = "" if name == "IOB2" else ", read as IOB2"
+    if name == "IOB2" and num_changed:
+        read_as = f" (tags with I that start an entity, read as B: {num_changed:,})"
     return f"tags: {name}{read_as}, with {len(kinds)} kind(s) of entity: {list_some(kinds)}"
+
+
+def compare_with_iob1(sentences: list[list[str]]) -> tuple[int, bool]:
+    """Return how many entities start with I, and whether all that start with B follow an entity of their kind, as in
+    IOB1 (Ramshaw and Marcus 1995)."""
+    num_changed, is_iob1 = 0, True
+    for tags in sentences:
+        converted = convert_to_iob2(tags)
+        for tag, new, previous in zip(tags, converted, ["O", *converted], strict=False):
+            num_changed += tag[:1] == "I" and new[:1] == "B"
+            is_iob1 = is_iob1 and (tag[:1] != "B" or new[2:] == previous[2:])
+    return num_changed, is_iob1
 
 
 def convert_to_iob2(tags: list[str]) -> list[str]:
@@ -101,7 +113,8 @@ def collect_labels(sentences: list[Sentence], scheme: str | None, names: list[st
     if not recognize(sentences, scheme):
         if len(tags) < 2:
             raise UserError(f"task.train: all words have the tag {tags[0]!r}; there should be two")
-        return names or tags, f"tags: one per word, {len(tags)} of them: {list_some(tags)}"
+        hint = " (task.label_names gives numbers names)" if all(map(str.isdecimal, tags)) else ""
+        return names or tags, f"tags: one per word, {len(tags)} of them: {list_some(tags)}{hint}"
     kinds = list(dict.fromkeys(tag[2:] for tag in convert_to_iob2(names or tags) if tag != "O"))
     if names is None:
         kinds.sort()

@@ -52,6 +52,8 @@ RECOGNIZED = {
         ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"],
         "tags: IOB2, with 2 kind(s) of entity: LOC, PER",
     ),
+    "I-PER I-PER O, O B-PER": (["O", "B-PER", "I-PER"], "tags: IOB2 (tags with I that start an entity, read as B: 1)"),
+    "I-PER B-PER O I-PER": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind(s) of entity: PER"),
     "I-PER I-PER O": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind(s) of entity: PER"),
     "B-PER L-PER U-LOC O": (["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], "tags: BILOU, read as IOB2"),
     "B-PER E-PER S-LOC O": (["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], "tags: BIOES, read as IOB2"),
@@ -61,7 +63,7 @@ RECOGNIZED = {
     "B M E S": (["O", f"B-{UNNAMED}", f"I-{UNNAMED}"], "tags: BMES, read as IOB2"),  # segmented Chinese
     "DET NOUN VERB": (["DET", "NOUN", "VERB"], "tags: one per word, 3 of them: DET, NOUN, VERB"),
     "PER PER O LOC": (["LOC", "O", "PER"], "tags: one per word, 3 of them: LOC, O, PER"),
-    "10 0 9": (["0", "9", "10"], "tags: one per word, 3 of them: 0, 9, 10"),
+    "10 0 9": (["0", "9", "10"], "tags: one per word, 3 of them: 0, 9, 10 (task.label_names"),
     "E S X": (["E", "S", "X"], "tags: one per word"),
 }
 
