@@ -116,14 +116,18 @@ def read_labelled_text(record: Record, settings: InputSettings) -> tuple[str, li
 def encode_sentences(
     texts: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
-    """Tokenize texts, or lists of words. A text longer than `max_length` gives examples that overlap."""
+    """Tokenize texts, or lists of words. A text longer than `max_length` gives windows, one example each.
+
+    They overlap by `doc_stride` tokens, but by at most half of a window.
+    """
     (inputs,) = map(list, zip(*texts, strict=True))
+    window_length = settings.max_length - tokenizer.num_special_tokens_to_add()
     encoded = tokenizer(
         inputs,
         is_split_into_words=isinstance(inputs[0], list),
         truncation=True,
         max_length=settings.max_length,
-        stride=window_stride(settings, tokenizer.num_special_tokens_to_add()),
+        stride=min(settings.doc_stride, window_length // 2),
         return_overflowing_tokens=True,
         verbose=False,
     )
@@ -133,19 +137,14 @@ def encode_sentences(
     return Examples(encoded.encodings, records, [IGNORED] * num_examples, list(texts), [], targets_per_token=True)
 
 
-def window_stride(settings: InputSettings, num_special_tokens: int) -> int:
-    """Return the number of tokens that consecutive windows share: `doc_stride`, but at most half of a window."""
-    return min(settings.doc_stride, (settings.max_length - num_special_tokens) // 2)
-
-
-def find_words(examples: Examples, settings: InputSettings) -> list[dict[int, Word]]:
+def find_words(examples: Examples) -> list[dict[int, Word]]:
     """Return the words of each text, by their index; of a list of words, those that have tokens."""
     windows: list[list[tuple[int, Encoding]]] = [[] for _ in examples.texts]
     for example, (record, encoding) in enumerate(zip(examples.record_indices, examples.encodings, strict=True)):
         windows[record].append((example, encoding))
     texts = []
     for (text,), windows_of_text in zip(examples.texts, windows, strict=True):
-        words = find_words_of_text(windows_of_text, settings)
+        words = find_words_of_text(windows_of_text)
         if isinstance(text, str):
             texts.append(dict(enumerate(words.values())))
             continue
@@ -159,15 +158,16 @@ def find_words(examples: Examples, settings: InputSettings) -> list[dict[int, Wo
     return texts
 
 
-def find_words_of_text(windows: list[tuple[int, Encoding]], settings: InputSettings) -> dict[int, Word]:
+def find_words_of_text(windows: list[tuple[int, Encoding]]) -> dict[int, Word]:
     """Return the words of a text that is read in one or several windows, which have indices among all examples.
 
-    A word that several windows have belongs to the one in which it has the most context.
+    A word that several windows have belongs to the one in which it has the most context. A window that begins inside a
+    word has the least there, so the word belongs to one that has its first token.
     """
     words: dict[int, Word] = {}
     contexts: dict[int, float] = {}  # the tokens between a word and the closer cut of its window
     for number, (example, encoding) in enumerate(windows):
-        seen = {find_cut_word(windows[number - 1][1], settings)} if number else set()
+        seen = set()
         for position, index in enumerate(encoding.word_ids):
             if index is None:
                 continue
@@ -184,16 +184,6 @@ def find_words_of_text(windows: list[tuple[int, Encoding]], settings: InputSetti
     return words
 
 
-def find_cut_word(encoding: Encoding, settings: InputSettings) -> int | None:
-    """Return the word that the window after this one begins in the middle of, or None."""
-    num_special = sum(encoding.special_tokens_mask)
-    first = (
-        len(encoding) - num_special - window_stride(settings, num_special) + 1
-    )  # that the next window has; after [CLS]
-    word: int | None = encoding.word_ids[first]
-    return word if encoding.word_ids[first - 1] == word else None
-
-
 def tag_examples(
     records: list[Record], labels: list[str], tokenizer: PreTrainedTokenizerBase, settings: InputSettings
 ) -> Examples:
@@ -201,13 +191,13 @@ def tag_examples(
     if read_text_and_spans(records[0], settings) is None:
         sentences = [read_tagged_words(record, settings) for record in records]
         examples = encode_sentences([(words,) for words, _ in sentences], tokenizer, settings)
-        words = find_words(examples, settings)
+        words = find_words(examples)
         is_iob2 = marks_entities(labels, settings.tag_scheme)
         tags = [convert_to_iob2(tags) if is_iob2 else tags for _, tags in sentences]
     else:
         texts = [read_labelled_text(record, settings) for record in records]
         examples = encode_sentences([(text,) for text, _ in texts], tokenizer, settings)
-        words = find_words(examples, settings)
+        words = find_words(examples)
         fits = [
             tag_words(spans, [(word.start, word.end) for word in words_of_text.values()])
             for (_, spans), words_of_text in zip(texts, words, strict=True)
@@ -245,7 +235,7 @@ def decode_tags(outputs: Outputs) -> list[list[str]]:
     """Return a tag per word of each text, from the word's first token; without tokens, O or the first label."""
     outside = "O" if "O" in outputs.labels else outputs.labels[0]
     predictions = []
-    for (text,), words in zip(outputs.examples.texts, find_words(outputs.examples, outputs.settings), strict=True):
+    for (text,), words in zip(outputs.examples.texts, find_words(outputs.examples), strict=True):
         tags = [outside] * (len(words) if isinstance(text, str) else len(text))
         for index, word in words.items():
             tags[index] = outputs.labels[int(outputs.scores[word.example][word.position].argmax())]
@@ -255,7 +245,7 @@ def decode_tags(outputs: Outputs) -> list[list[str]]:
 
 def find_entities(outputs: Outputs) -> Iterator[list[dict[str, Any]]]:
     """Yield the entities of each text, as Hugging Face's pipeline does; words of a list have blanks between."""
-    for (text,), words in zip(outputs.examples.texts, find_words(outputs.examples, outputs.settings), strict=True):
+    for (text,), words in zip(outputs.examples.texts, find_words(outputs.examples), strict=True):
         probabilities = [softmax(outputs.scores[word.example][word.position]) for word in words.values()]
         characters = [(word.start, word.end) for word in words.values()]
         whole = text if isinstance(text, str) else " ".join(text)

@@ -1,5 +1,6 @@
 """Token classification: words, windows, entities and spans, against Hugging Face's pipeline and seqeval."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_each_word_of_a_long_text_is_read_once_where_it_has_the_most_context(spl
     inputs = text.split() if split else text
     settings = settings_of(max_length=18, doc_stride=stride)
     examples = encode_sentences([(inputs,)], tokenizer, settings)
-    (words,) = find_words(examples, settings)
+    (words,) = find_words(examples)
     whole = tokenizer(inputs, is_split_into_words=split, verbose=False).encodings[0]
     assert len(examples.encodings) == np.ceil((len(whole) - 2 - min(stride, 8)) / (16 - min(stride, 8)))
     assert sorted(words) == sorted({word for word in whole.word_ids if word is not None})
@@ -122,6 +123,25 @@ def test_no_tag_of_a_long_sentence_is_lost(write):
         scores = [np.eye(3, dtype=np.float32)[np.maximum(target, 0)] for target in cut.targets]
         predictions = short.task.decode(Outputs(scores, cut, short.labels, short.settings))
         assert predictions == cut.references == whole.references
+
+
+def to_bilou(tags: list[str]) -> list[str]:
+    ends = [not following.startswith("I") for following in [*tags[1:], "O"]]
+    letters = {("B", True): "U", ("I", True): "L"}
+    return [letters.get((tag[0], end), tag[0]) + tag[1:] for tag, end in zip(tags, ends, strict=True)]
+
+
+def test_tags_of_another_scheme_give_the_same_examples(write, bertlite, tmp_path):
+    bilou = [record | {"label": to_bilou(record["label"])} for record in make_records(T)]
+    assert {tag[0] for record in bilou for tag in record["label"]} == set("BILOU")
+    config = write(T, bilou)
+    run(config)
+    experiment, expected = make_experiment(config), make_experiment(write(T))
+    assert experiment.labels == expected.labels and experiment.data_fingerprint == expected.data_fingerprint
+    write(T, bilou)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["seeds"]["0"]
+    _, out, err = bertlite("evaluate", tmp_path / "run", "--data", tmp_path / "validation.jsonl", "--json")
+    assert json.loads(out) == pytest.approx({name: results[name] for name in json.loads(out)}, abs=1e-4), err
 
 
 def make_tags(name: str) -> list[dict[str, Any]]:
@@ -218,11 +238,11 @@ def test_spans_of_characters_become_the_tags_of_the_words(form, write, capsys):
         assert [encoding.ids for encoding in examples.encodings] == [encoding.ids for encoding in of_words.encodings]
         spans = [
             [(kind, words[first].start, words[last].end) for kind, first, last in get_entities(tags)]
-            for tags, words in zip(examples.references, find_words(examples, experiment.settings), strict=True)
+            for tags, words in zip(examples.references, find_words(examples), strict=True)
         ]
         wanted = [
             [(kind, words[first].start, words[last].end) for kind, first, last in get_entities(tags)]
-            for tags, words in zip(of_words.references, find_words(of_words, expected.settings), strict=True)
+            for tags, words in zip(of_words.references, find_words(of_words), strict=True)
         ]
         assert spans == wanted
 
@@ -231,7 +251,8 @@ def test_spans_that_do_not_fit_words_are_counted(write, capsys):
     words = [(0, 4), (5, 9), (9, 10), (11, 16)]
     assert tag_words([Span(0, 4, "A"), Span(11, 16, "B")], words) == (["B-A", "O", "O", "B-B"], 0, 0, 0)
     assert tag_words([Span(0, 10, "A")], words) == (["B-A", "I-A", "I-A", "O"], 0, 0, 0)
-    assert tag_words([Span(2, 7, "A")], words) == (["B-A", "I-A", "O", "O"], 1, 0, 0)
+    for start, end in ((2, 7), (2, 9), (0, 7)):
+        assert tag_words([Span(start, end, "A")], words) == (["B-A", "I-A", "O", "O"], 1, 0, 0)
     assert tag_words([Span(5, 9, "A"), Span(0, 9, "B")], words) == (["B-B", "I-B", "O", "O"], 0, 1, 0)
     assert tag_words([Span(4, 5, "A"), Span(0, 5, "B")], words) == (["B-B", "O", "O", "O"], 0, 0, 1)
     records = [{"text": f"Anna saw Paris. {number}", "label": [[0, 4, "PER"], [9, 14, "LOC"]]} for number in range(40)]
