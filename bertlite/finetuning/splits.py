@@ -18,7 +18,7 @@ from bertlite.finetuning.examples import Examples
 from bertlite.finetuning.labels import find_label_indices, list_counts, list_some
 from bertlite.finetuning.tasks import Task
 
-MAX_PROBLEMS = 3  # rows that cannot be used, of those that are left out, that are listed
+MAX_PLACES = 5  # rows that cannot be used and are left out, of which the places are logged
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def select_examples(
     if len(labelled) < len(records):
         missing = len(records) - len(labelled)
         logger.info(f"{setting}: {missing:,} of {len(records):,} rows have no label and are left out (task.no_label)")
-    usable, problems, known = [], [], set(labels)
+    usable, problems, known = [], {}, set(labels)
     for record in labelled:
         try:
             task.read_texts(record, settings)
@@ -79,22 +79,24 @@ def select_examples(
                 find_label_indices(names, labels, record)
             usable.append(record)
         except UserError as error:
-            problems.append(str(error))
+            problems[record.location] = str(error)
     if problems:
         report_problems(problems, len(labelled), settings, setting)
     return usable
 
 
-def report_problems(problems: list[str], num_rows: int, settings: InputSettings, setting: str) -> None:
-    """Log the problems of the rows that cannot be used. Raises UserError instead if all or none may be left out."""
+def report_problems(problems: dict[str, str], num_rows: int, settings: InputSettings, setting: str) -> None:
+    """Log the problems, by location, of the rows that cannot be used. Raises UserError instead if all or none may be
+    left out."""
+    first = next(iter(problems.values()))
     count = f"{len(problems):,} of {num_rows:,} rows cannot be used"
     if len(problems) == num_rows:
-        raise UserError(problems[0])
+        raise UserError(first)
     if settings.on_bad_example == "error":
-        advice = "task.on_bad_example: skip leaves them out"
-        raise UserError(f"{problems[0]}\n{setting}: {count}; {advice}")
-    others = "".join(f"\n{setting}: left out too: {problem}" for problem in problems[1:MAX_PROBLEMS])
-    logger.warning(f"{setting}: {count} and are left out: {problems[0]}{others}")
+        raise UserError(f"{first}\n{setting}: {count}; task.on_bad_example: skip leaves them out")
+    places = "".join(f"; {location.rsplit('/')[-1]}" for location in list(problems)[1:MAX_PLACES])
+    more = f"{places}; …" if len(problems) > MAX_PLACES else places
+    logger.warning(f"{setting}: {count} and are left out: {first}{more}")
 
 
 def tokenize_splits(
