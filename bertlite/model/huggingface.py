@@ -151,7 +151,9 @@ def load_weights_for(model_class: type[Classifier], labels: list[str], folder: P
         weights = {prefix + name: tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         model = model_class(saved.config, labels)
-    same_head = saved_class is model_class and _read_labels(saved, model_class) == labels
+    same_head = saved_class is model_class and (
+        model_class is MultipleChoice or _read_labels(saved, model_class) == labels  # its head is for any choices
+    )
     heads = tuple(f"{_hf_classifier(saved, head)}." for head in (SequenceClassifier, QuestionAnswerer))
     usable = (prefix, *heads) if same_head else (prefix,)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(usable)}
@@ -282,11 +284,12 @@ def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
     weight = saved.weights[name]
     if weight.ndim != 2 or not weight.numel():
         raise UserError(f"{saved.folder}: {name} has shape {tuple(weight.shape)}, which no head has")
+    labels = saved.hf_config.get("id2label")
     num_labels = len(weight)
     if model_class is MultipleChoice:  # whose labels name the choices, two by Hugging Face's default
-        num_labels = len(saved.hf_config.get("id2label") or range(2))
+        num_labels = len(labels) if labels and isinstance(labels, dict) else 2
     numbers = [str(number) for number in range(num_labels)]
-    labels = saved.hf_config.get("id2label") or {number: f"LABEL_{number}" for number in numbers}
+    labels = labels or {number: f"LABEL_{number}" for number in numbers}
     if not isinstance(labels, dict) or labels.keys() != set(numbers):
         raise UserError(
             f"{saved.folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}"

@@ -173,6 +173,20 @@ def test_a_folder_of_another_shape_or_without_an_encoder_is_refused(tmp_path):
         weights_of(make_ours(SequenceClassifier, ["a"]), tmp_path)
 
 
+def test_the_labels_of_multiple_choice_name_choices(tmp_path):
+    theirs = make_theirs(MultipleChoice, 5)
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert isinstance(model, MultipleChoice) and model.labels == [f"LABEL_{number}" for number in range(5)]
+    other = make_ours(MultipleChoice, ["A", "B"])  # whose head is for any number of choices
+    assert torch.equal(weights_of(other, tmp_path)["classifier.weight"], theirs.classifier.weight)
+    path: Path = tmp_path / "config.json"
+    for labels in (5, "ab"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
+        with pytest.raises(UserError, match="id2label should name"):
+            load_model(tmp_path)
+
+
 def test_labels_that_do_not_fit_the_head_are_refused(tmp_path):
     make_theirs(SequenceClassifier, 3).save_pretrained(tmp_path)
     path: Path = tmp_path / "config.json"
