@@ -47,7 +47,7 @@ def choose_inputs(
     reads = f"{'pairs of' if num_texts == 2 else 'single'} texts ({' and '.join(settings.text)})"
     if num_texts not in find_task(model).num_texts or (pairs and num_texts == 1):
         raise UserError("--pairs: the model reads single texts; leave --pairs out")
-    if num_texts == 2 and model.config.type_vocab_size < 2:
+    if (num_texts == 2 or settings.type == "multiple-choice") and model.config.type_vocab_size < 2:
         raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
     if columns and len(columns) != num_texts:
         given = " ".join(f"--column {name}" for name in columns)

@@ -387,3 +387,28 @@ def test_a_run_on_unanswerable_questions_keeps_its_threshold(write, tmp_path):
     assert fixed["f1"] == pytest.approx(100 / 3) and fixed["NoAns_f1"] == 100 and fixed["HasAns_f1"] == 0
     model = LoadedModel(tmp_path / "fixed" / "model", initialize_runtime("fp32"))
     assert model.predict(f"Who?\t{CONTEXT}")["answer"] == ""
+
+
+def make_word_questions(count: int) -> list[dict[str, Any]]:
+    """Make questions for a word of a context, a third of which is not there."""
+    generator = np.random.default_rng(0)
+    records = []
+    for _ in range(count):
+        word, *others = generator.permutation(["state", "people", "cells", "order"]).tolist()
+        words = generator.permutation([*others[:2], *([word] if generator.random() < 2 / 3 else [])]).tolist()
+        context = " ".join(words)
+        answers = [(word, context.index(word))] if word in words else []
+        columns = dict(zip(("text", "answer_start"), zip(*answers, strict=True), strict=False))
+        records.append({"question": word, "context": context, "answers": {"text": [], "answer_start": []} | columns})
+    return records
+
+
+def test_answers_and_their_absence_are_learned(write, tmp_path):
+    no_dropout = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    config = write(Q, make_word_questions(224), train__max_steps=120, train__eval_steps=60, train__learning_rate=4e-3,
+                   train__global_batch_size=16, **no_dropout)  # fmt: skip
+    scores = run(config)["seeds"]["0"]
+    assert scores["HasAns_exact"] > 95 and scores["NoAns_exact"] > 95
+    model = LoadedModel(tmp_path / "run" / "model", initialize_runtime("fp32"))
+    assert model.predict("cells\tstate cells people")["answer"] == "cells"
+    assert model.predict("order\tstate cells people")["answer"] == ""
