@@ -124,7 +124,9 @@ def check_task(name: str, settings: TaskSettings, label_smoothing: float) -> Non
         raise UserError(f"{name}.text names {len(settings.text)} columns; {settings.type} reads {task.num_texts[0]}")
     if len(settings.label) > 1 and settings.type != "multilabel":
         raise UserError(f"{name}.label names {len(settings.label)} columns; {settings.type} reads 1")
-    if settings.label_names and (len(settings.label) > 1 or settings.type in ("regression", "question-answering")):
+    if settings.label_names and (
+        len(settings.label) > 1 or settings.type in ("regression", "question-answering", "multiple-choice")
+    ):
         raise UserError(f"{name}.label_names is {settings.label_names}, but {name}.label needs no names; remove it")
     label_settings = {f"{name}.class_weights": settings.class_weights, "train.label_smoothing_factor": label_smoothing}
     if settings.positive_label is not None and not task.single_label:
