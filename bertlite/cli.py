@@ -208,6 +208,18 @@ def sweep(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run of finetune.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one, with the same task and test data.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two fine-tuned models, by the predictions of their runs."""
+    from bertlite.finetuning import compare as comparing
+
+    _print_result(comparing.compare_runs(first, second), as_json, comparing.format_comparison)
+
+
+@app.command()
 def predict(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: standard input.")] = None,

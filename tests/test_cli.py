@@ -23,6 +23,7 @@ COMMANDS = [
     "evaluate",
     "finetune",
     "sweep",
+    "compare",
     "predict",
     "fill",
     "embed",
