@@ -29,6 +29,7 @@ from bertlite.data.vocabulary import (
 
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
 TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
+EXTENSION_VERSION = 2  # raise it when the same text would extend a vocabulary by other tokens
 
 
 def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
@@ -80,7 +81,7 @@ def prepare_tokenizer(
     loaded = None if base is None else load_tokenizer(base, settings.lowercase)
     if loaded is not None and not (settings.extend or settings.special_tokens or settings.pad_to_multiple_of):
         return loaded
-    base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend]
+    base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend, EXTENSION_VERSION]
     training_key = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
     folder = (
         cache

@@ -88,16 +88,27 @@ def choose_new_tokens(documents: list[str], tokenizer: Tokenizer, count: int) ->
     """Choose at most `count` tokens to extend a WordPiece tokenizer by: those that occur most often in the documents.
 
     The candidates are the tokens that a vocabulary uses which is trained on the words that the tokenizer makes of the
-    documents. Some of them never occur beside the old tokens: WordPiece prefers longer tokens, and added tokens such as
-    [E1] are not split. These are replaced by the next candidates.
+    documents. Its size is the tokenizer's or, if that gives too few, a multiple of it.
     """
     old = tokenizer.get_vocab()
-    vocabulary = train_vocabulary(documents, len(old), tokenizer, SPECIAL_TOKENS)
-    trained = _with_splitter_of(tokenizer, models.WordPiece(vocabulary, unk_token="[UNK]"))
-    candidates = [token for token, _ in _most_frequent_first(_count_tokens(documents, trained)) if token not in old]
+    for size in count_up(len(old), step=len(old)):
+        vocabulary = train_vocabulary(documents, size, tokenizer, SPECIAL_TOKENS)
+        trained = _with_splitter_of(tokenizer, models.WordPiece(vocabulary, unk_token="[UNK]"))
+        candidates = [token for token, _ in _most_frequent_first(_count_tokens(documents, trained)) if token not in old]
+        chosen = _choose_occurring(candidates, documents, tokenizer, count)
+        if len(chosen) == count or len(vocabulary) < size:
+            break
+    return chosen
+
+
+def _choose_occurring(candidates: list[str], documents: list[str], tokenizer: Tokenizer, count: int) -> list[str]:
+    """Choose the first `count` candidates that occur in the documents when all of them extend the tokenizer.
+
+    Others do not: WordPiece prefers longer tokens, and added tokens such as [E1] are not split.
+    """
     while True:
         chosen = candidates[:count]
-        counts = _count_tokens(documents, with_vocabulary(tokenizer, extend_vocabulary(old, chosen)))
+        counts = _count_tokens(documents, with_vocabulary(tokenizer, extend_vocabulary(tokenizer.get_vocab(), chosen)))
         dead = {token for token in chosen if not counts[token]}
         if not dead:
             return chosen
