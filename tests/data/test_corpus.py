@@ -429,12 +429,15 @@ def test_cache_folder_is_the_setting_or_the_environment_or_home(monkeypatch, tmp
     assert cache_folder(None) == tmp_path / ".cache" / "bertlite"
 
 
-def test_unchanged_text_is_tokenized_once(tmp_path, prepare):
+def test_unchanged_text_is_tokenized_once(tmp_path, prepare, capsys):
+    """Which is logged before it starts, because it may take long."""
     path = tmp_path / "text.txt"
     path.write_text("one document\n\nanother document\n")
     first = prepare(path)
+    assert capsys.readouterr().err.startswith("data.train: tokenizing the documents\n")
     before = states(tmp_path)
     again = prepare(path)
+    assert "tokenizing" not in capsys.readouterr().err
     assert states(tmp_path) == before
     assert again.folder == first.folder and read_back(again) == read_back(first)
 

@@ -101,6 +101,7 @@ def test_labels_without_examples_and_untrained_positions_are_logged(write, vocab
     config = write("classification", [other if record["label"] == label else record for record in validation] + train)
     make_experiment(config)
     messages = capsys.readouterr().err
+    assert messages.index("reading the tables") < messages.index("tokenizing the examples") < messages.index("train: ")
     assert f"validation: no example has the label {label}, so it is not measured" in messages
     assert messages.count("has the label") == 1 and "later positions" not in messages
 
