@@ -247,7 +247,8 @@ def predict(
     records = inputs.read_inputs(texts or None, file, settings, columns)
     predictions = predicting.predict(loaded.classifier, loaded.tokenizer, records, settings, loaded.runtime, top_k)
     if out:
-        _print(f"{out}: {predicting.write_predictions(out, predictions):,} predictions")
+        written = {"file": str(out), "predictions": predicting.write_predictions(out, predictions)}
+        _print_result(written, as_json, lambda result: f"{result['file']}: {result['predictions']:,} predictions")
         return
     for _, prediction in predictions:
         _print_result(prediction, as_json, predicting.format_prediction)

@@ -130,14 +130,14 @@ def _read_text(path: Path, encoding: str) -> str:
         content: bytes = file.read()
     try:
         return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
-    except LookupError:
-        raise UserError(f"task.encoding is {encoding!r}, which Python does not know; it is utf-8, latin-1, …") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{line}: not {encoding} (byte 0x{content[error.start]:02x}); if it is text at all, set "
             f"task.encoding, perhaps to {guess_encoding(content)}"
         ) from None
+    except (LookupError, ValueError):  # ValueError: a name with a null byte, a codec of something else
+        raise UserError(f"task.encoding is {encoding!r}, which Python does not know; it is utf-8, latin-1, …") from None
 
 
 def read_json(table: TableFile) -> Iterator[Record]:

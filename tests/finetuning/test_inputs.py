@@ -13,6 +13,7 @@ import pytest
 from tiny_tasks import SENTENCES, save_model
 
 from bertlite.config.finetune_settings import SavedTask
+from bertlite.core.errors import UserError
 from bertlite.finetuning.inputs import read_inputs, read_texts
 
 TEXTS = [text for _, text in SENTENCES[:6]]
@@ -143,6 +144,13 @@ def test_files_are_laid_out_as_in_fine_tuning(settings, tmp_path):
     assert [read_texts(record, task) for record in read_inputs(None, str(path), task)] == [("Naïve",), ("b, c",)]
 
 
+@pytest.mark.parametrize("encoding", ["undefined", "punycode", "hex", "no\0name", ""])
+def test_an_encoding_of_a_stranger_is_named(encoding, tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"task\.encoding is "):
+        list(read_inputs(None, str(tmp_path / "a.csv"), SavedTask(encoding=encoding)))
+
+
 def test_lines_of_text_are_not_taken_for_tables(tmp_path):
     task, path = SavedTask(), tmp_path / "a.txt"
     for content in ("one\n\ntwo\n", "text\nlabel\n", "{one}\n", "[1]\n", "Well, the text\n", "a\tb\n", "", "\n{}\n"):
@@ -189,6 +197,8 @@ def test_out_keeps_the_columns_and_adds_the_predictions(name, bertlite, make_mod
     assert [line["text"] for line in lines] == ['say "a", b', "ü"] and [line["label"] for line in lines] == ["x", "y"]
     for line, prediction in zip(lines, expected, strict=True):
         assert line["predicted_label"] == prediction["label"] and float(line["predicted_score"]) == prediction["score"]
+    _, printed, _ = bertlite("predict", model, "--file", table, "--out", out, "--json")
+    assert json.loads(printed) == {"file": str(out), "predictions": 2}
     before = out.read_bytes()
     taken = write_table(tmp_path / "b.jsonl", {"text": ["a"], "predicted_label": ["x"]})
     code, _, err = bertlite("predict", model, "--file", taken, "--out", out)
