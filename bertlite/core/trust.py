@@ -1,4 +1,4 @@
-"""What a model folder from a stranger may contain."""
+"""What files and model folders from a stranger may contain."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 from bertlite.core.errors import UserError
 
 MAX_JSON_BYTES = 1 << 28  # ten times the largest tokenizer.json in use
+MAX_TEXT_CHARACTERS = 1 << 20  # of a text that a model reads; no model has positions for more
+MAX_LINE_BYTES = 1 << 26  # of a file of text; a novel has a million
+MAX_CELL_CHARACTERS = 1 << 24  # of a table with quotes, which may hold lines
 
 
 def check_model_folder(folder: Path) -> None:

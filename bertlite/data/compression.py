@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 
 from bertlite.core.errors import UserError
 
+# Compressed bytes that are decompressed at once: zstandard makes up to 32,768 bytes of one.
+ZSTANDARD_CHUNK = 1 << 9
+
 
 class _ZstandardFile(io.RawIOBase):
     """Decompress a .zst file; zstandard's own reader does not notice that a file is truncated."""
@@ -23,7 +26,7 @@ class _ZstandardFile(io.RawIOBase):
         self.zstandard = zstandard
         self.file = file
         self.frame: Any = None
-        self.ready = b""
+        self.ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -31,7 +34,7 @@ class _ZstandardFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
             ended = self.frame is None or self.frame.eof
-            compressed = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 17)
+            compressed = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(ZSTANDARD_CHUNK)
             if not compressed and ended:
                 return 0
             if not compressed:
@@ -39,7 +42,7 @@ class _ZstandardFile(io.RawIOBase):
             if ended:
                 self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
-                self.ready = self.frame.decompress(compressed)
+                self.ready = memoryview(self.frame.decompress(compressed))
             except self.zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
         size = min(len(buffer), len(self.ready))

@@ -7,15 +7,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.packages import require
+from bertlite.core.trust import MAX_CELL_CHARACTERS, MAX_JSON_BYTES, MAX_LINE_BYTES
 from bertlite.data.compression import DAMAGED, DECOMPRESSORS, open_file
 
-csv.field_size_limit(1 << 30)
+csv.field_size_limit(MAX_CELL_CHARACTERS)
+
+PARQUET_ROWS = 32  # decoded together; a few bytes of a file may stand for a long text
 
 Report = Callable[[int], object]  # called with the number of bytes read since the last call
 
@@ -81,7 +84,7 @@ def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
     number = reported = 0
     with open_file(path) as (raw, content):
         try:
-            for number, line in enumerate(content, 1):
+            for number, line in enumerate(split_lines(content, str(path)), 1):
                 yield decode_line(line, number, str(path))
                 if report and number % 100 == 0 and raw.seekable():  # a pipe is not
                     report(raw.tell() - reported)
@@ -90,6 +93,20 @@ def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
             raise UserError(f"{path}: damaged or truncated after line {number}: {error}") from None
         if report:
             report(path.stat().st_size - reported)
+
+
+def split_lines(content: Any, location: str) -> Iterator[bytes]:
+    """Split a stream of bytes into lines, with their ends. Raises UserError for one above MAX_LINE_BYTES."""
+    for number in count(1):
+        line = content.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{location}:{number}: longer than {MAX_LINE_BYTES:,} bytes, so not a line of text; "
+                "divide it into lines, or check that the file holds text"
+            )
+        yield line
 
 
 def decode_line(line: bytes, number: int, location: str) -> str:
@@ -127,7 +144,9 @@ def guess_encoding(text: bytes) -> str:
 def _read_text(path: Path, encoding: str) -> str:
     """Read a file in the encoding of a task. Raises UserError as `read_lines` does."""
     with open_file(path) as (_, file):
-        content: bytes = file.read()
+        content: bytes = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; convert it to UTF-8")
     try:
         return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except UnicodeDecodeError as error:
@@ -160,9 +179,23 @@ def read_json(table: TableFile) -> Iterator[Record]:
             if line.strip():
                 yield json_record(location, parse_json(line, location), table.columns)
         return
-    values = parse_json("\n".join([*head, *lines]), str(table.path), _load_json_values)
+    values = parse_json(_join(chain(head, lines), table.path), str(table.path), _load_json_values)
     for number, value in enumerate(_find_records(values, table), 1):
         yield json_record(f"{table.path}: object {number}", value, table.columns)
+
+
+def _join(lines: Iterator[str], path: Path) -> str:
+    """Join the lines of a JSON value. Raises UserError if they are too many to be read at once."""
+    text, size = [], 0
+    for line in lines:
+        text.append(line)
+        size += len(line) + 1
+        if size > MAX_JSON_BYTES:
+            raise UserError(
+                f"{path}: JSON over several lines is read at once, up to {MAX_JSON_BYTES:,} characters; "
+                "write one object a line (.jsonl)"
+            )
+    return "\n".join(text)
 
 
 def _continues(line: str) -> bool:
@@ -280,7 +313,7 @@ def read_parquet(table: TableFile) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(table.path) as file:
-            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist())
             yield from (Record(f"{table.path}: row {number}", row) for number, row in enumerate(rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{table.path}: not a readable Parquet file: {first_line(error)}") from None

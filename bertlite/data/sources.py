@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,21 @@ def read_file_texts(
     return _select_column(READERS[format](table), column or "text")
 
 
+MAX_DOCUMENT_CHARACTERS = 1 << 27  # of a file without blank lines
+
+
 def split_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Join lines to documents, which end at blank lines."""
-    return ("\n".join(group) for filled, group in groupby(lines, lambda line: bool(line.strip())) if filled)
+    """Join lines to documents, which end at blank lines, and after MAX_DOCUMENT_CHARACTERS."""
+    document: list[str] = []
+    size = 0
+    for line in chain(lines, [""]):
+        is_blank = not line.strip()
+        if document and (is_blank or size > MAX_DOCUMENT_CHARACTERS):
+            yield "\n".join(document)
+            document, size = [], 0
+        if not is_blank:
+            document.append(line)
+            size += len(line)
 
 
 # From the lines of a file to its documents; a document never continues in another file.

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.finetune_settings import InputSettings, SavedTask
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format
+from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format, split_lines
 from bertlite.data.tables import get_column, read_table
 from bertlite.finetuning.choices import read_choices
 from bertlite.finetuning.tasks import find_task, input_settings
@@ -67,7 +67,7 @@ def read_inputs(
     if file is None:
         if sys.stdin.isatty():
             logger.info("reading standard input, a text per line; end it with Ctrl-D")
-        numbered = enumerate(sys.stdin.buffer, 1)
+        numbered = enumerate(split_lines(sys.stdin.buffer, "standard input"), 1)
         lines = (decode_line(line, number, "standard input") for number, line in numbered)
         return parse_lines(Path("standard input"), lines, settings, columns)
     path = Path(file)

@@ -14,6 +14,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
+from bertlite.core.trust import MAX_TEXT_CHARACTERS
 from bertlite.data.formats import Record
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
@@ -42,7 +43,7 @@ def predict(
     """
     task = find_task(model)
     num_records = num_truncated = 0
-    for chunk in chunks(records, CHUNK_SIZE):
+    for chunk in chunks(records, CHUNK_SIZE, count_characters):
         examples = task.encode([read_texts(record, settings) for record in chunk], tokenizer, settings)
         batches = ExampleBatches(examples, model.config.pad_token_id)
         scores, *_ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
@@ -53,6 +54,14 @@ def predict(
         logger.warning(
             f"{num_truncated:,} of {num_records:,} texts have more than {settings.max_length} tokens and were truncated"
         )
+
+
+def count_characters(record: Record) -> int:
+    """Count the characters of a record. Raises UserError for more than MAX_TEXT_CHARACTERS."""
+    number = sum(len(value) for value in record.columns.values() if isinstance(value, str))
+    if number > MAX_TEXT_CHARACTERS:
+        raise UserError(f"{record.location}: {number:,} characters, more than {MAX_TEXT_CHARACTERS:,}; divide the text")
+    return number
 
 
 def format_prediction(prediction: Any) -> str:

@@ -1,8 +1,7 @@
 """Models prepared for inference, and batches of sequences of similar lengths."""
 
 # Shapes: B batch, T tokens.
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from bertlite.model.heads import MaskedLMHead
 from bertlite.model.layers import Linear
 
 # Tokens of a batch, padding included: few enough for a processor's cache, enough to fill a GPU.
+CHUNK_CHARACTERS = 1 << 22  # tokenized together; limits the memory
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65_536}
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,10 +37,17 @@ def prepare_for_inference(model: Module, runtime: Runtime) -> Module:
     return model
 
 
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` consecutive items; the last may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+def chunks(items: Iterable[Item], size: int, characters: Callable[[Item], int] = lambda _: 0) -> Iterator[list[Item]]:
+    """Yield lists of `size` consecutive items, or fewer if they have CHUNK_CHARACTERS, or at the end."""
+    chunk: list[Item] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += characters(item)
+        if len(chunk) == size or total >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
         yield chunk
 
 

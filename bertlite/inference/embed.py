@@ -18,6 +18,7 @@ from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
 from bertlite.core.logging import logger
+from bertlite.core.trust import MAX_TEXT_CHARACTERS
 from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.encoder import Encoder
 
@@ -77,7 +78,7 @@ class Embedder:
             tqdm(disable=None, unit=" texts") as progress_bar,
         ):
             npy.write_array_header_1_0(file, header)
-            tokenized = map(self._tokenize, chunks(texts, TEXTS_PER_CHUNK))
+            tokenized = map(self._tokenize, chunks(texts, TEXTS_PER_CHUNK, len))
             future = executor.submit(next, tokenized, None)
             while chunk := future.result():
                 sequences, num_truncated_in_chunk = chunk
@@ -101,6 +102,7 @@ class Embedder:
         """Return the token ids of texts, and how many texts were truncated."""
         if not texts:
             return [], 0
+        texts = [text[:MAX_TEXT_CHARACTERS] for text in texts]
         texts = [text.lower() for text in texts] if self.lowercase else texts
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
         return encoded["input_ids"], sum(bool(encoding.overflowing) for encoding in encoded.encodings)
