@@ -313,9 +313,9 @@ def export(
 ) -> None:
     """Export a model for other programs, with a model card."""
     from bertlite.export.formats import export as export_model
-    from bertlite.training.run_folder import model_folder
+    from bertlite.training.run_folder import find_run, model_folder
 
-    export_model(model_folder(model), out, format, dtype, pooling, licence)
+    export_model(model_folder(model), out, format, dtype, pooling, licence, find_run(model))
     print(out)
 
 

@@ -1,6 +1,7 @@
-"""What files and model folders from a stranger may contain."""
+"""What files, model folders and run folders from a stranger may contain."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from bertlite.core.errors import UserError
@@ -19,11 +20,24 @@ def check_model_folder(folder: Path) -> None:
     real = Path(os.path.realpath(folder))
     snapshots = [parent.parent for parent in (real, *real.parents) if parent.parent.name == "snapshots"]
     allowed = [real, *(path.parent / "blobs" for path in snapshots)]
-    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    _check_paths(paths, allowed)
+    for path in paths:
+        if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file")
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise UserError if reading a run folder could leave the folder or hang."""
+    patterns = ("*", "checkpoints/*", "checkpoints/*/training", "checkpoints/*/training/*", "seed-*/*")
+    _check_paths([path for pattern in patterns for path in run.glob(pattern)], [Path(os.path.realpath(run))])
+
+
+def _check_paths(paths: Iterable[Path], allowed: list[Path]) -> None:
+    """Raise UserError for a path that leads out of the `allowed` folders, and for pipes and devices."""
+    for path in paths:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(parent) for parent in allowed):
             raise UserError(f"{path}: a link that leaves its folder; if you trust it, replace it by a copy of the file")
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: neither a file nor a folder; remove it")
-        if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file")

@@ -91,9 +91,15 @@ FORMATS = {
 
 
 def export(
-    source: Path, out: Path, format: str, dtype: str | None = None, pooling: str | None = None, licence: str = "unknown"
+    source: Path,
+    out: Path,
+    format: str,
+    dtype: str | None = None,
+    pooling: str | None = None,
+    licence: str = "unknown",
+    run: Path | None = None,
 ) -> None:
-    """Write the model in folder `source` to `out`, a new or empty folder, with a model card.
+    """Write the model in folder `source` to `out`, a new or empty folder, with a model card that describes its `run`.
 
     A dtype or pooling of None is the format's default. Raises UserError for an unknown format, an option that the
     format lacks, or a folder that is not empty, and Failure when a check fails; in both cases nothing is written.
@@ -122,5 +128,5 @@ def export(
                     f"the model differs from transformers in {check.quantity} ({check.inputs}); see bertlite verify"
                 )
         graph = "model_int8.onnx" if dtype == "int8" else "model.onnx"
-        card = model_card(source, out.name, model, format, licence, checks, results, graph)
+        card = model_card(source, run, out.name, model, format, licence, checks, results, graph)
         (temporary / "README.md").write_text(card, encoding="utf-8")

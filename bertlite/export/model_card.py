@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig, Section
-from bertlite.core.errors import UserError
+from bertlite.core.errors import UserError, first_line
+from bertlite.core.trust import check_run_folder
 from bertlite.export.parity import Check
 from bertlite.model.heads import HEADS, Model
 from bertlite.model.huggingface import hf_class
@@ -54,6 +55,7 @@ print(SentenceTransformer("{name}").encode(["A sentence."]))""",
 
 def model_card(
     source: Path,
+    run: Path | None,
     name: str,
     model: Model,
     format: str,
@@ -64,11 +66,11 @@ def model_card(
 ) -> str:
     """Return the card of the model in folder `source` under its new name: Markdown below Hugging Face's metadata.
 
-    Data, settings and evaluation come from the run folder that holds `source`, if there is one. Of paths on the run's
-    machine, only the last component is published.
+    Data, settings and evaluation come from the run folder, if there is one. Of paths on the run's machine, only the
+    last component is published.
     """
     config, task = model.config, HEADS[model.head_name].pipeline
-    run_paragraphs, eval_results = describe_run(source, task)
+    run_paragraphs, eval_results = describe_run(source, run, task)
     sentence_vectors = format == "sentence-transformers"
     metadata = ModelCardData(
         license=licence,
@@ -79,10 +81,10 @@ def model_card(
         eval_results=eval_results or None,
     )
     example = EXAMPLES.get(task, EXAMPLES["hf"]) if format == "hf" else EXAMPLES[format]
-    code = example.format(task=task, name=name, graph=graph, example=HEADS[model.head_name].example)
+    code = example.format(task=task, name=json.dumps(name)[1:-1], graph=graph, example=HEADS[model.head_name].example)
     rows = [[check.inputs, check.quantity, f"{check.difference:.1e}", f"{check.tolerance:.0e}"] for check in checks]
     paragraphs = [
-        f"---\n{metadata.to_yaml()}\n---\n# {name}",
+        f"---\n{metadata.to_yaml()}\n---\n# {escape_markdown(name)}",
         f"A BERT ({hf_class(model)}) with {config.num_hidden_layers} layers of {config.hidden_size}, "
         f"{config.num_attention_heads} attention heads, a vocabulary of {config.vocab_size:,} tokens and "
         f"{parameter_count(model):,} parameters, made with bertlite.",
@@ -96,25 +98,28 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def describe_run(source: Path, task: str) -> tuple[list[str], list[EvalResult]]:
+def describe_run(source: Path, run: Path | None, task: str) -> tuple[list[str], list[EvalResult]]:
     """Describe the run that made the model folder `source`: paragraphs of Markdown, and results for the metadata."""
-    is_checkpoint = source.parent.name == "checkpoints"
-    run = source.parent.parent if is_checkpoint else source.parent
     loaded = None
-    if is_checkpoint or source.name == "model":
+    if run is not None:
+        check_run_folder(run)
         loaded = _load_run_config(run / "config.yaml") or _load_run_config(run / "best.yaml")  # the latter of a sweep
-    if loaded is None:
+    if run is None or loaded is None:
         return ["## Training\n\nThe exported folder says nothing about its training."], []
     config = publishable(loaded.model_dump(mode="json"))
-    paragraphs, results = _describe_pretraining(source, run, config, task) if "data" in config else ([], [])
-    if (run / "results.json").exists():
-        measured = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        metric, mean, split = measured["metric"], measured["mean"], measured["measured_on"]
-        paragraphs.append(
-            f"## Evaluation\n\n{metric}: {mean:.4f} ± {measured['std']:.4f} over {len(measured['seeds'])} seed(s), "
-            f"on the {split} examples."
-        )
-        results.append(EvalResult(task, "text", split, metric, mean))
+    try:
+        paragraphs, results = _describe_pretraining(source, run, config, task) if "data" in config else ([], [])
+        if (run / "results.json").exists():
+            measured = json.loads((run / "results.json").read_text(encoding="utf-8"))
+            metric, mean, split = measured["metric"], measured["mean"], measured["measured_on"]
+            paragraphs.append(
+                f"## Evaluation\n\n{escape_markdown(metric)}: {mean:.4f} ± {measured['std']:.4f} over "
+                f"{len(measured['seeds'])} seed(s), on the {escape_markdown(split)} examples."
+            )
+            results.append(EvalResult(task, "text", split, metric, mean))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"metrics.jsonl, results.json or state.json is damaged ({first_line(error)})"
+        raise UserError(f"{run}: {reason}; export {source} without its run by that path") from None
     recipe = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     fence = "`" * (2 + max(map(len, re.findall("`+", f"`{recipe}"))))  # longer than any in the names of labels
     return [*paragraphs, f"## Recipe\n\n{fence}yaml\n{recipe}{fence}"], results
@@ -156,7 +161,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def _source_names(sources: list[Any]) -> str:
     """Return the names of the sources of a split, separated by commas."""
     names = [source if isinstance(source, str) else source.get("path") or source["dataset"] for source in sources]
-    return ", ".join(map(str, names))
+    return ", ".join(map(escape_markdown, names))
+
+
+def escape_markdown(text: str) -> str:
+    """Escape what has a meaning in Markdown or HTML, and put line breaks and control characters as spaces."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", printable)
 
 
 def _load_run_config(path: Path) -> Section | None:

@@ -247,8 +247,13 @@ def _validate_config(path: Path, hf_config: dict[str, Any], architecture: Encode
         return architecture.config.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"{name} is {first['input']!r}: " for name in first["loc"])
+        place = "".join(f"{name} is {_shorten(first['input'])}: " for name in first["loc"])
         raise UserError(f"{path}: {place}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _find_model_class(saved: SavedModel) -> type[Model]:

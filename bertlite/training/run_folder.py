@@ -15,6 +15,7 @@ from bertlite.config.settings import MAY_DIFFER_ON_RESUME, PretrainConfig, Secti
 from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
 from bertlite.core.logging import logger
+from bertlite.core.trust import check_run_folder
 from bertlite.model.huggingface import local_folder
 from bertlite.model.sentence_transformers import find_encoder
 from bertlite.training.checkpoint import newest_checkpoint
@@ -54,6 +55,7 @@ def open_run(
     except OSError as error:
         raise UserError(f"{folder}: cannot be created or written: {error.strerror}") from None
     try:
+        check_run_folder(folder)
         if not _holds_run(folder):
             if any(not name.startswith(".") for name in os.listdir(folder)):
                 raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --out")
@@ -92,6 +94,8 @@ def model_folder(name: str) -> Path:
     Raises UserError when it means none.
     """
     path = Path(name)
+    if _holds_run(path):
+        check_run_folder(path)
     if (path / "model" / "config.json").exists():
         return path / "model"
     if (path / "config.yaml").exists() or (path / "checkpoints").is_dir():
@@ -100,6 +104,13 @@ def model_folder(name: str) -> Path:
             raise UserError(f"{name}: this run has no valid checkpoint yet")
         return checkpoint
     return find_encoder(local_folder(name))
+
+
+def find_run(name: str) -> Path | None:
+    """Return the run folder that `name` means, which may be one of its checkpoints; None for other model folders."""
+    path = Path(name)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    return run if (run / "config.yaml").exists() else None
 
 
 def metrics_file(folder: Path) -> Path:
@@ -125,7 +136,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
+    return any(os.path.lexists(folder / name) for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model"))
 
 
 def _check_overwrite(folder: Path, config: Section) -> None:

@@ -279,7 +279,7 @@ def test_the_model_card_describes_the_run(every_head, tmp_path):
               "elapsed_seconds": 1.0} for step in range(1, 41)]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    export(run / "model", tmp_path / "out", "hf", licence="mit")
+    export(run / "model", tmp_path / "out", "hf", licence="mit", run=run)
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("mit", "fill-mask", "transformers")
@@ -297,19 +297,19 @@ def test_the_model_card_describes_the_run(every_head, tmp_path):
     best = {"task": {"train": "sample", "validation": "sample"}, "train": {"learning_rate": 0.25}}
     (run / "config.yaml").write_text(yaml.safe_dump({**best, "sweep": {"space": {"train.learning_rate": [0.25, 1.0]}}}))
     (run / "best.yaml").write_text(yaml.safe_dump(best))
-    assert "learning_rate: 0.25" in "".join(describe_run(run / "model", "fill-mask")[0])
+    assert "learning_rate: 0.25" in "".join(describe_run(run / "model", run, "fill-mask")[0])
     (run / "best.yaml").unlink()
 
     # A config.yaml that bertlite did not write is not published.
     shutil.copytree(every_head["BertForMaskedLM"], tmp_path / "mine")
     for text in ("database: {password: hunter2}", "data: {root: x}", ""):
         (tmp_path / "config.yaml").write_text(text)
-        assert "hunter2" not in "".join(describe_run(tmp_path / "mine", "fill-mask")[0])
+        assert "hunter2" not in "".join(describe_run(tmp_path / "mine", tmp_path, "fill-mask")[0])
         (run / "model").with_name("config.yaml").write_text(text)
-        assert "says nothing" in describe_run(run / "model", "fill-mask")[0][0]
+        assert "says nothing" in describe_run(run / "model", run, "fill-mask")[0][0]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
-    export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf")
+    export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf", run=run)
     card = (tmp_path / "early" / "README.md").read_text()
     assert "Tokens seen: 2,345 in 2 steps." in card and "license: unknown" in card
 
@@ -322,7 +322,7 @@ def test_the_model_card_describes_a_task_or_says_that_nothing_is_known(every_hea
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     results = {"metric": "accuracy", "mean": 0.875, "std": 0.0125, "measured_on": "test", "seeds": {"0": {}, "1": {}}}
     (run / "results.json").write_text(json.dumps(results))
-    export(run / "model", tmp_path / "out", "hf")
+    export(run / "model", tmp_path / "out", "hf", run=run)
     card = (tmp_path / "out" / "README.md").read_text()
     (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": 0.875}] and result["dataset"]["name"] == "test"
