@@ -12,6 +12,7 @@ import typer
 
 from bertlite import __version__
 from bertlite.core.distributed import get_rank
+from bertlite.core.logging import printable
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
@@ -376,7 +377,7 @@ def main() -> None:
             raise
         message, code = explained
         if get_rank() == 0 or code == 1:
-            for line in message.splitlines():
+            for line in printable(message).splitlines():
                 print(f"bertlite: {line}", file=sys.stderr)
         sys.exit(code)
     finally:
@@ -464,7 +465,7 @@ def _load_model(model: str, precision: str) -> "LoadedModel":
 
 def _print_result(result: Any, as_json: bool, format_text: Callable[[Any], str]) -> None:
     ensure_ascii = sys.stdout.encoding.lower() != "utf-8"
-    _print(json.dumps(result, ensure_ascii=ensure_ascii) if as_json else format_text(result))
+    _print(json.dumps(result, ensure_ascii=ensure_ascii) if as_json else printable(format_text(result)))
 
 
 def _print(result: object) -> None:

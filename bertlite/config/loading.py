@@ -226,7 +226,7 @@ def _explain(config_type: type[Section], error: Any, source: Path | str, overrid
     """Describe an error of pydantic in one line: the file or override, the key, the value and the fix."""
     name = _name_of(error["loc"])
     override = next((flag for key, flag in override_of.items() if _overlap(key, name)), None)
-    value = _shorten(error["input"])
+    value = shorten(error["input"])
     if error["type"] == "extra_forbidden":
         text = f"{name} is not a setting{_did_you_mean(name, _setting_names(config_type))}"
     elif error["type"] == "missing":
@@ -260,7 +260,7 @@ def _overlap(first: str, second: str) -> bool:
     return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python does not print integers of thousands of digits

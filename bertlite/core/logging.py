@@ -1,6 +1,7 @@
 """The `bertlite` logger. As in any library, its messages are shown only if the program configures `logging`."""
 
 import logging
+import re
 import sys
 
 from tqdm import tqdm
@@ -11,11 +12,20 @@ logger = logging.getLogger("bertlite")
 logger.addHandler(logging.NullHandler())
 
 
+# Characters that move the cursor, change colours or the direction of text.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
 class _TqdmHandler(logging.Handler):
     """Write messages to standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape the control characters of a text for a terminal, except line breaks and tabs."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 _terminal = _TqdmHandler()

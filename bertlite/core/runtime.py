@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bertlite.core.distributed import check_environment, get_rank, get_world_size
-from bertlite.core.errors import UserError
+from bertlite.core.errors import Failure, UserError
 from bertlite.core.logging import logger
 
 
@@ -79,6 +79,14 @@ def available_memory(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def check_finite(outputs: torch.Tensor) -> None:
+    """Raise Failure for outputs of a model that are NaN or infinite."""
+    if not torch.isfinite(outputs).all():
+        raise Failure(
+            "the model's outputs are not finite: its weights are too large for the precision of the arithmetic"
+        )
 
 
 def is_out_of_memory(error: Exception) -> bool:

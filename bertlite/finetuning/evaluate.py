@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
-from bertlite.core.runtime import Runtime
+from bertlite.core.runtime import Runtime, check_finite
 from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
@@ -69,4 +70,6 @@ def evaluate_files(
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)
-    return evaluate_split(model, task, split, settings, runtime).scores
+    scores = evaluate_split(model, task, split, settings, runtime).scores
+    check_finite(torch.tensor(scores["loss"]))
+    return scores

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import SavedTask
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
 from bertlite.core.logging import logger
-from bertlite.core.runtime import Runtime
+from bertlite.core.runtime import Runtime, check_finite
 from bertlite.core.trust import MAX_TEXT_CHARACTERS
 from bertlite.data.formats import Record
 from bertlite.finetuning.batches import ExampleBatches
@@ -47,6 +49,7 @@ def predict(
         examples = task.encode([read_texts(record, settings) for record in chunk], tokenizer, settings)
         batches = ExampleBatches(examples, model.config.pad_token_id)
         scores, *_ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
+        check_finite(torch.from_numpy(np.concatenate(scores, axis=None)))
         yield from zip(chunk, task.results(Outputs(scores, examples, model.labels, settings), top_k), strict=True)
         num_records += len(chunk)
         num_truncated += examples.num_truncated

@@ -18,6 +18,7 @@ from bertlite.config.loading import choose
 from bertlite.core.errors import UserError
 from bertlite.core.files import atomic_file
 from bertlite.core.logging import logger
+from bertlite.core.runtime import check_finite
 from bertlite.core.trust import MAX_TEXT_CHARACTERS
 from bertlite.inference.batching import batches_by_length, chunks, pad
 from bertlite.model.encoder import Encoder
@@ -121,5 +122,6 @@ class Embedder:
                 input_ids, position_ids, document_ids = pad(batch, self.tokenizer.pad_token_id, device)
                 hidden = self.encoder(input_ids, position_ids, document_ids, depth=depth).float()
                 pooled = POOLINGS[self.pooling](hidden, document_ids[..., None])
+                check_finite(pooled)
                 vectors[indices] = (F.normalize(pooled, dim=1) if self.normalize else pooled).cpu().numpy()
         return vectors

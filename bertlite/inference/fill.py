@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.core.errors import UserError
+from bertlite.core.runtime import check_finite
 from bertlite.model.heads import MaskedLanguageModel
 
 
@@ -29,6 +30,7 @@ def fill(
     with torch.inference_mode():
         inputs = (ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids), mask_positions[None])
         logits = model(*(tensor.to(model.head.bias.device) for tensor in inputs))[0]
+    check_finite(logits)
     scores, tokens = logits.float().cpu().softmax(-1).topk(top_k)
     results: list[list[dict[str, Any]]] = []
     for position, *best in zip(mask_positions, scores.tolist(), tokens.tolist(), strict=True):

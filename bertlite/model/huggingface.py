@@ -252,7 +252,7 @@ def _validate_config(path: Path, hf_config: dict[str, Any], architecture: Encode
 
 
 def _shorten(value: Any) -> str:
-    text = str(value)
+    text = repr(value)  # of JSON, whose numbers have any number of digits
     return text if len(text) <= 60 else text[:57] + "..."
 
 

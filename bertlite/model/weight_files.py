@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,7 +22,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 for key in file.keys():  # noqa: SIM118, the file is no dict
                     # Checkpoints from TensorFlow call a layer norm's weight gamma and its bias beta.
                     name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
-                    weights[name.replace("LayerNorm.beta", "LayerNorm.bias")] = file.get_tensor(key)
+                    weights[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise UserError(f"{path}: {key} holds values that are not finite, as after a training diverged")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
     return weights

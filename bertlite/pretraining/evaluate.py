@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import DataSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.core.runtime import Runtime
+from bertlite.core.runtime import Runtime, check_finite
 from bertlite.data.batches import EVALUATION_MASKING, Batches
 from bertlite.data.corpus import prepare_corpus
 from bertlite.data.packing import pack_corpus
@@ -76,6 +77,7 @@ def evaluate_text(
     scores = evaluate(model, masked_lm_scores, batches.evaluation, len(packing), MICRO_BATCH_SIZE, runtime)
     if math.isnan(scores["accuracy"]):
         raise UserError("--data: the text is too short to mask one of its tokens; add more text")
+    check_finite(torch.tensor(scores["loss"]))
     result = {f"eval_{name}": value for name, value in scores.items()}
     if pseudo:
         with runtime.autocast():

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
+from bertlite.core.runtime import check_finite
 from bertlite.data.formats import TableFile, read_json
 from bertlite.data.sources import find_source_files, read_documents
 from bertlite.inference.batching import batches_by_length, chunks, pad
@@ -54,6 +55,7 @@ def pseudo_log_likelihoods(
             logits = model(inputs, positions[number, :T], documents[number, :T], place)[:, 0]  # (B,V)
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             sums.index_add_(0, number, -losses.double().cpu())
+    check_finite(sums)
     return sums
 
 

@@ -1,6 +1,7 @@
 """What a file holds is told by its name, or else by its content, or else by the settings; archives are refused."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import lzma
 import os
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 
 import pyarrow
@@ -17,7 +19,8 @@ import zstandard
 
 from bertlite.config.settings import DataLocation, Source
 from bertlite.core.errors import UserError
-from bertlite.data.formats import READERS, TableFile, find_format, read_json
+from bertlite.core.trust import MAX_LINE_BYTES
+from bertlite.data.formats import READERS, TableFile, find_format, read_json, read_lines
 from bertlite.data.sources import read_documents
 
 ROWS = [{"id": 1, "text": "first text", "label": "a"}, {"id": 2, "text": "second", "label": "b"}]
@@ -52,6 +55,58 @@ def test_text_that_is_no_json_stays_text(tmp_path):
     for line in lines:
         (tmp_path / "a.txt").write_text(f"{line}\nmore")
         assert documents(tmp_path / "a.txt") == [line, "more"]
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(kind, tmp_path):
+    path = tmp_path / f"a.txt.{kind}"
+    path.write_bytes(COMPRESS[kind](b"one\n" + b"a" * (MAX_LINE_BYTES + 1)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"{path.name}:2: longer than 67,108,864 bytes, so not a line of text"):
+        documents(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
+    tracemalloc.stop()
+    path.write_bytes(COMPRESS[kind](b"one\n" + b"a" * 1000))
+    assert documents(path) == ["one", "a" * 1000]
+
+
+def test_zstandard_is_decompressed_little_by_little(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(b"a line\n" * (1 << 24)))
+    assert path.stat().st_size < 1 << 14
+    tracemalloc.start()
+    assert sum(1 for _ in read_lines(path)) == 1 << 24
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
+def test_a_quote_that_never_closes_is_named(tmp_path):
+    limit = csv.field_size_limit(1000)
+    try:
+        (tmp_path / "a.csv").write_text('text\n"' + "a\n" * 1000)
+        with pytest.raises(UserError, match=r"a\.csv:2: the record that starts here is not valid: field larger than"):
+            documents(tmp_path / "a.csv")
+    finally:
+        csv.field_size_limit(limit)
+    assert limit == 1 << 24
+
+
+def test_json_over_many_lines_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("bertlite.data.formats.MAX_JSON_BYTES", 200)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    assert documents(tmp_path / "a.json") == TEXTS
+    (tmp_path / "a.json").write_text(json.dumps(ROWS * 9, indent=1))
+    with pytest.raises(UserError, match=r"JSON over several lines is read at once, up to 200 characters"):
+        documents(tmp_path / "a.json")
+
+
+def test_texts_of_few_bytes_in_parquet_are_not_all_in_memory(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array(["a" * (1 << 20)] * 500).dictionary_encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    tracemalloc.start()
+    assert sum(map(len, read_documents(Source(path=str(tmp_path / "a.parquet")), "line", "data.train"))) == 500 << 20
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", COMPRESS)

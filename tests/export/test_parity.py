@@ -250,7 +250,8 @@ def test_a_gradient_that_is_not_a_number_is_noticed(folders, name):
 
 def test_weights_that_are_not_numbers_are_noticed(folder):
     change_weights(folder, lambda weights: weights | {"cls.predictions.bias": torch.full((600,), math.nan)})
-    assert failures(folder)
+    with pytest.raises(UserError, match=r"cls\.predictions\.bias holds values that are not finite"):
+        failures(folder)
 
 
 def test_a_difference_that_matters_is_noticed_in_bf16(folders, monkeypatch):

@@ -1,6 +1,7 @@
 """Untrusted model folders: whatever they hold, they give a model or one line, and nothing else is read or written."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -65,6 +66,7 @@ def change_json(path: Path, **changes) -> None:
         ({"add_cross_attention": True}, r"config\.json: add_cross_attention is True"),
         ({"max_position_embeddings": 7}, r"config\.json: max_position_embeddings is 7: Input should be greater than"),
         ({"pad_token_id": 50}, r"config\.json: pad_token_id is 50, outside of the vocabulary of 30"),
+        ({"hidden_size": int("9" * 4000)}, r"config\.json: hidden_size is 9{57}\.\.\.: Input should be less"),
         ({"layer_norm_eps": "small"}, r"config\.json: layer_norm_eps is 'small': "),
         ({"dtype": "float99"}, r"model: no tokenizer could be loaded from it: .*float99"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"model: transformers cannot load it: "),
@@ -88,6 +90,36 @@ def test_settings_that_change_no_number_are_ignored(folder, changes):
     assert all(check.ok for check in check_parity(folder))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.encoder.layer.1.output.dense.weight"][3, 2] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"safetensors: bert\.encoder\.layer\.1\.output\.dense\.weight holds values that"
+    ):
+        use(folder)
+
+
+def test_outputs_that_are_not_finite_end_every_use_in_one_line(folder, tmp_path, bertlite):
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.encoder.layer.1.output.LayerNorm.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "texts.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * 20)
+    pair = {"sentence_good": "w1 w2", "sentence_bad": "w2 w1", "UID": "a", "linguistics_term": "b"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    uses = [
+        ("fill", folder, "w1 [MASK]", "--json"),
+        ("embed", folder, tmp_path / "texts.txt", "--out", tmp_path / "vectors.npy"),
+        ("evaluate", folder, "--data", tmp_path / "texts.txt", "--json"),
+        ("evaluate", folder, "--pairs", tmp_path / "pairs.jsonl", "--json"),
+    ]
+    for use_of_model in uses:
+        code, output, errors = bertlite(*use_of_model)
+        assert code == 1 and output == "" and "the model's outputs are not finite" in errors, use_of_model[0]
+    assert not (tmp_path / "vectors.npy").exists()
+
+
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -99,6 +131,54 @@ def test_a_link_that_leaves_the_folder_is_refused(folder, name):
         use(folder)
     with pytest.raises(UserError, match=f"{name}: a link that leaves its folder"):
         load_tokenizer(str(folder))
+
+
+RUN_FILES = [
+    "config.yaml",
+    "metrics.jsonl",
+    "results.json",
+    "model",
+    "checkpoints/step-00000001/training/manifest.json",
+]
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_out_of_a_run_folder_and_pipes_in_it_are_refused(folder, tmp_path, bertlite, name, kind):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "model")
+    shutil.copytree(folder, run / "checkpoints" / "step-00000001")
+    (run / "checkpoints" / "step-00000001" / "training").mkdir()
+    (run / "config.yaml").write_text("data: {train: [secret.txt]}\n")
+    path = run / name
+    shutil.move(path, tmp_path / "outside") if path.exists() else (tmp_path / "outside").write_text("{}")
+    path.symlink_to(tmp_path / "outside") if kind == "link" else os.mkfifo(path)
+    for arguments in (("fill", run, "w1 [MASK]"), ("export", run, tmp_path / "out")):
+        code, _, errors = bertlite(*arguments)
+        reason = "a link that leaves its folder" if kind == "link" else "neither a file nor a folder"
+        assert code == 2 and f"{path}: {reason}" in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_a_model_folder_tells_nothing_of_what_lies_beside_it(folder, tmp_path, bertlite):
+    run = tmp_path / "mine"
+    shutil.copytree(folder, run / "model")
+    (run / "config.yaml").write_text("data: {train: [SECRET.txt]}\n")
+    for name, expected in ((run / "model", False), (run, True)):
+        out = tmp_path / f"out-{expected}"
+        assert bertlite("export", name, out)[0] == 0
+        assert ("SECRET.txt" in (out / "README.md").read_text()) == expected
+
+
+def test_names_cannot_write_markdown_or_html_into_the_card(folder, tmp_path, bertlite):
+    run, name = tmp_path / "mine", "x\n\n# pwned\n<script>alert(1)</script>![](http://evil/x.png)"
+    shutil.copytree(folder, run / "model")
+    (run / "config.yaml").write_text(json.dumps({"data": {"train": [name]}}))
+    assert bertlite("export", run, tmp_path / "out")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    description = card[card.index("## Data") : card.index("## Recipe")]
+    assert "pwned" in description
+    assert not re.search(r"^# |(?<!\\)[<!]|(?<!\\)\[", description, re.MULTILINE)
 
 
 def test_links_as_the_hub_cache_has_them_are_followed(folder, tmp_path):
