@@ -178,6 +178,8 @@ def test_truncated_texts_are_counted(bertlite, make_model):
     assert len(out.splitlines()) == 3
     assert "2 of 3 texts have more than 16 tokens and were truncated" in err
     assert bertlite("predict", model, "short")[2] == ""
+    err = bertlite("predict", make_model(max_length=5000), "long " * 200)[2]
+    assert "1 of 1 texts have more than 128 tokens" in err  # the positions of the model
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.tsv"])
