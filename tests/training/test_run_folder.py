@@ -17,25 +17,25 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_overwrite_leaves_what_a_run_in_a_new_folder_leaves(write_config, bertlite, tmp_path):
+def test_overwrite_leaves_what_a_run_in_a_new_folder_leaves(write_config, bertlite):
     expected = pretrain(write_config("new", train__max_steps=4))
     folder = pretrain(write_config("run"))
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes").mkdir()
+    (folder / "notes/file").write_text("mine")
     (folder / "results.json").write_text("{}")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/file").write_text("mine")
-    (folder / "worst.jsonl").symlink_to(tmp_path / "elsewhere/file")
-    (folder / "seed-7").symlink_to(tmp_path / "elsewhere")
+    (folder / "worst.jsonl").symlink_to(folder / "notes/file")
+    (folder / "seed-7").symlink_to(folder / "notes")
     code, out, err = bertlite("pretrain", write_config("run", train__max_steps=4), "--overwrite")
     assert code == 0 and out == f"{folder / 'model'}\n", err
     assert traces(folder) == traces(expected)
-    assert tree(folder) == tree(expected) | {"notes.txt"}  # what is not part of a run stays
-    assert (tmp_path / "elsewhere/file").read_text() == "mine"
+    assert tree(folder) == tree(expected) | {"notes", "notes/file"}  # what is not part of a run stays
+    assert (folder / "notes/file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     "change, options, message",
     [
+        (lambda folder: (folder / "seed-7").symlink_to(folder.parent), [], "a link that leaves its folder"),
         (None, ["--resume"], "--overwrite starts a run anew, --resume and --extend-to continue one"),
         (None, ["--set", "model.init_from={folder}"], "is part of the run that --overwrite would replace"),
         (None, ["--set", "tokenizer.path={folder}/model"], "is part of the run that --overwrite would replace"),
