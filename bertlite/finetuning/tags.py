@@ -122,19 +122,16 @@ def encode_sentences(
     """
     (inputs,) = map(list, zip(*texts, strict=True))
     window_length = settings.max_length - tokenizer.num_special_tokens_to_add()
-    encoded = tokenizer(
-        inputs,
-        is_split_into_words=isinstance(inputs[0], list),
-        truncation=True,
-        max_length=settings.max_length,
-        stride=min(settings.doc_stride, window_length // 2),
-        return_overflowing_tokens=True,
-        verbose=False,
-    )
-    tokenizer.backend_tokenizer.no_truncation()  # it would be saved with the tokenizer
-    num_examples = len(encoded.encodings)
-    records = encoded["overflow_to_sample_mapping"]
-    return Examples(encoded.encodings, records, [IGNORED] * num_examples, list(texts), [], targets_per_token=True)
+    has_words = isinstance(inputs[0], list)
+    encoded = tokenizer(inputs, is_split_into_words=has_words, add_special_tokens=False, verbose=False)
+    windows, records = [], []
+    for record, encoding in enumerate(encoded.encodings):
+        # Truncated here and not by the call above: there tokenizers 0.23.2 drops all windows but two.
+        encoding.truncate(window_length, stride=min(settings.doc_stride, window_length // 2))
+        first = tokenizer.backend_tokenizer.post_process(encoding)
+        windows += [first, *first.overflowing]
+        records += [record] * (1 + len(first.overflowing))
+    return Examples(windows, records, [IGNORED] * len(windows), list(texts), [], targets_per_token=True)
 
 
 def find_words(examples: Examples) -> list[dict[int, Word]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score, precision_score
@@ -92,6 +93,7 @@ def save_model_without_context(folder: Path, vocabulary: Path, labels: list[str]
     model.save_pretrained(folder)
 
 
+@pytest.mark.skipif(tokenizers.__version__ == "0.23.2", reason="the pipeline loses windows with this version")
 @pytest.mark.filterwarnings("ignore:.*LOAD REPORT.*")
 @pytest.mark.parametrize("tags", ["O B-A I-A B-B I-B", "DET NOUN VERB X"])
 def test_long_texts_are_predicted_as_by_the_pipeline_with_stride(tags, vocabulary, tmp_path):
