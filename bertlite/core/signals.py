@@ -71,12 +71,12 @@ stop_request = StopRequest()
 def listen() -> None:
     """Send SIGNALS to `stop_request`; end the process if a long call into a library blocks them.
 
-    A signal that the parent process ignores, as nohup does with SIGHUP, stays ignored.
+    SIGHUP stays ignored where nohup made it so.
     """
     if os.name == "posix":
         _start_watchdog()
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop_request.receive)
 
 
