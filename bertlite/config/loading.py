@@ -79,6 +79,7 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     Raises UserError, naming the file or the override, the key, its value and the fix.
     """
     values = _read_yaml(path)
+    _add_former_default(values)
     unknown = values.keys() - config_type.model_fields.keys()
     for command, other_type in _CONFIG_OF.items():
         if unknown and values.keys() <= other_type.model_fields.keys():
@@ -90,6 +91,16 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
         _assign(values, name, value)
         override_of[name] = f"--set {override}"
     return _validate(config_type, values, path, override_of)
+
+
+def _add_former_default(values: dict[str, Any]) -> None:
+    """Let the config.yaml of a run whose version had no strip_accents mean what it meant: as lowercase.
+
+    Such a file has all other settings of the tokenizer.
+    """
+    tokenizer = values.get("tokenizer")
+    if isinstance(tokenizer, dict) and {"lowercase", "extend", "train_characters", "path"} <= tokenizer.keys():
+        tokenizer.setdefault("strip_accents", tokenizer["lowercase"])
 
 
 def with_changes(config: Config, changes: dict[str, Any], source: str) -> Config:

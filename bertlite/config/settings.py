@@ -119,7 +119,9 @@ class TokenizerSettings(Section):
     special_tokens: list[Annotated[str, Field(min_length=1)]] = []
     """Tokens such as "[E1]" that are added, never split and never masked."""
     lowercase: bool = True
-    """Whether a new tokenizer lowercases text and strips accents."""
+    """Whether a new tokenizer lowercases text."""
+    strip_accents: bool | None = None
+    """Whether é becomes e, and other marks are removed; null: a new tokenizer keeps them, vocab.txt as BERT does."""
     train_characters: Positive = 100_000_000
     """Characters that train a new tokenizer: a random sample of longer text."""
     pad_to_multiple_of: Positive | None = None

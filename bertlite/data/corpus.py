@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,51 +22,14 @@ from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import disk_full_as_error, fingerprint, lock, read_json, remove_leftovers, write_json
 from bertlite.core.logging import logger
 from bertlite.data.sources import digest_source, find_source_files, read_documents
+from bertlite.data.summary import Summary, warn
+from bertlite.data.vocabulary import find_long_words, strips_marks
 from bertlite.data.words import SEGMENTERS, mark_segmented_words, mark_word_starts
 
 CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenized together; limits the memory
-MAX_TOKENS_PER_WORD, MAX_UNKNOWN = 2.5, 0.02  # above these, the vocabulary does not fit the text
 BATCHES_PER_SYNC = 16  # an interrupted process resumes from the last sync
 Id = np.unsignedinteger[Any]  # of a token: two bytes where the vocabulary is small enough, else four
-
-
-@dataclass
-class Summary:
-    """Counts of what a corpus holds, and of what was dropped."""
-
-    read: int = 0  # documents, of which these were dropped:
-    empty: int = 0
-    duplicates: int = 0
-    too_short: int = 0
-    too_long: int = 0
-    documents: int = 0  # and these kept:
-    tokens: int = 0
-    unknown_tokens: int = 0
-    words: int = 0
-    bytes: int = 0
-    source_documents: list[int] = field(default_factory=list)  # those kept of each source
-
-    def describe(self) -> str:
-        dropped = ", ".join(
-            f"{getattr(self, name):,} {name.replace('_', ' ')}"
-            for name in ("empty", "duplicates", "too_short", "too_long")
-            if getattr(self, name)
-        )
-        return (
-            f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens, "
-            f"{self.tokens / max(1, self.words):.2f} per word, {self.unknown_tokens / max(1, self.tokens):.2%} unknown"
-            + (f"; dropped: {dropped}" if dropped else "")
-        )
-
-    def find_problem(self) -> str:
-        """Return why the vocabulary does not seem to fit the text; "" if it does."""
-        cause = "the vocabulary is too small, or made for another text"
-        if self.unknown_tokens > MAX_UNKNOWN * self.tokens:
-            return f"{self.unknown_tokens / self.tokens:.1%} of the tokens are unknown; {cause}"
-        if self.tokens > MAX_TOKENS_PER_WORD * self.words:
-            return f"{self.tokens / max(1, self.words):.1f} tokens per word, where 1 to 2 are usual; {cause}"
-        return ""
 
 
 class Corpus:
@@ -147,12 +110,7 @@ def prepare_corpus(
             _tokenize(sources, backend, tokenizer.unk_token_id, data, folder, setting)
     corpus = Corpus(folder)
     logger.info(f"{setting}: {corpus.summary.describe()} ({folder})")
-    if problem := corpus.summary.find_problem():
-        advice = (
-            ": without tokenizer.path a vocabulary is trained on the text, tokenizer.vocab_size makes it larger, and "
-            "tokenizer.extend adds words to another"
-        )
-        logger.warning(f"{setting}: warning: {problem}{advice if setting.startswith('data.') else ''}")
+    warn(corpus.summary, setting)
     return corpus
 
 
@@ -211,6 +169,7 @@ class _CorpusWriter:
     ) -> None:
         self.tokenizer, self.unknown_id, self.summary = tokenizer, unknown_id, summary
         self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+        self.strips_marks = strips_marks(tokenizer)
         self.starts_word = mark_word_starts(tokenizer)  # (V,)
         self.segment = choose(SEGMENTERS, data.segmenter, "data.segmenter") if data.segmenter else None
         sizes = expected_sizes(folder, summary, self.dtype, self.segment is not None)
@@ -254,7 +213,12 @@ class _CorpusWriter:
         summary.source_documents[source] += 1
         summary.documents += 1
         summary.tokens += len(ids)
-        summary.unknown_tokens += int((ids == self.unknown_id).sum())
+        unknown_tokens = int((ids == self.unknown_id).sum())
+        summary.unknown_tokens += unknown_tokens
+        if unknown_tokens:
+            summary.long_word_bytes += sum(len(word.encode()) for word in find_long_words(text, self.tokenizer))
+        if self.strips_marks:
+            summary.count_marks(text)
         summary.words += words
         summary.bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bertlite.config.settings import TokenizerSettings
@@ -28,15 +28,15 @@ from bertlite.data.vocabulary import (
 )
 
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
-TRAINER_VERSION = 1  # raise it when the same text would give another vocabulary
+TRAINER_VERSION = 2  # raise it when the same text would give another vocabulary
 EXTENSION_VERSION = 2  # raise it when the same text would extend a vocabulary by other tokens
 
 
-def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, lowercase: bool = True, strip_accents: bool | None = None) -> PreTrainedTokenizerBase:
     """Load `vocab.txt`, `tokenizer.json`, a Hugging Face folder or a hub name.
 
-    `lowercase` is for `vocab.txt`; the others bring this setting. Raises UserError for a name without a tokenizer, and
-    for one that lacks a special token or is not a fast tokenizer.
+    `lowercase` and `strip_accents` are for `vocab.txt`; the others bring these settings. Raises UserError for a name
+    without a tokenizer, and for one that lacks a special token or is not a fast tokenizer.
     """
     path, local = Path(name), Path(name).is_dir()
     if local:
@@ -48,7 +48,7 @@ def load_tokenizer(name: str, lowercase: bool = True) -> PreTrainedTokenizerBase
         raise UserError(f"{name}: {advice}" if local else f"{path}: no such tokenizer")
     try:
         if path.is_file() and path.suffix == ".txt":
-            tokenizer = wrap_tokenizer(build_word_piece(_read_vocabulary(path), lowercase))
+            tokenizer = wrap_tokenizer(build_word_piece(_read_vocabulary(path), lowercase, strip_accents))
         else:
             tokenizer = _from_file(path) if path.is_file() else _from_folder_or_hub(name, local)
         tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # some wrong settings raise only here
@@ -78,11 +78,12 @@ def prepare_tokenizer(
     A trained or changed tokenizer is cached; `digest` identifies its documents. Raises UserError if `base` cannot be
     loaded or changed.
     """
-    loaded = None if base is None else load_tokenizer(base, settings.lowercase)
+    loaded = None if base is None else load_tokenizer(base, settings.lowercase, settings.strip_accents)
     if loaded is not None and not (settings.extend or settings.special_tokens or settings.pad_to_multiple_of):
         return loaded
     base_key = None if loaded is None else [loaded.backend_tokenizer.to_str(), settings.extend, EXTENSION_VERSION]
-    training_key = settings.vocab_size, settings.lowercase, settings.pad_to_multiple_of, settings.train_characters
+    training_key = [settings.vocab_size, settings.lowercase, _choose_stripping(settings),
+                    settings.pad_to_multiple_of, settings.train_characters]  # fmt: skip
     folder = (
         cache
         / "tokenizers"
@@ -99,7 +100,13 @@ def prepare_tokenizer(
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     """Wrap a tokenizer in transformers' class, which saves files for AutoTokenizer."""
-    return BertTokenizer(tokenizer_object=tokenizer, do_lower_case=tokenizer.normalizer.lowercase)
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer) and isinstance(
+        tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer
+    ):
+        options = {"do_lower_case": normalizer.lowercase, "strip_accents": normalizer.strip_accents}
+        return BertTokenizer(tokenizer_object=tokenizer, **options)
+    return _wrap_other(tokenizer)
 
 
 def describe_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -176,10 +183,21 @@ def _save_prepared(
         (folder / "vocab.txt").unlink(missing_ok=True)  # it would hold the old vocabulary
 
 
+def _choose_stripping(settings: TokenizerSettings) -> bool | None:
+    """Return the `strip_accents` of a new tokenizer; None, BERT's rule, where that is the same as `lowercase`.
+
+    So the tokenizers and corpora of cased text, and of text without accents, are those of earlier versions.
+    """
+    strip = bool(settings.strip_accents)
+    return None if strip == settings.lowercase else strip
+
+
 def _train(documents: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
     logger.info(f"tokenizer: training a vocabulary of {settings.vocab_size:,}")
     sample = sample_documents(documents, settings.train_characters)
-    trained = train_word_piece(sample, settings.vocab_size, settings.lowercase, settings.special_tokens)
+    trained = train_word_piece(
+        sample, settings.vocab_size, settings.lowercase, settings.special_tokens, _choose_stripping(settings)
+    )
     if trained.get_vocab_size() < settings.vocab_size:
         logger.info(f"tokenizer: the text gives only {trained.get_vocab_size():,} tokens")
     return wrap_tokenizer(trained)
@@ -210,6 +228,11 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
     missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         raise UserError(f"{path}: the vocabulary lacks {', '.join(missing)}, which masked language modelling needs")
+    return _wrap_other(tokenizer)
+
+
+def _wrap_other(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """Wrap a tokenizer that is not BERT's, with BERT's special tokens and its way to add them, if it has no own."""
     if tokenizer.post_processor is None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",

@@ -2,18 +2,25 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count as count_up
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from bertlite.core.logging import logger
 from bertlite.core.random import TOKENIZER_SAMPLE, draw_uint32
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNUSED = re.compile(r"\[unused\d+\]")  # tokens that BERT's vocabularies reserve for their users
 CHARACTER_COVERAGE = 0.9999  # of the text; rarer characters become [UNK], which leaves room for longer tokens
 TEXTS_PER_BATCH = 1000  # tokenized together; limits the memory
+MAX_WORD_CHARACTERS = 100  # BERT's WordPiece makes [UNK] of longer words
+# Divides a long word, where another option is [UNK]; the marks of a letter, such as Thai vowels, stay with it.
+WORD_PARTS = r".{1,80}\p{M}{0,20}"
+_LONG_RUN = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
+MIN_SHARE = 0.001  # of the characters, that long words or decomposed letters have where a new tokenizer minds them
 
 
 def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
@@ -34,26 +41,93 @@ def sample_documents(documents: Iterable[str], limit: int) -> list[str]:
     return [text[:limit] for _, text in kept]
 
 
-def build_word_piece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
-    """Build BERT's tokenizer: clean, split at punctuation and around Chinese characters, WordPiece."""
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def build_word_piece(
+    vocabulary: dict[str, int],
+    lowercase: bool,
+    strip_accents: bool | None = None,
+    compose: bool = False,
+    divide: bool = False,
+) -> Tokenizer:
+    """Build BERT's tokenizer: clean, split at punctuation and around Chinese characters, WordPiece.
+
+    `strip_accents` None means BERT's own rule: as `lowercase`. What BERT lacks: `compose` makes one character of a
+    letter and its mark where Unicode has it (NFC), and `divide` divides words that are too long for WordPiece.
+    """
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
+    bert: normalizers.Normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert]) if compose else bert
+    words: pre_tokenizers.PreTokenizer = pre_tokenizers.BertPreTokenizer()
+    parts = pre_tokenizers.Split(Regex(WORD_PARTS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts]) if divide else words
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
 def train_word_piece(
-    documents: list[str], vocab_size: int, lowercase: bool, special_tokens: Sequence[str] = ()
+    documents: list[str],
+    vocab_size: int,
+    lowercase: bool,
+    special_tokens: Sequence[str] = (),
+    strip_accents: bool | None = None,
 ) -> Tokenizer:
-    """Train BERT's tokenizer on documents. Its vocabulary begins with BERT's special tokens and `special_tokens`."""
-    untrained = build_word_piece({"[UNK]": 0}, lowercase)
+    """Train BERT's tokenizer on documents. Its vocabulary begins with BERT's special tokens and `special_tokens`.
+
+    The tokenizer composes letters and divides long words only if the documents need it, which is logged: it is no
+    longer the one that the name BertTokenizer stands for.
+    """
     if special_tokens:  # the letters of those in the text are no words
         pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
         documents = [pattern.sub(" ", document) for document in documents]
+    compose = _share_of_decomposed(documents) > MIN_SHARE and not (
+        lowercase if strip_accents is None else strip_accents
+    )
+    untrained = build_word_piece({"[UNK]": 0}, lowercase, strip_accents, compose)
+    long_words = [word for document in documents for word in find_long_words(document, untrained)]
+    divide = sum(map(len, long_words)) > MIN_SHARE * sum(map(len, documents))
+    if compose:
+        logger.info("tokenizer: letters and marks that follow them are composed (NFC), as the text has both forms")
+    if divide:
+        logger.info(
+            f"tokenizer: words of more than {MAX_WORD_CHARACTERS} characters, such as {long_words[0][:20]}…, are "
+            "divided, or they would be unknown"
+        )
+    untrained = build_word_piece({"[UNK]": 0}, lowercase, strip_accents, compose, divide)
     first_tokens = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
     vocabulary = train_vocabulary(documents, vocab_size, untrained, first_tokens)
-    return build_word_piece(vocabulary, lowercase)
+    return build_word_piece(vocabulary, lowercase, strip_accents, compose, divide)
+
+
+def find_long_words(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """Find the words of a text of which the tokenizer makes [UNK] because of their length."""
+    for run in _LONG_RUN.findall(text):
+        words = [(run, (0, 0))]
+        if tokenizer.pre_tokenizer is not None:
+            words = tokenizer.pre_tokenizer.pre_tokenize_str(_normalize(run, tokenizer))
+        yield from (word for word, _ in words if len(word) > MAX_WORD_CHARACTERS)
+
+
+def strips_marks(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer makes e of é."""
+    return "é" not in unicodedata.normalize("NFC", _normalize("é", tokenizer))
+
+
+def find_marked_letters(text: str) -> tuple[int, Counter[str]]:
+    """Count the letters of a text, and which of them have a mark that stripping removes, such as é and न्."""
+    letters, marked, last = 0, Counter[str](), ""
+    for character in unicodedata.normalize("NFD", text):
+        category = unicodedata.category(character)
+        if category == "Mn" and last:
+            marked[unicodedata.normalize("NFC", last + character)] += 1
+        last = character if category.startswith("L") else ""  # a second mark of a letter does not count again
+        letters += bool(last)
+    return letters, marked
+
+
+def _share_of_decomposed(documents: list[str]) -> float:
+    """Return the share of the characters that composing letters and marks would save."""
+    total = sum(map(len, documents))
+    saved = (len(text) - len(unicodedata.normalize("NFC", text)) for text in documents if not text.isascii())
+    return sum(number for number in saved if number > 0) / max(1, total)
 
 
 def train_vocabulary(

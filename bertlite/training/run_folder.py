@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bertlite.config.loading import diff_configs, dump_config, load_config
+from bertlite.config.loading import diff_configs, dump_config, load_config, with_changes
 from bertlite.config.settings import MAY_DIFFER_ON_RESUME, PretrainConfig, Section
 from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
@@ -85,6 +85,15 @@ def write_config(folder: Path, config: Section, outdated: Iterable[str] = ()) ->
         else:
             path.unlink()
     write_text(folder / "config.yaml", dump_config(config))
+
+
+def keep_strip_accents(folder: Path, config: PretrainConfig) -> PretrainConfig:
+    """Return the configuration with the run's `tokenizer.strip_accents` where it has none of its own."""
+    path = folder / "config.yaml"
+    if config.tokenizer.strip_accents is not None or not path.exists():
+        return config
+    value = load_config(PretrainConfig, path).tokenizer.strip_accents
+    return with_changes(config, {"tokenizer.strip_accents": value}, str(path))
 
 
 def model_folder(name: str) -> Path:

@@ -141,10 +141,10 @@ def test_trained_vocabulary_gives_the_same_ids_with_bert_tokenizer(trained, tmp_
     tokenizer, lowercase = trained
     pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    reference = BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase)
+    reference = BertTokenizer.from_pretrained(tmp_path, do_lower_case=lowercase, strip_accents=False)
     same_ids(tokenizer, reference)
-    same_ids(load_tokenizer(str(tmp_path), lowercase), reference)
-    same_ids(load_tokenizer(str(tmp_path / "vocab.txt"), lowercase), reference)
+    same_ids(load_tokenizer(str(tmp_path), lowercase, False), reference)
+    same_ids(load_tokenizer(str(tmp_path / "vocab.txt"), lowercase, False), reference)
 
 
 def test_case_is_kept_or_not(trained):
@@ -451,6 +451,7 @@ def test_the_same_text_and_settings_train_once(tmp_path, capfd):
     others = [
         (["digest"], {"vocab_size": 59}),
         (["digest"], {"lowercase": False}),
+        (["digest"], {"strip_accents": True}),
         (["digest"], {"train_characters": 40}),
         (["digest"], {"pad_to_multiple_of": 7}),
         (["other"], {}),
@@ -528,7 +529,7 @@ def test_an_extended_tokenizer_spells_new_words_whole_and_old_ones_as_before(bas
     assert after(WORDS)["input_ids"] == before(WORDS)["input_ids"]
     assert after.convert_tokens_to_ids(SPECIAL_TOKENS) == before.convert_tokens_to_ids(SPECIAL_TOKENS)
 
-    saved = AutoTokenizer.from_pretrained(next((tmp_path / "cache" / "tokenizers").iterdir()))
+    saved = AutoTokenizer.from_pretrained(next((tmp_path / "cache" / "tokenizers").glob("[!.]*")))
     assert saved.get_vocab() == after.get_vocab() and saved.tokenize("zyloprim") == ["zyloprim"]
 
 

@@ -280,6 +280,7 @@ CHANGED = {
     "tokenizer.path": None,  # test_tokenizer.py, test_cli.py
     "tokenizer.vocab_size": 900,
     "tokenizer.lowercase": False,
+    "tokenizer.strip_accents": True,
     "tokenizer.special_tokens": ["[E1]"],
     "tokenizer.train_characters": 20000,
     "tokenizer.pad_to_multiple_of": 64,
