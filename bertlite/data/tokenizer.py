@@ -104,7 +104,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     if isinstance(normalizer, normalizers.BertNormalizer) and isinstance(
         tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer
     ):
-        options = {"do_lower_case": normalizer.lowercase, "strip_accents": normalizer.strip_accents}
+        options: dict[str, Any] = {"do_lower_case": normalizer.lowercase, "strip_accents": normalizer.strip_accents}
         return BertTokenizer(tokenizer_object=tokenizer, **options)
     return _wrap_other(tokenizer)
 
