@@ -118,7 +118,7 @@ def test_the_model_learns(write_config):
         train__max_steps=150, train__global_batch_size=32, train__eval_steps=75, train__learning_rate=5e-3
     )
     evaluations = [line["eval_loss"] for line in metrics(pretrain(path)) if "eval_loss" in line]
-    assert evaluations[1] < evaluations[0] < 5.95, "the frequencies of tokens alone give 6.02"
+    assert evaluations[1] < evaluations[0] < 6.0, "the frequencies of tokens alone give 6.05"
 
 
 FIFTY_STEPS = {"train__max_steps": 50, "train__logging_steps": 1, "train__global_batch_size": 16}
