@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.data.formats import Record, TableFile, file_format
+from bertlite.data.formats import Record, TableFile, file_format, is_empty
 
 CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
@@ -105,7 +105,7 @@ def group_words(records: Iterator[Record], sentence: str, word: str, tag: str) -
             if name not in columns:
                 raise UserError(f"{location}: task.{setting}: there is no column {name!r}; there are {list(columns)}")
         for record in rows:
-            if str(record.columns[tag] or "").strip() == "":
+            if is_empty(record.columns[tag]):
                 raise UserError(f"{record.location}: the word {record.columns[word]!r} has no tag")
         words = [str(record.columns[word] or "") for record in rows]
         yield Record(location, {word: words, tag: [str(record.columns[tag]).strip() for record in rows]})
@@ -120,7 +120,7 @@ def fill_down(records: Iterator[Record], column: str) -> Iterator[tuple[str, Rec
                 f"{record.location}: task.sentence: there is no column {column!r}; there are {list(record.columns)}"
             )
         cell = record.columns[column]
-        value = value if cell is None else str(cell).strip() or value
+        value = value if is_empty(cell) else str(cell).strip()
         if not value:
             raise UserError(f"{record.location}: the first row has no value in the column {column!r} (task.sentence)")
         yield value, record

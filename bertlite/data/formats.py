@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Record(NamedTuple):
 
     location: str
     columns: dict[str, Any]
+
+
+def is_empty(cell: Any) -> bool:
+    """Return whether a cell of a record holds nothing: null, NaN or blanks."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ class ExampleBatches:
     def unpack(self, values: Tensor, batch: TaskBatch) -> dict[int, NDArray[np.float32]]:
         """Return each example's values, by its index: (…) of (B,E,…), or (n,…) of (B,T,…) for its n tokens."""
         unpacked: dict[int, NDArray[np.float32]] = {}
-        per_token = values.shape[1] == self.sequence_length  # there are always more tokens than examples
+        # A sequence has more tokens than examples, but may have as many places for choices, which have no token scores.
+        per_token = values.shape[1] == self.sequence_length and not self.examples.grouped
         for indices, sequence in zip(batch.example_indices.tolist(), values.float().cpu().numpy(), strict=True):
             members = [index for index in indices if index >= 0]
             each = (

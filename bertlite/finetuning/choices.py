@@ -22,7 +22,8 @@ from bertlite.finetuning.batches import TaskBatch
 from bertlite.finetuning.decoding import Outputs, Scores, softmax
 from bertlite.finetuning.examples import Examples, without_labels
 from bertlite.finetuning.label_lists import parse_list
-from bertlite.finetuning.labels import is_empty, read_label, read_texts
+from bertlite.finetuning.labels import read_cells, read_label, read_texts
+from bertlite.finetuning.labels import read_unlabelled as read_unlabelled_texts
 
 TEXT = "text"  # the only label of a model whose choices are called by their text
 
@@ -57,11 +58,34 @@ def read_fields(record: Record, settings: InputSettings) -> tuple[str, ...]:
     return (*read_texts(record, settings), *read_choices(record, settings))
 
 
+def read_unlabelled(record: Record, settings: InputSettings) -> tuple[str, ...]:
+    """Read the texts of a record to predict for, which may be empty, and its choices."""
+    return (*read_unlabelled_texts(record, settings), *read_choices(record, settings))
+
+
+def split_line(text: str, location: str, settings: InputSettings) -> Record:
+    """Make a record of a line that holds the task's texts and then the choices, separated by tabs."""
+    fields, num_texts = text.split("\t"), len(settings.text)
+    texts, choices = dict(zip(settings.text, fields, strict=False)), fields[num_texts:]
+    if len(choices) < 2:
+        raise UserError(
+            f"{location}: should be {' and '.join(settings.text)} and at least two choices, separated by tabs: "
+            f"{text[:60]!r}"
+        )
+    if len(settings.choices) == 1:
+        return Record(location, {**texts, settings.choices[0]: choices})
+    if len(choices) > len(settings.choices):
+        raise UserError(
+            f"{location}: holds {len(choices)} choices; the model's columns are {', '.join(settings.choices)}"
+        )
+    named = dict(zip(settings.choices, choices, strict=False))
+    return Record(location, dict.fromkeys(settings.choices) | texts | named)
+
+
 def have_right_choice(records: list[Record], settings: InputSettings, known_labels: list[str]) -> list[bool]:
     """Return which records have a label: it is neither empty nor in `no_label`, by default -1."""
     marks = {"", *(["-1"] if settings.no_label is None else settings.no_label)}
-    cells = [get_column(record, settings.label[0], "task.label") for record in records]
-    return [not is_empty(cell) and str(cell).strip() not in marks for cell in cells]
+    return [cell not in marks for cell in read_cells(records, settings)]
 
 
 def read_names(record: Record, settings: InputSettings) -> list[str]:

@@ -9,6 +9,7 @@ from bertlite.config.finetune_settings import FinetuneConfig, TaskSettings
 from bertlite.config.loading import load_config
 from bertlite.core.errors import UserError
 from bertlite.core.packages import require
+from bertlite.core.trust import check_run_folder
 from bertlite.finetuning.results import read_results
 
 NUM_SHOWN = 5  # examples that only one of the models gets right
@@ -52,6 +53,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
 def read_run(folder: Path) -> FinishedRun:
     """Read a run folder. Raises UserError if it is not that of a finished fine-tuning of one task."""
+    check_run_folder(folder)
     for name in ("results.json", "config.yaml", "predictions.jsonl"):
         if not (folder / name).exists():
             tasks = [path.parent.name for path in sorted(folder.glob("*/predictions.jsonl"))]
@@ -62,9 +64,9 @@ def read_run(folder: Path) -> FinishedRun:
     task = load_config(FinetuneConfig, folder / "config.yaml").task
     if task is None:
         raise UserError(f"{folder / 'config.yaml'}: has several tasks; compare the folder of one")
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     try:
-        return FinishedRun(folder, task, read_results(folder), [dict(json.loads(line)) for line in lines])
+        with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+            return FinishedRun(folder, task, read_results(folder), [dict(json.loads(line)) for line in lines])
     except (ValueError, TypeError):
         raise UserError(f"{folder / 'predictions.jsonl'}: damaged") from None
 

@@ -14,9 +14,8 @@ from bertlite.config.finetune_settings import InputSettings, SavedTask
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format, split_lines
-from bertlite.data.tables import get_column, read_table
-from bertlite.finetuning.choices import read_choices
-from bertlite.finetuning.tasks import find_task, input_settings
+from bertlite.data.tables import read_table
+from bertlite.finetuning.tasks import TASKS, find_task, input_settings
 from bertlite.model.heads import Classifier
 
 TAG = re.compile(r"\S+\s(?:.*\s)?(?:O|[BIMESLU]-\S+)")  # a line of a word and its tag
@@ -40,12 +39,13 @@ def choose_inputs(
     A folder without task.json does not tell single texts from pairs; `pairs` or two columns do. Raises UserError for
     what contradicts the model.
     """
-    settings = input_settings(model, tokenizer)
-    if model.task is None and len(settings.text) == 1 and (pairs or (columns and len(columns) == 2)):
+    settings, task = input_settings(model, tokenizer), find_task(model)
+    can_be_pairs = model.task is None and task.num_texts == (1, 2)
+    if can_be_pairs and (pairs or (columns and len(columns) == 2)):
         settings = settings.model_copy(update={"text": ["text", "text_pair"]})
     num_texts = len(settings.text)
     reads = f"{'pairs of' if num_texts == 2 else 'single'} texts ({' and '.join(settings.text)})"
-    if num_texts not in find_task(model).num_texts or (pairs and num_texts == 1):
+    if pairs and num_texts == 1:
         raise UserError("--pairs: the model reads single texts; leave --pairs out")
     if (num_texts == 2 or settings.type == "multiple-choice") and model.config.type_vocab_size < 2:
         raise UserError("the model cannot read pairs of texts: its type_vocab_size is 1")
@@ -62,8 +62,9 @@ def read_inputs(
 
     Raises UserError, naming the file, for what cannot be read, and for lines of text if `columns` were named.
     """
+    split_line = TASKS[settings.type].split_line
     if texts is not None:
-        return (split_text(text, f"text {number}", settings) for number, text in enumerate(texts, 1))
+        return (split_line(text, f"text {number}", settings) for number, text in enumerate(texts, 1))
     if file is None:
         if sys.stdin.isatty():
             logger.info("reading standard input, a text per line; end it with Ctrl-D")
@@ -89,7 +90,7 @@ def parse_lines(
     The lines are those of a table if the first one is a JSON object, a header with the task's columns, or a word with
     its tag.
     """
-    first = next(lines, None)
+    split_line, first = TASKS[settings.type].split_line, next(lines, None)
     if first is None:
         return
     stream = Stream(path, content=chain([first], lines))
@@ -103,7 +104,7 @@ def parse_lines(
     elif columns:
         raise UserError(f"{path}: read as lines of text, which have no column {columns[0]!r}; leave --column out")
     else:
-        yield from (split_text(line, f"{path}:{n}", settings) for n, line in enumerate(stream.lines(), 1))
+        yield from (split_line(line, f"{path}:{n}", settings) for n, line in enumerate(stream.lines(), 1))
         return
     logger.info(f"{path}: read as {form}, which its first line shows")
     yield from records
@@ -125,53 +126,3 @@ def find_table_format(first: str, settings: InputSettings) -> str | None:
         if len(fields) > 1 and (has_names or (has_columns and (settings.delimiter or delimiter == "\t"))):
             return extension
     return None
-
-
-def split_text(text: str, location: str, settings: InputSettings) -> Record:
-    """Make a record of a text or, if the model reads pairs, of two texts with a tab between."""
-    names = settings.text
-    if settings.type == "multiple-choice":
-        return split_choices(text, location, settings)
-    texts = [text] if len(names) == 1 else text.split("\t")
-    if len(texts) != len(names):
-        raise UserError(
-            f"{location}: should be two texts, {' and '.join(names)}, separated by a tab, which the model reads: "
-            f"{text[:60]!r}"
-        )
-    return Record(location, dict(zip(names, texts, strict=True)))
-
-
-def split_choices(text: str, location: str, settings: InputSettings) -> Record:
-    """Make a record of a text that holds the task's texts and then the choices, separated by tabs."""
-    fields, num_texts = text.split("\t"), len(settings.text)
-    texts, choices = dict(zip(settings.text, fields, strict=False)), fields[num_texts:]
-    if len(choices) < 2:
-        raise UserError(
-            f"{location}: should be {' and '.join(settings.text)} and at least two choices, separated by tabs: "
-            f"{text[:60]!r}"
-        )
-    if len(settings.choices) == 1:
-        return Record(location, {**texts, settings.choices[0]: choices})
-    if len(choices) > len(settings.choices):
-        raise UserError(
-            f"{location}: holds {len(choices)} choices; the model's columns are {', '.join(settings.choices)}"
-        )
-    return Record(
-        location, dict.fromkeys(settings.choices) | texts | dict(zip(settings.choices, choices, strict=False))
-    )
-
-
-def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
-    """Return the text or the two texts of a record, and its choices if the model reads them.
-
-    Words are joined by blanks, and an empty cell is an empty text.
-    """
-    texts = []
-    for name in settings.text:
-        cell = get_column(record, name, "--column")
-        if isinstance(cell, list) and settings.type == "token-classification":
-            cell = " ".join(map(str, cell))
-        if cell is not None and not isinstance(cell, str):
-            raise UserError(f"{record.location}: the column {name!r} holds {type(cell).__name__}, not text")
-        texts.append(cell or "")
-    return (*texts, *read_choices(record, settings)) if settings.type == "multiple-choice" else tuple(texts)

@@ -7,9 +7,9 @@ from typing import Any
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
-from bertlite.data.formats import Record
+from bertlite.data.formats import Record, is_empty
 from bertlite.data.tables import get_column
-from bertlite.finetuning.labels import is_empty, name_label, sort_labels
+from bertlite.finetuning.labels import name_label, sort_labels
 
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 UNKNOWN = "-1"  # in each 0/1 column of an example that nobody labelled, as in Jigsaw's test set

@@ -9,7 +9,7 @@ import numpy as np
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.data.formats import Record
+from bertlite.data.formats import Record, is_empty
 from bertlite.data.tables import get_column
 
 MAX_LISTED, MAX_CHARACTERS = 10, 70  # labels that a message lists
@@ -30,9 +30,28 @@ def read_input_texts(records: list[Record], settings: InputSettings) -> list[tup
     return [read_texts(record, settings) for record in records]
 
 
-def is_empty(cell: Any) -> bool:
-    """Return whether a cell holds nothing: null, NaN or blanks."""
-    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
+def read_unlabelled(record: Record, settings: InputSettings) -> tuple[str, ...]:
+    """Read the text or the two texts of a record to predict for. An empty cell is an empty text.
+
+    Raises UserError for a cell that holds no text.
+    """
+    cells = tuple(get_column(record, name, "--column") for name in settings.text)
+    for name, cell in zip(settings.text, cells, strict=True):
+        if cell is not None and not isinstance(cell, str):
+            raise UserError(f"{record.location}: the column {name!r} holds {type(cell).__name__}, not text")
+    return tuple(cell or "" for cell in cells)
+
+
+def split_line(text: str, location: str, settings: InputSettings) -> Record:
+    """Make a record of a line to predict for: a text or, if the model reads pairs, two texts with a tab between."""
+    names = settings.text
+    texts = [text] if len(names) == 1 else text.split("\t")
+    if len(texts) != len(names):
+        raise UserError(
+            f"{location}: should be two texts, {' and '.join(names)}, separated by a tab, which the model reads: "
+            f"{text[:60]!r}"
+        )
+    return Record(location, dict(zip(names, texts, strict=True)))
 
 
 def read_cells(records: list[Record], settings: InputSettings) -> list[str]:
@@ -147,7 +166,8 @@ def choose_positive_label(records: list[Record], labels: list[str], settings: In
 
 def sort_labels(labels: set[str]) -> list[str]:
     """Sort labels as numbers if all of them are, else alphabetically."""
-    return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None)
+    are_numbers = all(map(str.isdecimal, labels))
+    return sorted(labels, key=lambda label: (int(label), label) if are_numbers else label)
 
 
 def list_some(labels: list[str]) -> str:

@@ -20,7 +20,6 @@ from bertlite.core.trust import MAX_TEXT_CHARACTERS
 from bertlite.data.formats import Record
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
-from bertlite.finetuning.inputs import read_texts
 from bertlite.finetuning.losses import compute_outputs, compute_scores, no_loss
 from bertlite.finetuning.tasks import find_task
 from bertlite.inference.batching import chunks
@@ -45,12 +44,14 @@ def predict(
     """
     task = find_task(model)
     num_records = num_truncated = 0
-    for chunk in chunks(records, CHUNK_SIZE, count_characters):
-        examples = task.encode([read_texts(record, settings) for record in chunk], tokenizer, settings)
+    pairs = ((record, task.read_unlabelled(record, settings)) for record in records)
+    for chunk in chunks(pairs, CHUNK_SIZE, count_characters):
+        examples = task.encode([texts for _, texts in chunk], tokenizer, settings)
         batches = ExampleBatches(examples, model.config.pad_token_id)
         scores, *_ = compute_outputs(model, batches, runtime, compute_scores, no_loss)
         check_finite(torch.from_numpy(np.concatenate(scores, axis=None)))
-        yield from zip(chunk, task.results(Outputs(scores, examples, model.labels, settings), top_k), strict=True)
+        results = task.results(Outputs(scores, examples, model.labels, settings), top_k)
+        yield from zip((record for record, _ in chunk), results, strict=True)
         num_records += len(chunk)
         num_truncated += examples.num_truncated
     if num_truncated:
@@ -59,9 +60,10 @@ def predict(
         )
 
 
-def count_characters(record: Record) -> int:
-    """Count the characters of a record. Raises UserError for more than MAX_TEXT_CHARACTERS."""
-    number = sum(len(value) for value in record.columns.values() if isinstance(value, str))
+def count_characters(pair: tuple[Record, tuple[str, ...]]) -> int:
+    """Count the characters of a record's texts. Raises UserError for more than MAX_TEXT_CHARACTERS."""
+    record, texts = pair
+    number = sum(map(len, texts))
     if number > MAX_TEXT_CHARACTERS:
         raise UserError(f"{record.location}: {number:,} characters, more than {MAX_TEXT_CHARACTERS:,}; divide the text")
     return number

@@ -18,9 +18,10 @@ from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.data.tables import get_column
 from bertlite.finetuning.decoding import Outputs, softmax
-from bertlite.finetuning.examples import Examples
+from bertlite.finetuning.examples import Examples, without_labels
 from bertlite.finetuning.labels import find_label_indices, name_label
 from bertlite.finetuning.labels import read_texts as read_text
+from bertlite.finetuning.labels import read_unlabelled as read_unlabelled_text
 from bertlite.finetuning.metrics import (
     ENTITIES,
     Metric,
@@ -77,10 +78,16 @@ def read_texts(record: Record, settings: InputSettings) -> tuple[str | list[str]
     return (read_text(record, settings)[0],)
 
 
+def read_unlabelled(record: Record, settings: InputSettings) -> tuple[str, ...]:
+    """Read the text of a record to predict for; words are joined by blanks."""
+    cell = get_column(record, settings.text[0], "--column")
+    return (" ".join(map(str, cell)),) if isinstance(cell, list) else read_unlabelled_text(record, settings)
+
+
 def read_labels(record: Record, settings: InputSettings) -> list[str]:
     """Read the tags of a record as labels of the model, or the first ones of its spans."""
-    if spans := read_text_and_spans(record, settings):
-        return [f"B-{span.kind}" for span in spans[1]]
+    if labelled_text := read_text_and_spans(record, settings):
+        return [f"B-{span.kind}" for span in labelled_text[1]]
     tags = read_tagged_words(record, settings)[1]
     return convert_to_iob2(tags) if settings.tag_scheme == "entities" else tags
 
@@ -131,7 +138,8 @@ def encode_sentences(
         first = tokenizer.backend_tokenizer.post_process(encoding)
         windows += [first, *first.overflowing]
         records += [record] * (1 + len(first.overflowing))
-    return Examples(windows, records, [IGNORED] * len(windows), list(texts), [], targets_per_token=True)
+    examples = without_labels(windows, records, texts, tokenizer)
+    return replace(examples, targets_per_token=True)
 
 
 def find_words(examples: Examples) -> list[dict[int, Word]]:

@@ -50,6 +50,8 @@ class Task:
     learn: Callable[[Outputs], dict[str, Any]] = lambda outputs: {}  # settings that follow from the validation set
     details: Callable[[list[Any], list[Any]], dict[str, float]] = lambda references, predictions: {}  # further scores
     read_texts: Callable[[Record, InputSettings], tuple[Any, ...]] = labels.read_texts  # raises for a bad record
+    read_unlabelled: Callable[[Record, InputSettings], tuple[str, ...]] = labels.read_unlabelled  # texts to predict for
+    split_line: Callable[[str, str, InputSettings], Record] = labels.split_line  # of a line of text and its location
     read_labels: Callable[[Record, InputSettings], list[str]] = lambda record, settings: []  # names; raises likewise
     are_labelled: Callable[[list[Record], InputSettings, list[str]], list[bool]] = (
         lambda records, settings, known_labels: [True] * len(records)
@@ -105,7 +107,8 @@ TASKS = {
         tags.collect_tags, tags.tag_examples, tags.encode_sentences, losses.label_loss,
         decode=tags.decode_tags,
         results=lambda outputs, top_k: tags.find_entities(outputs),
-        read_texts=tags.read_texts, read_labels=tags.read_labels, settle=tags.settle_scheme,
+        read_texts=tags.read_texts, read_unlabelled=tags.read_unlabelled,
+        read_labels=tags.read_labels, settle=tags.settle_scheme,
         choose_metrics=tags.tag_metrics,
         score_labels=tags.score_tags,
         label_weights=True,
@@ -126,7 +129,7 @@ TASKS = {
         choices.collect_choice_names, choices.choice_examples, choices.encode_choices, choices.choice_loss,
         decode=choices.decode_choices,
         results=choices.rank_choices,
-        read_texts=choices.read_fields,
+        read_texts=choices.read_fields, read_unlabelled=choices.read_unlabelled, split_line=choices.split_line,
         are_labelled=choices.have_right_choice,
         describe=choices.describe_choice,
     ),

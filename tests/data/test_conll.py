@@ -101,6 +101,9 @@ def test_a_table_with_a_word_per_row(tmp_path):
     repeated = [{"n": number, "text": word, "label": "O"} for number, word in [(1, "a"), (1, "b"), (2, "c")]]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, repeated)))
     assert [row["text"] for row in read(tmp_path / "a.jsonl", sentence="n")] == [["a", "b"], ["c"]]
+    repeated[1]["n"] = float("nan")  # as pandas reads an empty cell
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, repeated)))
+    assert [row["text"] for row in read(tmp_path / "a.jsonl", sentence="n")] == [["a", "b"], ["c"]]
     for content, message in {
         NUMBERED + "Sentence: 1,x,NN,O\n": r"a\.csv:6: the sentence 'Sentence: 1' continues after another one",
         NUMBERED + ",x,NN,\n": r"a\.csv:6: the word 'x' has no tag",

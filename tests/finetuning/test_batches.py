@@ -5,8 +5,11 @@ import pytest
 import torch
 from tiny_tasks import make_experiment
 
+from bertlite.config.finetune_settings import SavedTask
 from bertlite.data.masking import IGNORED
+from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning.batches import ExampleBatches, choose_sequence_length, count_sequences
+from bertlite.finetuning.choices import encode_choices
 from bertlite.finetuning.experiment import make_train_settings
 
 
@@ -52,3 +55,15 @@ def test_few_examples_are_packed_with_little_padding(lengths):
     sequence_length = choose_sequence_length(np.array(lengths))
     assert count_sequences(np.array(lengths), sequence_length) * sequence_length < 2 * sum(lengths) + 8
     assert sequence_length % 8 == 0 and sequence_length >= max(lengths)
+
+
+def test_scores_of_choices_are_those_of_their_examples_where_a_sequence_has_as_many_places_as_tokens(vocabulary):
+    many, few = ("a", *["b b b b"] * 13), ("a", "b b", "b b b")  # 13 choices of 8 tokens; 2 choices of 13 tokens
+    examples = encode_choices([many, few], load_tokenizer(str(vocabulary)), SavedTask(type="multiple-choice"))
+    batches = ExampleBatches(examples, 0, sequence_length=104)
+    found = {}
+    for sequence in range(batches.num_sequences):
+        batch = batches.evaluation(sequence, 1)
+        assert batch.example_indices.shape == batch.input_ids.shape
+        found |= batches.unpack(batch.example_indices[..., None], batch)
+    assert {index: scores.tolist() for index, scores in found.items()} == {index: [index] for index in range(15)}

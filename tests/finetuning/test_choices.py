@@ -68,8 +68,8 @@ def test_the_right_choice_is_found_in_published_forms(name):
 
 def test_rows_without_a_label_are_known():
     settings = TaskSettings.model_validate({"train": "x", "type": M})
-    records = [Record("", {"label": label}) for label in (0, "", None, -1, "-1", "B")]
-    assert have_right_choice(records, settings, []) == [True, False, False, False, False, True]
+    records = [Record("", {"label": label}) for label in (0, "", None, -1, "-1", "B")] + [Record("", {"text": "a"})]
+    assert have_right_choice(records, settings, []) == [True, False, False, False, False, True, False]
 
 
 @pytest.mark.parametrize(

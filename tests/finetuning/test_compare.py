@@ -8,17 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from tiny_tasks import make_records
 
 from bertlite.finetuning.finetune import run
 
 
 def read_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")]
 
 
 def test_the_differences_of_two_runs(write, bertlite, tmp_path):
-    first = run(write(name="a", train__seeds=[2, 3]))
-    second = run(write(name="b", train__seeds=[1, 2, 3], train__learning_rate=1e-2, train__max_steps=15))
+    records = make_records("classification")
+    records[0]["text"] += "\u2028\x85"  # ends a line for str.splitlines, but not in JSON lines
+    first = run(write(records=records, name="a", train__seeds=[2, 3]))
+    second = run(
+        write(records=records, name="b", train__seeds=[1, 2, 3], train__learning_rate=1e-2, train__max_steps=15)
+    )
     code, out, err = bertlite("compare", tmp_path / "a", tmp_path / "b", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -55,13 +60,17 @@ def test_runs_that_cannot_be_compared(write, bertlite, tmp_path):
     other = {"seeds": {"train__seeds": [1]}, "metric": {"task__metric": "macro_f1"}}
     for name, changes in other.items():
         run(write(name=name, train__max_steps=1, **changes))
-    folders = [shutil.copytree(tmp_path / "a", tmp_path / name) for name in ("data", "size", "unfinished", "type")]
+    folders = [
+        shutil.copytree(tmp_path / "a", tmp_path / name) for name in ("data", "size", "unfinished", "type", "link")
+    ]
     lines = (tmp_path / "a/predictions.jsonl").read_text().splitlines(keepends=True)
     (folders[0] / "predictions.jsonl").write_text("".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
     (folders[1] / "predictions.jsonl").write_text("".join(lines[:20]))
     (folders[2] / "results.json").unlink()
     config = (folders[3] / "config.yaml").read_text()
     (folders[3] / "config.yaml").write_text(config.replace("type: classification", "type: multilabel"))
+    (folders[4] / "predictions.jsonl").unlink()
+    (folders[4] / "predictions.jsonl").symlink_to(tmp_path / "a/predictions.jsonl")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/results.json").write_text("{}")
     shutil.copytree(tmp_path / "a", tmp_path / "tasks/cola")
@@ -71,6 +80,7 @@ def test_runs_that_cannot_be_compared(write, bertlite, tmp_path):
         "data": r"data was measured on .*validation\.jsonl:5, .*a on .*validation\.jsonl:4",
         "size": r"size was measured on 20 examples, .*a on 24",
         "type": r"type: task\.type is 'multilabel', but that of .*a is 'classification'",
+        "link": r"link/predictions\.jsonl: a link that leaves its folder",
         "unfinished": r"unfinished: no finished fine-tuning run \(it has no results\.json\)",
         "tasks": r"tasks: no finished .*; compare one of its tasks, such as .*tasks/cola",
         "gone": r"gone: no finished fine-tuning run",

@@ -14,7 +14,8 @@ from tiny_tasks import SENTENCES, save_model
 
 from bertlite.config.finetune_settings import SavedTask
 from bertlite.core.errors import UserError
-from bertlite.finetuning.inputs import read_inputs, read_texts
+from bertlite.finetuning.inputs import read_inputs
+from bertlite.finetuning.labels import read_unlabelled
 
 TEXTS = [text for _, text in SENTENCES[:6]]
 PAIRS = [*zip(TEXTS[::2], TEXTS[1::2], strict=True)]
@@ -88,6 +89,7 @@ def test_pairs_come_from_tables_lines_and_standard_input(bertlite, make_model, t
         ),
         (["text"], ["--file", "{table}", "--column", "a", "--column", "b"], "the model reads single texts .*once"),
         (["text"], ["--file", "{lines}", "--pairs"], "--pairs: the model reads single texts; leave --pairs out"),
+        (None, ["--file", "{table}", "--column", "a", "--column", "b"], "the model reads single texts .*once"),
         (["text"], ["--file", "{table}"], r"there is no column 'text'; there are 'first', 'second'"),
         (["text"], ["--file", "gone.txt"], r"--file: gone\.txt: no such file"),
         (["text"], ["--file", "{lines}", "--column", "c"], r"a\.txt: read as lines of text, which have no column 'c'"),
@@ -99,9 +101,23 @@ def test_what_contradicts_the_model_is_an_error(text, arguments, message, bertli
     (tmp_path / "a.txt").write_text("a\tb\nno tab\n")
     table = write_table(tmp_path / "a.jsonl", {"first": ["a"], "second": ["b"]})
     arguments = [argument.format(lines=tmp_path / "a.txt", table=table) for argument in arguments]
-    code, out, err = bertlite("predict", make_model(text=text), *arguments)
+    if text is None:  # a model of tags from elsewhere, without task.json
+        model = make_model("token-classification")
+        (model / "task.json").unlink()
+    else:
+        model = make_model(text=text)
+    code, out, err = bertlite("predict", model, *arguments)
     assert code == 2 and out == "" and re.search(message, err), err
     assert len(err.splitlines()) == 1
+
+
+def test_columns_that_the_model_does_not_read_may_be_large(bertlite, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("bertlite.finetuning.predict.MAX_TEXT_CHARACTERS", 100)
+    table = write_table(tmp_path / "a.jsonl", {"text": ["short"], "page": ["long " * 30]})
+    assert predict(bertlite, make_model(), "--file", table) == predict(bertlite, make_model(), "short")
+    model = make_model("multiple-choice", text=["text"])
+    code, _, err = bertlite("predict", model, "context\t" + "long " * 30 + "\tchoice")
+    assert code == 2 and "text 1: 163 characters, more than 100" in err, err
 
 
 def test_a_tab_is_part_of_a_single_text(bertlite, make_model):
@@ -141,7 +157,7 @@ def test_files_are_laid_out_as_in_fine_tuning(settings, tmp_path):
     }
     path = tmp_path / "a.txt"
     path.write_text(content[next(iter(settings))], encoding=task.encoding)
-    assert [read_texts(record, task) for record in read_inputs(None, str(path), task)] == [("Naïve",), ("b, c",)]
+    assert [read_unlabelled(record, task) for record in read_inputs(None, str(path), task)] == [("Naïve",), ("b, c",)]
 
 
 @pytest.mark.parametrize("encoding", ["undefined", "punycode", "hex", "no\0name", ""])
@@ -156,7 +172,7 @@ def test_lines_of_text_are_not_taken_for_tables(tmp_path):
     for content in ("one\n\ntwo\n", "text\nlabel\n", "{one}\n", "[1]\n", "Well, the text\n", "a\tb\n", "", "\n{}\n"):
         path.write_text(content)
         records = read_inputs(None, str(path), task)
-        assert [read_texts(record, task) for record in records] == [(line,) for line in content.splitlines()]
+        assert [read_unlabelled(record, task) for record in records] == [(line,) for line in content.splitlines()]
     reader, writer = os.pipe()
     os.write(writer, b"line\n" * 150), os.close(writer)
     assert [record.columns for record in read_inputs(None, f"/dev/fd/{reader}", task)] == [{"text": "line"}] * 150

@@ -17,7 +17,7 @@ from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.label_lists import check_one_form, collect_labels, read_label_list
-from bertlite.finetuning.labels import collect_classes, have_label, have_number, list_some, read_label
+from bertlite.finetuning.labels import collect_classes, have_label, have_number, list_some, read_label, sort_labels
 from bertlite.finetuning.splits import read_tables
 from bertlite.finetuning.tasks import TASKS
 
@@ -201,6 +201,13 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_skipped(write, capsys):
     assert "task.validation: 1 of 24 rows cannot be used" in told and "'new' is none of those" in told
     with pytest.raises(UserError, match="there is no column 'body'"):
         make_experiment(write(records=records, task__on_bad_example="skip", task__text="body"))
+
+
+def test_numbers_are_sorted_alike_in_every_process():
+    """Sets of texts have an order of their own in each process."""
+    numbers = ["0" * zeros + "1" for zeros in range(8)]
+    for labels in (numbers, numbers[::-1]):
+        assert sort_labels(dict.fromkeys([*labels, "10", "9"])) == [*sorted(numbers), "9", "10"]
 
 
 def test_labels_in_messages_take_one_line():
