@@ -14,7 +14,7 @@ from bertlite.finetuning.finetune import run
 
 
 def read_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")]
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_the_differences_of_two_runs(write, bertlite, tmp_path):
