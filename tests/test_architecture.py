@@ -16,7 +16,7 @@ ORDER = {
     " batches",
     "model": "layers attention encoder bert architectures heads initialization weight_files huggingface"
     " sentence_transformers",
-    "training": "progress optim memory checkpoint run_folder trainer callbacks plateau",
+    "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",

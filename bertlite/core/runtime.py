@@ -18,6 +18,10 @@ from bertlite.core.distributed import check_environment, get_rank, get_world_siz
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.logging import logger
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Values of oneDNN's environment variable that limits its instructions.
+ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -33,6 +37,13 @@ class Runtime:
         """Return the context in which the model computes in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def describe_precision(self, setting: str) -> str:
+        """Return the precision, and why `train.precision` auto chose it."""
+        has = "has" if self.dtype == torch.bfloat16 else "has no"
+        kind = "GPU" if self.device.type == "cuda" else "processor"
+        reason = f" (the {kind} {has} instructions for bf16)" if setting == "auto" else ""
+        return f"{PRECISIONS[self.dtype]}{reason}"
+
     def environment(self) -> dict[str, str | int | bool]:
         """Return what must be equal for two runs to be equal bit for bit."""
         processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -40,7 +51,7 @@ class Runtime:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else processor,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32",
+            "precision": PRECISIONS[self.dtype],
             "compile": self.compile,
             "ranks": self.world_size,
         }
@@ -74,6 +85,20 @@ def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> 
     )
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision in which a device multiplies faster: bf16 if it has instructions for it, else fp32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif platform.machine() in ("x86_64", "AMD64"):
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # the instructions that torch's library may use
+        has_bf16 = limit not in ISA_WITHOUT_BF16 and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    else:  # ARM
+        has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
 def available_memory(runtime: Runtime) -> int:
     """Return how many bytes this rank may still allocate."""
     if runtime.device.type == "cuda":
@@ -95,13 +120,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" or (precision == "auto" and fast_bf16):
-        return torch.bfloat16
-    return torch.float32
+    if precision == "auto":
+        return fast_dtype(device)
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _can_compile(device: torch.device, setting: str | bool) -> bool:

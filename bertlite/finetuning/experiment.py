@@ -269,7 +269,8 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
     facts = {"text": experiment.data_fingerprint, **runtime.environment()}
     examples_per_step = len(batches.group_lengths) * settings.global_batch_size / batches.num_sequences
     logger.info(
-        f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {facts['precision']}; "
+        f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, "
+        f"{runtime.describe_precision(train.precision)}; "
         f"{settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} tokens, on "
         f"average {examples_per_step:.1f} examples"
         + (", compiled in the first step, about a minute" if runtime.compile else "")

@@ -115,11 +115,11 @@ def new_trainer(
 def _log_setup(
     model: torch.nn.Module, settings: TrainSettings, runtime: Runtime, kernel: str, micro_batch_size: int
 ) -> None:
-    environment = runtime.environment()
+    precision = runtime.describe_precision(settings.precision)
     compiled = "compiled in the first step, about a minute" if runtime.compile else "not compiled"
     ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
     logger.info(
-        f"{parameter_count(model):,} parameters on {environment['device']}, {environment['precision']}, {kernel} "
+        f"{parameter_count(model):,} parameters on {runtime.environment()['device']}, {precision}, {kernel} "
         f"attention, {compiled}; {settings.global_batch_size} sequences a step in micro-batches of "
         f"{micro_batch_size}{ranks}"
     )

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from bertlite.config.loading import choose
 from bertlite.config.settings import TrainSettings
+from bertlite.core.runtime import fast_dtype
+from bertlite.training.muon import Muon
 
 
 def linear(progress: float) -> float:
@@ -56,7 +58,8 @@ def muon(tensors: dict[str, nn.Parameter], settings: TrainSettings) -> list[torc
     if not hidden:  # all layers are frozen
         return adamw(others, settings)
     rate, decay = settings.muon_learning_rate, settings.weight_decay
-    return [torch.optim.Muon(hidden.values(), lr=rate, weight_decay=decay), *adamw(others, settings)]
+    dtype = fast_dtype(next(iter(hidden.values())).device)
+    return [Muon(list(hidden.values()), lr=rate, weight_decay=decay, dtype=dtype), *adamw(others, settings)]
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
