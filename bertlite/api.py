@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
+from bertlite.config.settings import Source
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
+from bertlite.data.sources import find_source_files, read_file_texts
 from bertlite.finetuning.evaluate import evaluate_files
-from bertlite.finetuning.inputs import choose_inputs, read_inputs
+from bertlite.finetuning.inputs import choose_inputs, read_inputs, read_single_texts
 from bertlite.finetuning.predict import predict
 from bertlite.inference.batching import prepare_for_inference
 from bertlite.inference.embed import Embedder
@@ -68,6 +70,16 @@ class LoadedModel:
             own["sequence_length"] = min(own["sequence_length"], positions)
         return Embedder(self.model.encoder, self.tokenizer, **own, **given)
 
+    def read_texts(self, file: str, column: str | None = None, field: str | None = None) -> Iterator[str]:
+        """Read the lines of a text file, or a column of a table; a model of single texts reads its own columns."""
+        if column is None and self.is_fine_tuned and Path(file).is_file():
+            settings = choose_inputs(self.classifier, self.tokenizer)
+            if len(settings.text) == 1 and settings.type != "multiple-choice":
+                return read_single_texts(file, settings, field)
+        source = Source(path=file, column=column, field=field)
+        files = find_source_files(source, "FILE")
+        return (text for path in files for text in read_file_texts(path, column, location=source))
+
     def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
         """Return the vectors of texts, (N,D) in fp32, or of one text, (D,); options as for `embedder`."""
         with self.runtime.autocast():
@@ -92,10 +104,14 @@ class LoadedModel:
         return self.model
 
     def evaluate(
-        self, files: list[str], columns: list[str] | None = None, label: list[str] | None = None
+        self,
+        files: list[str],
+        columns: list[str] | None = None,
+        label: list[str] | None = None,
+        field: str | None = None,
     ) -> dict[str, Any]:
         """Return the metrics of a fine-tuned model on labelled files, by `finetuning.evaluate.evaluate_files`."""
-        return evaluate_files(self.classifier, self.tokenizer, files, self.runtime, columns, label)
+        return evaluate_files(self.classifier, self.tokenizer, files, self.runtime, columns, label, field)
 
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
         """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`.

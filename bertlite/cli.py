@@ -47,6 +47,9 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", help="Column that holds the text; twice for pairs. Default: as in fine-tuning."),
 ]
+Field = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Key of the list in a JSON file that holds several, such as test.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
@@ -146,6 +149,7 @@ def evaluate(
     label: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Column of the label; default: as in fine-tuning.")
     ] = None,
+    field: Field = None,
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
@@ -159,9 +163,11 @@ def evaluate(
     options = {"--pairs": pairs, "--pseudo-perplexity": pseudo_perplexity, "--sequence-length": sequence_length}
     if loaded.is_fine_tuned:
         _refuse({**options, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples")
-        result = loaded.evaluate(data or [], columns, label)
+        result = loaded.evaluate(data or [], columns, label, field)
     else:
-        _refuse({"--label": label, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned")
+        _refuse(
+            {"--label": label, "--field": field, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned"
+        )
         result = evaluate_masked_lm(
             loaded.masked_lm, loaded.tokenizer, loaded.runtime, data, pairs, sequence_length, document, columns,
             pseudo_perplexity,
@@ -226,6 +232,7 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: standard input.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
     columns: Columns = None,
+    field: Field = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Texts are pairs, separated by a tab; by default as in fine-tuning.")
     ] = False,
@@ -240,15 +247,19 @@ def predict(
     from bertlite.core.errors import UserError
     from bertlite.finetuning import inputs
     from bertlite.finetuning import predict as predicting
+    from bertlite.finetuning.tasks import find_task
 
     if texts and (file or columns):
         raise UserError(f"predict reads either TEXT or {'--file' if file else 'a --column of a table'}, not both")
     loaded = _load_model(model, precision)
     settings = inputs.choose_inputs(loaded.classifier, loaded.tokenizer, columns, pairs)
-    records = inputs.read_inputs(texts or None, file, settings, columns)
+    records = inputs.read_inputs(texts or None, file, settings, columns, field)
+    task = find_task(loaded.classifier)
+    if out and task.lists_all_labels:
+        top_k = len(loaded.classifier.labels)
     predictions = predicting.predict(loaded.classifier, loaded.tokenizer, records, settings, loaded.runtime, top_k)
     if out:
-        written = {"file": str(out), "predictions": predicting.write_predictions(out, predictions)}
+        written = {"file": str(out), "predictions": predicting.write_predictions(out, predictions, task)}
         _print_result(written, as_json, lambda result: f"{result['file']}: {result['predictions']:,} predictions")
         return
     for _, prediction in predictions:
@@ -287,17 +298,14 @@ def embed(
         int | None, typer.Option(min=3, help="Tokens after which texts are truncated; default: as in pretraining.")
     ] = None,
     column: Column = None,
+    field: Field = None,
     precision: Precision = "fp32",
 ) -> None:
     """Turn each text of a file into a vector."""
-    from bertlite.config.settings import Source
-    from bertlite.data.sources import find_source_files, read_file_texts
-
     loaded = _load_model(model, precision)
-    files = find_source_files(Source(path=file), "FILE")
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
-        count, size = embedder.write((text for path in files for text in read_file_texts(path, column)), out)
+        count, size = embedder.write(loaded.read_texts(file, column, field), out)
     print(f"{out}: {count:,} vectors of {size}")
 
 

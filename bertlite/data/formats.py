@@ -242,7 +242,8 @@ def _find_records(values: list[Any], table: TableFile) -> list[Any]:
         return [value]
     keys = f" (its keys are {', '.join(value)})" if value and isinstance(value, dict) else ""
     raise UserError(
-        f"{table.path}: should be a list of objects, or name the list in it{keys}: {{path: …, field: KEY}}, or KEY.KEY"
+        f"{table.path}: should be a list of objects; name the list in it{keys}: --field KEY on the command line, "
+        f"{{path: …, field: KEY}} in YAML"
     )
 
 

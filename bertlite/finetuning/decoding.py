@@ -39,6 +39,25 @@ def rank_labels(outputs: Outputs, top_k: int, activation: Callable[[Scores], Sco
     return [ranking[0] for ranking in rankings] if top_k == 1 else rankings
 
 
+# Below: a result as columns of a table.
+def tabulate(result: Any) -> dict[str, Any]:
+    """Return the entries of a result, or the list that it is."""
+    if isinstance(result, list):
+        return {"predicted": result}
+    return {f"predicted_{name}": value for name, value in result.items()}
+
+
+def tabulate_labels(result: Any) -> dict[str, Any]:
+    """Return which labels are more likely than not, and all scores."""
+    scores = {entry["label"]: entry["score"] for entry in (result if isinstance(result, list) else [result])}
+    return {"predicted_labels": [label for label in scores if scores[label] > 0.5], "predicted_scores": scores}
+
+
+def tabulate_number(result: Any) -> dict[str, Any]:
+    """Return the number alone: the label of a regression is always the same."""
+    return {"predicted_score": (result[0] if isinstance(result, list) else result)["score"]}
+
+
 def softmax(scores: Scores) -> Scores:
     """Softmax over the last dimension."""
     exponentials = np.exp(scores - scores.max(-1, keepdims=True))

@@ -16,7 +16,7 @@ from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.inputs import choose_inputs
 from bertlite.finetuning.losses import compute_outputs, compute_scores
 from bertlite.finetuning.results import EvaluationResult
-from bertlite.finetuning.splits import Split, log_split, select_examples
+from bertlite.finetuning.splits import Split, log_split, select_examples, warn_of_unknown
 from bertlite.finetuning.tasks import Task, find_task, saved_task
 from bertlite.model.heads import Classifier
 
@@ -56,20 +56,25 @@ def evaluate_files(
     runtime: Runtime,
     columns: list[str] | None = None,
     label: list[str] | None = None,
+    field: str | None = None,
 ) -> dict[str, float]:
     """Return all metrics of a fine-tuned model on labelled files, and the loss.
 
-    The files have the columns of the model's training files, unless `columns` and `label` name others. Raises UserError
-    for what cannot be read, and for a label that the model does not have.
+    The files have the columns of the model's training files, unless `columns` and `label` name others; `field` is the
+    key of the list in JSON files. Raises UserError for what cannot be read, and for a label that the model does not
+    have.
     """
     task, settings = find_task(model), choose_inputs(model, tokenizer, columns)
     settings = settings.model_copy(update={"label": label or settings.label})
     settings = settings.model_copy(update=task.settle([], model.labels, settings))
-    read = [record for file in files for record in read_records(DataLocation(path=file), settings, "--data")]
+    read = [
+        record for file in files for record in read_records(DataLocation(path=file, field=field), settings, "--data")
+    ]
     records = select_examples(read, task, settings, "--data", model.labels)
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)
+    warn_of_unknown("--data", *examples.count_unknown(tokenizer))
     scores = evaluate_split(model, task, split, settings, runtime).scores
     check_finite(torch.tensor(scores["loss"]))
     return scores

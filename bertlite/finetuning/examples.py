@@ -42,6 +42,11 @@ class Examples:
         pairs = zip(self.record_indices, self.encodings, strict=True)
         return len({index for index, encoding in pairs if encoding.overflowing})
 
+    def count_unknown(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+        """Return how many tokens are [UNK], and how many there are without special tokens."""
+        unknown = sum(encoding.ids.count(tokenizer.unk_token_id) for encoding in self.encodings)
+        return unknown, sum(len(encoding.ids) - sum(encoding.special_tokens_mask) for encoding in self.encodings)
+
 
 def encode_texts(
     texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, settings: InputSettings

@@ -56,9 +56,15 @@ def choose_inputs(
 
 
 def read_inputs(
-    texts: Iterable[str] | None, file: str | None, settings: InputSettings, columns: list[str] | None = None
+    texts: Iterable[str] | None,
+    file: str | None,
+    settings: InputSettings,
+    columns: list[str] | None = None,
+    field: str | None = None,
 ) -> Iterator[Record]:
     """Yield the given texts, or the records of a table or the lines of another file, or else those of standard input.
+
+    `field` is the key of the list in a JSON file.
 
     Raises UserError, naming the file, for what cannot be read, and for lines of text if `columns` were named.
     """
@@ -75,11 +81,20 @@ def read_inputs(
     if not path.exists():
         raise UserError(f"--file: {file}: no such file")
     is_utf8 = settings.encoding.lower() in ("utf-8", "utf8")  # which is decoded line by line
-    table = TableFile(path, encoding=None if is_utf8 else settings.encoding)
+    table = TableFile(
+        path, format="json" if field else None, field=field, encoding=None if is_utf8 else settings.encoding
+    )
     has_tags = settings.type == "token-classification" and file_format(path) not in ("", ".txt")
-    if has_tags or find_format(path, None) in READERS:
+    if has_tags or find_format(path, table.format) in READERS:
         return read_table(table, settings)
     return parse_lines(path, table.lines(), settings, columns)
+
+
+def read_single_texts(file: str, settings: InputSettings, field: str | None = None) -> Iterator[str]:
+    """Yield the texts of a file that `read_inputs` reads for a task of single texts, words with blanks between."""
+    for record in read_inputs(None, file, settings, field=field):
+        (text,) = TASKS[settings.type].read_unlabelled(record, settings)
+        yield text if isinstance(text, str) else " ".join(text)
 
 
 def parse_lines(

@@ -49,7 +49,7 @@ def split_line(text: str, location: str, settings: InputSettings) -> Record:
     if len(texts) != len(names):
         raise UserError(
             f"{location}: should be two texts, {' and '.join(names)}, separated by a tab, which the model reads: "
-            f"{text[:60]!r}"
+            f"{text[:60]!r}; in a shell, type $'one\\ttwo', or name a table by --file"
         )
     return Record(location, dict(zip(names, texts, strict=True)))
 

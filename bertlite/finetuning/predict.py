@@ -21,7 +21,8 @@ from bertlite.data.formats import Record
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.losses import compute_outputs, compute_scores, no_loss
-from bertlite.finetuning.tasks import find_task
+from bertlite.finetuning.splits import warn_of_unknown
+from bertlite.finetuning.tasks import Task, find_task
 from bertlite.inference.batching import chunks
 from bertlite.model.heads import Classifier
 
@@ -40,10 +41,10 @@ def predict(
 
     Labels: `label, score`, or a list of the `top_k` best. Tokens: a list of entities, `entity_group, score, word,
     start, end`. Questions: `score, start, end, answer`. Multiple choice: `label, score, choice`, or a list of the best.
-    At the end, log how many texts were truncated.
+    At the end, log how many texts were truncated, and warn if many tokens are unknown.
     """
     task = find_task(model)
-    num_records = num_truncated = 0
+    num_records = num_truncated = num_unknown = num_tokens = 0
     pairs = ((record, task.read_unlabelled(record, settings)) for record in records)
     for chunk in chunks(pairs, CHUNK_SIZE, count_characters):
         examples = task.encode([texts for _, texts in chunk], tokenizer, settings)
@@ -54,10 +55,13 @@ def predict(
         yield from zip((record for record, _ in chunk), results, strict=True)
         num_records += len(chunk)
         num_truncated += examples.num_truncated
+        unknown, tokens = examples.count_unknown(tokenizer)
+        num_unknown, num_tokens = num_unknown + unknown, num_tokens + tokens
     if num_truncated:
         logger.warning(
             f"{num_truncated:,} of {num_records:,} texts have more than {settings.max_length} tokens and were truncated"
         )
+    warn_of_unknown("predict", num_unknown, num_tokens)
 
 
 def count_characters(pair: tuple[Record, tuple[str, ...]]) -> int:
@@ -80,7 +84,7 @@ def format_prediction(prediction: Any) -> str:
     return "; ".join(formatted) or "-"
 
 
-def write_predictions(out: Path, predictions: Iterable[tuple[Record, Any]]) -> int:
+def write_predictions(out: Path, predictions: Iterable[tuple[Record, Any]], task: Task) -> int:
     """Write the columns of each record and its prediction, as predicted_label, …, to a table; return their number.
 
     Raises UserError for a name that does not end in .jsonl, .csv or .tsv, and for records that do not fit the format.
@@ -94,7 +98,7 @@ def write_predictions(out: Path, predictions: Iterable[tuple[Record, Any]]) -> i
     count, writer = 0, None
     with atomic_file(out) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
         for record, prediction in predictions:
-            values = add_prediction(record, prediction)
+            values = add_prediction(record, task.tabulate(prediction))
             count += 1
             if extension == ".jsonl":
                 text.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
@@ -109,13 +113,8 @@ def write_predictions(out: Path, predictions: Iterable[tuple[Record, Any]]) -> i
     return count
 
 
-def add_prediction(record: Record, prediction: Any) -> dict[str, Any]:
-    """Return the columns of a record and those of its prediction."""
-    added = (
-        {"predicted": prediction}
-        if isinstance(prediction, list)
-        else {f"predicted_{name}": value for name, value in prediction.items()}
-    )
+def add_prediction(record: Record, added: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a record and those that are added. Raises UserError if it has one of them already."""
     if taken := added.keys() & record.columns.keys():
         raise UserError(f"{record.location}: there already is a column {min(taken)!r}; rename it to use --out")
     return record.columns | added

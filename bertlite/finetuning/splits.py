@@ -12,6 +12,7 @@ from bertlite.core.files import fingerprint
 from bertlite.core.logging import logger
 from bertlite.core.random import choose_validation
 from bertlite.data.formats import Record
+from bertlite.data.summary import MAX_UNKNOWN
 from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.examples import Examples
@@ -114,6 +115,7 @@ def tokenize_splits(
         batches = ExampleBatches(examples, tokenizer.pad_token_id, sequence_length=sequence_length)
         splits[name] = Split(split_records, examples, batches)
         log_split(name, splits[name], task, labels, settings)
+        warn_of_unknown(name, *examples.count_unknown(tokenizer))
     return splits
 
 
@@ -132,6 +134,13 @@ def log_split(name: str, split: Split, task: Task, labels: list[str], settings: 
         if absent:
             consequence = "learned" if name == "train" else "measured"
             logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")
+
+
+def warn_of_unknown(name: str, num_unknown: int, num_tokens: int) -> None:
+    """Warn if the model's vocabulary does not fit the texts."""
+    if num_unknown > MAX_UNKNOWN * num_tokens:
+        share = num_unknown / num_tokens
+        logger.warning(f"{name}: {share:.1%} of the tokens are unknown; the model's vocabulary is of other text")
 
 
 def fingerprint_data(splits: dict[str, Split]) -> str:

@@ -45,6 +45,8 @@ class Task:
     loss: losses.Loss
     decode: Callable[[Outputs], list[Any]]  # the predictions that metrics compare with the references
     results: Callable[[Outputs, int], Iterable[Any]]  # what `predict` returns, of the `top_k` best labels
+    tabulate: Callable[[Any], dict[str, Any]] = decoding.tabulate  # a result as columns of the table of `predict --out`
+    lists_all_labels: bool = False  # that table has the scores of all labels
     # Settings that follow from the training examples and their labels.
     settle: Callable[[list[Record], list[str], InputSettings], dict[str, Any]] = lambda records, labels, settings: {}
     learn: Callable[[Outputs], dict[str, Any]] = lambda outputs: {}  # settings that follow from the validation set
@@ -88,6 +90,7 @@ TASKS = {
         label_lists.collect_labels, examples.multilabel_examples, examples.encode_texts, losses.multilabel_loss,
         decode=lambda outputs: [(scores > 0).astype(int) for scores in outputs.scores],
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, decoding.sigmoid),
+        tabulate=decoding.tabulate_labels, lists_all_labels=True,
         read_labels=label_lists.read_label_list, are_labelled=label_lists.have_label_columns,
         score_labels=metrics.score_labels,
         describe=lambda prediction, labels: [label for label, has in zip(labels, prediction, strict=True) if has],
@@ -98,6 +101,7 @@ TASKS = {
         losses.regression_loss,
         decode=lambda outputs: [float(scores[0]) for scores in outputs.scores],
         results=lambda outputs, top_k: decoding.rank_labels(outputs, top_k, lambda scores: scores),
+        tabulate=decoding.tabulate_number,
         read_labels=labels.check_number,
         are_labelled=labels.have_number,
         is_correct=None,

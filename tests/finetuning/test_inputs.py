@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_tasks import SENTENCES, save_model
+from transformers import pipeline
 
 from bertlite.config.finetune_settings import SavedTask
 from bertlite.core.errors import UserError
@@ -228,3 +230,73 @@ def test_what_a_table_cannot_hold_is_an_error(bertlite, make_model, tmp_path):
     for name, message in {"out.tsv": r":1: does not fit .*out\.tsv: ", "out.csv": r":2: does not fit .*'id'"}.items():
         code, _, err = bertlite("predict", make_model(), "--file", tmp_path / "a.jsonl", "--out", tmp_path / name)
         assert code == 2 and re.search(message, err) and not (tmp_path / name).exists(), err
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_out_has_all_labels_of_a_multilabel_model_and_the_scores(name, bertlite, make_model, tmp_path):
+    model = make_model("multilabel")
+    table = write_table(tmp_path / "a.jsonl", {"text": TEXTS})
+    assert bertlite("predict", model, "--file", table, "--out", tmp_path / name)[0] == 0
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    lines = list(csv.DictReader(text.splitlines())) if name == "out.csv" else read_json_lines(tmp_path / name)
+    theirs = pipeline("text-classification", str(model), top_k=None, function_to_apply="sigmoid")(TEXTS)
+    assert any(0 < sum(entry["score"] > 0.5 for entry in entries) < len(entries) for entries in theirs)
+    for line, entries in zip(lines, theirs, strict=True):
+        labels, scores = line["predicted_labels"], line["predicted_scores"]
+        labels, scores = (json.loads(labels), json.loads(scores)) if name == "out.csv" else (labels, scores)
+        assert set(labels) == {entry["label"] for entry in entries if entry["score"] > 0.5}
+        assert scores == pytest.approx({entry["label"]: entry["score"] for entry in entries}, abs=1e-5)
+
+
+def test_out_has_the_number_of_a_regression_and_no_label(bertlite, make_model, tmp_path):
+    model, table = make_model("regression"), write_table(tmp_path / "a.jsonl", {"text": TEXTS})
+    for options in ([], ["--top-k", 3]):
+        bertlite("predict", model, "--file", table, "--out", tmp_path / "out.jsonl", *options)
+        lines = read_json_lines(tmp_path / "out.jsonl")
+        expected = [prediction["score"] for prediction in predict(bertlite, model, "--file", table)]
+        assert [list(line) for line in lines] == [["text", "predicted_score"]] * len(TEXTS)
+        assert [line["predicted_score"] for line in lines] == expected
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_a_list_of_a_json_file_is_named_by_field(bertlite, make_model, tmp_path):
+    model, path = make_model(columns=["text", "label"]), tmp_path / "a.json"
+    path.write_text(json.dumps({"test": [[text, "history"] for text in TEXTS], "oos": [["a", "b"]]}))
+    assert predict(bertlite, model, "--file", path, "--field", "test") == predict(bertlite, model, *TEXTS)
+    code, _, err = bertlite("predict", model, "--file", path)
+    assert code == 2 and "(its keys are test, oos): --field KEY on the command line" in err
+    code, out, err = bertlite("evaluate", model, "--data", path, "--field", "test", "--json")
+    assert code == 0 and json.loads(out)["accuracy"] >= 0, err
+    code, out, err = bertlite("embed", model, path, "--field", "test", "--out", tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    bertlite("embed", model, tmp_path / "a.txt", "--out", tmp_path / "b.npy")
+    assert code == 0 and np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")), err
+    code, _, err = bertlite("predict", model, "--file", path, "--field", "train")
+    assert code == 2 and "there is no 'train'; there are test, oos" in err
+
+
+def test_embed_reads_the_words_of_a_model_of_tags(bertlite, make_model, tmp_path):
+    (tmp_path / "a.conll").write_text("The O\ncell B-X\n\nA O\nlaw O\n")
+    (tmp_path / "a.txt").write_text("The cell\nA law\n")
+    for name in ("a.conll", "a.txt"):
+        model = make_model("token-classification")
+        code, out, err = bertlite("embed", model, tmp_path / name, "--out", tmp_path / f"{name}.npy")
+        assert code == 0 and "2 vectors" in out, err
+    assert np.array_equal(np.load(tmp_path / "a.conll.npy"), np.load(tmp_path / "a.txt.npy"))
+
+
+@pytest.mark.parametrize(
+    "command", [["predict", "{model}", "--file", "{file}"], ["evaluate", "{model}", "--data", "{file}"]]
+)
+def test_a_vocabulary_of_other_text_is_a_warning(command, bertlite, make_model, tmp_path):
+    for text, warns in {"他是中国的学生": True, "The cell divides": False}.items():
+        file = write_table(tmp_path / "a.jsonl", {"text": [text] * 4, "label": ["history"] * 4})
+        model = make_model()
+        err = bertlite(*[word.format(model=model, file=file) for word in command])[2]
+        assert (
+            bool(re.search(r": \d+\.\d% of the tokens are unknown; the model's vocabulary is of other text", err))
+            == warns
+        )
