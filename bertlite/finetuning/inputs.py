@@ -18,6 +18,7 @@ from bertlite.data.tables import read_table
 from bertlite.finetuning.tasks import TASKS, find_task, input_settings
 from bertlite.model.heads import Classifier
 
+DELIMITERS = {".tsv": "\t", ".csv": ","}
 TAG = re.compile(r"\S+\s(?:.*\s)?(?:O|[BIMESLU]-\S+)")  # a line of a word and its tag
 
 
@@ -85,7 +86,10 @@ def read_inputs(
         path, format="json" if field else None, field=field, encoding=None if is_utf8 else settings.encoding
     )
     has_tags = settings.type == "token-classification" and file_format(path) not in ("", ".txt")
-    if has_tags or find_format(path, table.format) in READERS:
+    extension = find_format(path, table.format)
+    if has_tags or extension in READERS:
+        if extension in DELIMITERS and path.is_file():
+            settings = use_header(settings, next(table.lines(), ""), extension, path)
         return read_table(table, settings)
     return parse_lines(path, table.lines(), settings, columns)
 
@@ -109,13 +113,14 @@ def parse_lines(
     if first is None:
         return
     stream = Stream(path, content=chain([first], lines))
-    layout = replace(stream, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
     if is_json_object(first):
         form, records = "JSON lines", READERS[".jsonl"](stream)
     elif settings.type == "token-classification" and TAG.fullmatch(first.strip()):
         form, records = "words with tags", read_table(stream, settings)
     elif extension := find_table_format(first, settings):
-        form, records = "a table with columns", READERS[extension](layout)
+        columns_of_file = use_header(settings, first, extension, path).columns
+        table = replace(stream, columns=columns_of_file, delimiter=settings.delimiter, quoting=settings.quoting)
+        form, records = "a table with columns", READERS[extension](table)
     elif columns:
         raise UserError(f"{path}: read as lines of text, which have no column {columns[0]!r}; leave --column out")
     else:
@@ -123,6 +128,23 @@ def parse_lines(
         return
     logger.info(f"{path}: read as {form}, which its first line shows")
     yield from records
+
+
+def use_header(settings: InputSettings, first: str, extension: str, path: Path) -> InputSettings:
+    """Return the settings without `columns` if the first line of a table names those of the texts.
+
+    Some tasks, such as CoLA, have a header only in the test set.
+    """
+    if settings.columns is None or not names_texts(first, DELIMITERS[extension], settings):
+        return settings
+    logger.info(f"{path}: its first line names the columns, in place of task.columns")
+    return settings.model_copy(update={"columns": None})
+
+
+def names_texts(first: str, delimiter: str, settings: InputSettings) -> bool:
+    """Return whether a line names the columns of the texts, among others."""
+    fields = [name.strip('"') for name in first.split(settings.delimiter or delimiter)]
+    return len(fields) > 1 and set(settings.text) <= set(fields)
 
 
 def is_json_object(line: str) -> bool:
@@ -134,10 +156,9 @@ def is_json_object(line: str) -> bool:
 
 def find_table_format(first: str, settings: InputSettings) -> str | None:
     """Return the format of a table by its first line, which names its columns or, if the task does, has as many."""
-    for extension, delimiter in {".tsv": "\t", ".csv": ","}.items():
-        fields = [name.strip('"') for name in first.split(settings.delimiter or delimiter)]
-        has_names = settings.columns is None and set(settings.text) <= set(fields)
-        has_columns = settings.columns is not None and len(fields) == len(settings.columns)
-        if len(fields) > 1 and (has_names or (has_columns and (settings.delimiter or delimiter == "\t"))):
+    for extension, delimiter in DELIMITERS.items():
+        num_columns = len(first.split(settings.delimiter or delimiter))
+        has_columns = settings.columns is not None and num_columns == len(settings.columns) > 1
+        if names_texts(first, delimiter, settings) or (has_columns and (settings.delimiter or delimiter == "\t")):
             return extension
     return None

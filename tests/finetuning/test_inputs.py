@@ -300,3 +300,15 @@ def test_a_vocabulary_of_other_text_is_a_warning(command, bertlite, make_model, 
             bool(re.search(r": \d+\.\d% of the tokens are unknown; the model's vocabulary is of other text", err))
             == warns
         )
+
+
+@pytest.mark.parametrize("name", ["test.tsv", "test.txt"])
+def test_a_header_that_only_the_test_set_has_is_used(name, bertlite, make_model, tmp_path):
+    model = make_model(columns=["source", "label", "star", "sentence"], text=["sentence"])
+    rows = [f"{number}\t{text}" for number, text in enumerate(TEXTS)]
+    (tmp_path / name).write_text("\n".join(["index\tsentence", *rows]) + "\n")
+    expected = predict(bertlite, model, *TEXTS)
+    assert predict(bertlite, model, "--file", tmp_path / name) == expected
+    assert predict(bertlite, model, "--file", tmp_path / name, "--column", "sentence") == expected
+    (tmp_path / "train.tsv").write_text("\n".join(f"a\thistory\t\t{text}" for text in TEXTS))
+    assert predict(bertlite, model, "--file", tmp_path / "train.tsv") == expected
