@@ -36,3 +36,8 @@ def log_to_terminal() -> None:
     logger.addHandler(_terminal)
     logger.setLevel(logging.INFO if get_rank() == 0 else logging.ERROR)
     logger.propagate = False
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as 1 seed or 2 seeds."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

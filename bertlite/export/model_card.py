@@ -12,6 +12,7 @@ from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError, first_line
+from bertlite.core.logging import count
 from bertlite.core.trust import check_run_folder
 from bertlite.export.parity import Check
 from bertlite.model.heads import HEADS, Model
@@ -114,7 +115,7 @@ def describe_run(source: Path, run: Path | None, task: str) -> tuple[list[str], 
             metric, mean, split = measured["metric"], measured["mean"], measured["measured_on"]
             paragraphs.append(
                 f"## Evaluation\n\n{escape_markdown(metric)}: {mean:.4f} ± {measured['std']:.4f} over "
-                f"{len(measured['seeds'])} seed(s), on the {escape_markdown(split)} examples."
+                f"{count(len(measured['seeds']), 'seed')}, on the {escape_markdown(split)} examples."
             )
             results.append(EvalResult(task, "text", split, metric, mean))
     except (LookupError, TypeError, ValueError, AttributeError) as error:

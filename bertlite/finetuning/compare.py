@@ -38,7 +38,10 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     metric, seeds = runs[0].results["metric"], [run.results["seeds"] for run in runs]
     common = [seed for seed in seeds[0] if seed in seeds[1]]
     if not common:
-        raise UserError(f"{first} has the seeds {', '.join(seeds[0])}, {second} {', '.join(seeds[1])}: none in common")
+        raise UserError(
+            f"{first} has the seeds {', '.join(seeds[0])}, {second} {', '.join(seeds[1])}; "
+            "give both the same train.seeds"
+        )
     differences = {seed: seeds[1][seed][metric] - seeds[0][seed][metric] for seed in common}
     deviation = statistics.stdev(differences.values()) if len(common) > 1 else 0.0
     return {
@@ -124,7 +127,8 @@ def format_comparison(result: dict[str, Any]) -> str:
     seeds = ", ".join(f"seed {seed} {value:+.4f}" for seed, value in difference["seeds"].items())
     lines = [f"{result['metric']} of {result['num_examples']:,} examples ({result['measured_on']})"]
     lines += [f"{name:{width}}   {mean:.4f}" for name, mean in result["runs"].items()]
-    lines.append(f"{'difference':{width}}  {difference['mean']:+.4f} ± {difference['std']:.4f} ({seeds})")
+    deviation = f" ± {difference['std']:.4f}" if len(difference["seeds"]) > 1 else ""
+    lines.append(f"{'difference':{width}}  {difference['mean']:+.4f}{deviation} ({seeds})")
     if "only_correct" not in result:
         return "\n".join(lines)
     lines.append(f"best seeds: p = {result['p_value']:.2g} (McNemar's exact test)")

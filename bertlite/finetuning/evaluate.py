@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
+from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime, check_finite
 from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
@@ -70,7 +71,10 @@ def evaluate_files(
     read = [
         record for file in files for record in read_records(DataLocation(path=file, field=field), settings, "--data")
     ]
-    records = select_examples(read, task, settings, "--data", model.labels)
+    try:
+        records = select_examples(read, task, settings, "--data", model.labels)
+    except UserError as error:
+        raise UserError(str(error).replace(": task.label:", ": --label:")) from None
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)

@@ -12,6 +12,7 @@ import numpy as np
 
 from bertlite.core.errors import UserError
 from bertlite.core.files import read_json, write_text
+from bertlite.core.logging import count
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.metrics import ScoresByLabel
 from bertlite.finetuning.splits import Split
@@ -60,8 +61,8 @@ def format_results(results: dict[str, Any]) -> str:
     lines = []
     for name, result in {"": results}.items() if "metric" in results else results.items():
         deviation = f" ± {result['std']:.4f}" if len(result["seeds"]) > 1 else ""
-        source = f"{result['measured_on']}, {len(result['seeds'])} seed(s)"
-        lines.append(f"{name:16}  {result['metric']:12}  {result['mean']:.4f}{deviation}  ({source})".strip())
+        source = f"{result['measured_on']}, {count(len(result['seeds']), 'seed')}"
+        lines.append(f"{name:16}  {result['metric']:20}  {result['mean']:.4f}{deviation}  ({source})".strip())
     return "\n".join(lines)
 
 

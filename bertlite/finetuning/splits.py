@@ -133,7 +133,8 @@ def log_split(name: str, split: Split, task: Task, labels: list[str], settings: 
         absent = [label for index, label in enumerate(labels) if index not in present]
         if absent:
             consequence = "learned" if name == "train" else "measured"
-            logger.warning(f"{name}: no example has the label {list_some(absent)}, so it is not {consequence}")
+            subject, result = ("label", "it is") if len(absent) == 1 else ("labels", "they are")
+            logger.warning(f"{name}: no example has the {subject} {list_some(absent)}, so {result} not {consequence}")
 
 
 def warn_of_unknown(name: str, num_unknown: int, num_tokens: int) -> None:

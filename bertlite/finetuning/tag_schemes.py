@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bertlite.core.errors import UserError
+from bertlite.core.logging import count
 from bertlite.finetuning.labels import list_some, sort_labels
 
 PREFIXES = ("B", "I", "M", "E", "S", "L", "U")
@@ -61,7 +62,7 @@ def describe(sentences: list[Sentence], kinds: list[str]) -> str:
     read_as = "" if name == "IOB2" else ", read as IOB2"
     if name == "IOB2" and num_changed:
         read_as = f" (tags with I that start an entity, read as B: {num_changed:,})"
-    return f"tags: {name}{read_as}, with {len(kinds)} kind(s) of entity: {list_some(kinds)}"
+    return f"tags: {name}{read_as}, with {count(len(kinds), 'kind')} of entity: {list_some(kinds)}"
 
 
 def compare_with_iob1(sentences: list[list[str]]) -> tuple[int, bool]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
-from bertlite.core.logging import logger
+from bertlite.core.logging import count, logger
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
 from bertlite.data.tables import get_column
@@ -104,7 +104,7 @@ def collect_tags(records: list[Record], settings: InputSettings) -> list[str]:
         kinds = settings.label_names or sorted({span.kind for span in spans})
         if not kinds:
             raise UserError(f"task.train: no text has a span in column {settings.label[0]!r}")
-        logger.info(f"tags: {len(spans):,} spans of characters, with {len(kinds)} kind(s): {', '.join(kinds)}")
+        logger.info(f"tags: {len(spans):,} spans of characters, with {count(len(kinds), 'kind')}: {', '.join(kinds)}")
         return entity_labels(kinds)
     sentences = [(record.location, read_tagged_words(record, settings)[1]) for record in records]
     labels, description = collect_labels(sentences, settings.tag_scheme, settings.label_names)

@@ -96,12 +96,17 @@ def format_size(result: dict[str, Any]) -> str:
         "text": f"{text} in data.train, estimated from its start",
         "training": f"{result['tokens']:,} tokens in all steps: {epochs} epochs of the text",
         "operations": f"{result['floating_point_operations']:.2g}",
-        "memory": f"{result['memory'] / 1e9:,.1f} GB with micro-batches of {result['micro_batch_size']} sequences; "
-        f"{result['memory_free'] / 1e9:,.1f} GB are free",
-        "disk": f"{result['disk'] / 1e9:,.1f} GB for checkpoints; {result['disk_free'] / 1e9:,.1f} GB are free",
+        "memory": f"{format_bytes(result['memory'])} with micro-batches of {result['micro_batch_size']} sequences; "
+        f"{format_bytes(result['memory_free'])} are free",
+        "disk": f"{format_bytes(result['disk'])} for checkpoints; {format_bytes(result['disk_free'])} are free",
     }
     warnings = [f"warning: {text}" for text in result["warnings"]]
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), *warnings])
+
+
+def format_bytes(number: int) -> str:
+    """Format a number of bytes in GB, or in MB where it is small."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
 
 
 def format_time(result: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def evaluate_text(
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """Format the metrics of `evaluate_text` and `minimal_pairs` as a table."""
-    lines = [f"{name:17}  {value:.4f}" for name, value in result.items() if isinstance(value, float)]
+    lines = [f"{name:20}  {value:.4f}" for name, value in result.items() if isinstance(value, float)]
     for phenomenon, total in result.get("phenomena", {}).items():
         lines += ["", f"{phenomenon:50}  {total['accuracy']:6.1%} of {total['pairs']:,}"]
         for paradigm, counts in total["paradigms"].items():

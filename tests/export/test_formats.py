@@ -326,7 +326,7 @@ def test_the_model_card_describes_a_task_or_says_that_nothing_is_known(every_hea
     card = (tmp_path / "out" / "README.md").read_text()
     (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": 0.875}] and result["dataset"]["name"] == "test"
-    assert "accuracy: 0.8750 ± 0.0125 over 2 seed(s), on the test examples." in card and "train: train.tsv" in card
+    assert "accuracy: 0.8750 ± 0.0125 over 2 seeds, on the test examples." in card and "train: train.tsv" in card
     fence, recipe, rest = re.search(r"\n(`+)yaml\n(.*?)\n\s*\1(`*\n.*)", card, re.DOTALL).groups()
     assert yaml.safe_load(recipe)["task"]["class_weights"] == labels and rest.startswith("\n\n## Checks"), fence
     export(every_head["BertModel"], tmp_path / "bare", "hf")

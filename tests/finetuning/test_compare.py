@@ -75,7 +75,7 @@ def test_runs_that_cannot_be_compared(write, bertlite, tmp_path):
     (tmp_path / "tasks/results.json").write_text("{}")
     shutil.copytree(tmp_path / "a", tmp_path / "tasks/cola")
     for name, message in {
-        "seeds": r"a has the seeds 0, .*seeds 1: none in common",
+        "seeds": r"a has the seeds 0, .*seeds 1; give both the same train.seeds",
         "metric": r"metric: the metric is macro_f1, but that of .*a is accuracy",
         "data": r"data was measured on .*validation\.jsonl:5, .*a on .*validation\.jsonl:4",
         "size": r"size was measured on 20 examples, .*a on 24",

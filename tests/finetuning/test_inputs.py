@@ -312,3 +312,11 @@ def test_a_header_that_only_the_test_set_has_is_used(name, bertlite, make_model,
     assert predict(bertlite, model, "--file", tmp_path / name, "--column", "sentence") == expected
     (tmp_path / "train.tsv").write_text("\n".join(f"a\thistory\t\t{text}" for text in TEXTS))
     assert predict(bertlite, model, "--file", tmp_path / "train.tsv") == expected
+
+
+def test_evaluation_without_a_label_column_names_the_option(bertlite, make_model, tmp_path):
+    table = write_table(tmp_path / "a.jsonl", {"text": TEXTS, "intent": ["history"] * len(TEXTS)})
+    code, _, err = bertlite("evaluate", make_model(), "--data", table)
+    assert code == 2 and ":1: --label: there is no column 'label'; there are 'text', 'intent'" in err
+    code, out, err = bertlite("evaluate", make_model(), "--data", table, "--label", "intent", "--json")
+    assert code == 0 and "accuracy" in json.loads(out), err

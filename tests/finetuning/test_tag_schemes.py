@@ -50,11 +50,11 @@ def test_tags_without_kinds_are_entities_of_one_kind():
 RECOGNIZED = {
     "B-PER I-PER O, O B-LOC": (
         ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"],
-        "tags: IOB2, with 2 kind(s) of entity: LOC, PER",
+        "tags: IOB2, with 2 kinds of entity: LOC, PER",
     ),
     "I-PER I-PER O, O B-PER": (["O", "B-PER", "I-PER"], "tags: IOB2 (tags with I that start an entity, read as B: 1)"),
-    "I-PER B-PER O I-PER": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind(s) of entity: PER"),
-    "I-PER I-PER O": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind(s) of entity: PER"),
+    "I-PER B-PER O I-PER": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind of entity: PER"),
+    "I-PER I-PER O": (["O", "B-PER", "I-PER"], "tags: IOB1, read as IOB2, with 1 kind of entity: PER"),
     "B-PER L-PER U-LOC O": (["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], "tags: BILOU, read as IOB2"),
     "B-PER E-PER S-LOC O": (["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], "tags: BIOES, read as IOB2"),
     "B-PER M-PER E-PER O": (["O", "B-PER", "I-PER"], "tags: BMES, read as IOB2"),
@@ -96,7 +96,7 @@ def test_a_single_tag_of_another_scheme_is_named_with_its_place():
 def test_names_of_numbers_are_the_labels():
     names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
     labels, line = collect_labels([("here", ["B-PER", "O"])], None, names)
-    assert labels == names and line == "tags: IOB2, with 2 kind(s) of entity: PER, LOC"
+    assert labels == names and line == "tags: IOB2, with 2 kinds of entity: PER, LOC"
     assert collect_labels([("here", ["X"])], None, ["X", "VERB", "ADJ"])[0] == ["X", "VERB", "ADJ"]
 
 

@@ -232,9 +232,7 @@ def test_spans_of_characters_become_the_tags_of_the_words(form, write, capsys):
         records.append({"text": text, "spans": [FORMS[form](*span) for span in spans]})
     experiment = make_experiment(write(T, records, task__label="spans"))
     expected = make_experiment(write(T))
-    assert (
-        experiment.labels == expected.labels and "spans of characters, with 1 kind(s): CAP" in capsys.readouterr().err
-    )
+    assert experiment.labels == expected.labels and "spans of characters, with 1 kind: CAP" in capsys.readouterr().err
     for name in ("train", "validation"):
         examples, of_words = experiment.splits[name].examples, expected.splits[name].examples
         assert [encoding.ids for encoding in examples.encodings] == [encoding.ids for encoding in of_words.encodings]
