@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -51,6 +52,20 @@ def trained(tmp_path_factory, cache, text_files) -> Path:
     (folder / "config.yaml").write_text(json.dumps(config))
     run(load_config(PretrainConfig, folder / "config.yaml"))
     return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, spins, bertlite, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # is restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    bertlite("--version")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_version(bertlite):
