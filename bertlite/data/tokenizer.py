@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from bertlite.core.files import atomic_folder, fingerprint, lock
 from bertlite.core.logging import logger
 from bertlite.core.trust import check_model_folder
 from bertlite.data.masking import Vocabulary
+from bertlite.data.tokenizer_trust import check_tokenizer
 from bertlite.data.vocabulary import (
     SPECIAL_TOKENS,
     build_word_piece,
@@ -28,6 +30,7 @@ from bertlite.data.vocabulary import (
 )
 
 TOKEN_NAMES = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]  # what transformers calls them
+TOKENIZER_FILES = ["*token*.json", "vocab.*", "merges.txt", "*.model", "config.json"]  # of a name on the hub
 TRAINER_VERSION = 2  # raise it when the same text would give another vocabulary
 EXTENSION_VERSION = 2  # raise it when the same text would extend a vocabulary by other tokens
 
@@ -47,21 +50,29 @@ def load_tokenizer(name: str, lowercase: bool = True, strip_accents: bool | None
         advice = "no tokenizer in it; put its tokenizer.json or vocab.txt there"
         raise UserError(f"{name}: {advice}" if local else f"{path}: no such tokenizer")
     try:
+        check_tokenizer(path if path.exists() else Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES)))
         if path.is_file() and path.suffix == ".txt":
             tokenizer = wrap_tokenizer(build_word_piece(_read_vocabulary(path), lowercase, strip_accents))
         else:
             tokenizer = _from_file(path) if path.is_file() else _from_folder_or_hub(name, local)
-        tokenizer.decode(tokenizer("a [MASK]")["input_ids"])  # some wrong settings raise only here
+        tokenizer.decode(tokenizer("a [MASK]", verbose=False)["input_ids"])  # some wrong settings raise only here
         if tokenizer.model_max_length < 8:
             raise UserError(f"{name}: model_max_length is {tokenizer.model_max_length}; it should be 8 or more")
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises no narrower class, and AutoTokenizer raises many
+    except BaseException as error:  # AutoTokenizer raises many types; tokenizers' PanicException is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{name}: no tokenizer could be loaded from it: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name}: the tokenizer has no tokenizer.json; save it by transformers' fast tokenizers first")
     if max(tokenizer.get_vocab().values(), default=-1) >= len(tokenizer):
         raise UserError(f"{name}: the ids of its tokens have gaps; they should be 0 to {len(tokenizer) - 1}")
+    added = [*tokenizer.backend_tokenizer.encode("").ids, *tokenizer.backend_tokenizer.encode("", "").ids]
+    if max(added, default=-1) >= len(tokenizer):
+        raise UserError(
+            f"{name}: post_processor: adds the id {max(added)}; the vocabulary has {len(tokenizer):,} tokens"
+        )
     missing = [name for name in TOKEN_NAMES if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(f"{name}: the tokenizer lacks {', '.join(missing)}, which masked language modelling needs")

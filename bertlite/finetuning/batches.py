@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bertlite.core.errors import UserError
 from bertlite.core.random import EPOCH_ORDER, permute
 from bertlite.data.batches import Batch
 from bertlite.data.masking import IGNORED
@@ -37,11 +38,14 @@ class ExampleBatches:
     index of the first sequence, always of one shape.
 
     `sequence_length` is used if the examples fit in it; otherwise, and by default, a length that packs well is chosen.
+    Raises UserError for an example without tokens.
     """
 
     def __init__(self, examples: Examples, pad_id: int, seed: int = 0, sequence_length: int = 0) -> None:
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.lengths = np.array([len(encoding) for encoding in examples.encodings])
+        if not self.lengths.all():
+            raise UserError("a text has no tokens: it is empty, and the tokenizer adds none such as [CLS]")
         groups = examples.record_indices if examples.grouped else range(len(self.lengths))
         self.group_starts = np.append(np.unique(groups, return_index=True)[1], len(self.lengths))
         self.group_lengths = np.add.reduceat(self.lengths, self.group_starts[:-1])

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
 from bertlite.data.packing import collate
 from bertlite.model.heads import MaskedLMHead
@@ -52,7 +53,12 @@ def chunks(items: Iterable[Item], size: int, characters: Callable[[Item], int] =
 
 
 def batches_by_length(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
-    """Yield the indices of sequences for one batch at a time, the longest first, so that there is little padding."""
+    """Yield the indices of sequences for one batch at a time, the longest first, so that there is little padding.
+
+    Raises UserError for a sequence without tokens.
+    """
+    if min(lengths, default=1) == 0:
+        raise UserError("a text has no tokens, as it is empty and the tokenizer adds none; leave it out")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
         size = max(1, TOKENS_PER_BATCH[device.type] // lengths[order[0]])

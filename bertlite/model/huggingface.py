@@ -166,13 +166,26 @@ def load_weights_for(model_class: type[Classifier], labels: list[str], folder: P
 
 
 def load_tokenizer_of(folder: Path, config: Architecture) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a model's folder. Raises UserError if it has more tokens than the model embeds."""
+    """Load the tokenizer in a model's folder. Raises UserError for ids or lengths that the model does not embed."""
     tokenizer = load_tokenizer(str(folder))
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary has "
             f"{config.vocab_size:,}"
         )
+    single = tokenizer.backend_tokenizer.encode("")  # what the post-processor adds
+    pair = tokenizer.backend_tokenizer.encode("", "")
+    if max(len(single), len(pair)) >= config.max_position_embeddings:
+        raise UserError(
+            f"{folder}: post_processor: adds {max(len(single), len(pair)):,} special tokens to a text; the model has "
+            f"{config.max_position_embeddings:,} positions"
+        )
+    for encoding, types in ((single, config.type_vocab_size), (pair, max(2, config.type_vocab_size))):
+        if max(encoding.type_ids, default=0) >= types:
+            raise UserError(
+                f"{folder}: post_processor: gives the type id {max(encoding.type_ids)}; the model has "
+                f"{config.type_vocab_size} (type_vocab_size)"
+            )
     return tokenizer
 
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_tasks import make_experiment
+from tokenizers import processors
 
 from bertlite.config.finetune_settings import SavedTask
+from bertlite.core.errors import UserError
 from bertlite.data.masking import IGNORED
 from bertlite.data.tokenizer import load_tokenizer
 from bertlite.finetuning.batches import ExampleBatches, choose_sequence_length, count_sequences
 from bertlite.finetuning.choices import encode_choices
+from bertlite.finetuning.examples import encode_texts
 from bertlite.finetuning.experiment import make_train_settings
 
 
@@ -55,6 +58,14 @@ def test_few_examples_are_packed_with_little_padding(lengths):
     sequence_length = choose_sequence_length(np.array(lengths))
     assert count_sequences(np.array(lengths), sequence_length) * sequence_length < 2 * sum(lengths) + 8
     assert sequence_length % 8 == 0 and sequence_length >= max(lengths)
+
+
+def test_a_text_without_tokens_is_an_error(vocabulary):
+    tokenizer = load_tokenizer(str(vocabulary))
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    examples = encode_texts([("a",), ("",)], tokenizer, SavedTask(type="classification"))
+    with pytest.raises(UserError, match="a text has no tokens: it is empty"):
+        ExampleBatches(examples, 0)
 
 
 def test_scores_of_choices_are_those_of_their_examples_where_a_sequence_has_as_many_places_as_tokens(vocabulary):
