@@ -39,10 +39,9 @@ class Runtime:
 
     def describe_precision(self, setting: str) -> str:
         """Return the precision, and why `train.precision` auto chose it."""
-        has = "has" if self.dtype == torch.bfloat16 else "has no"
-        kind = "GPU" if self.device.type == "cuda" else "processor"
-        reason = f" (the {kind} {has} instructions for bf16)" if setting == "auto" else ""
-        return f"{PRECISIONS[self.dtype]}{reason}"
+        if setting != "auto":
+            return PRECISIONS[self.dtype]
+        return "bf16 (native)" if self.dtype == torch.bfloat16 else "fp32 (no native bf16)"
 
     def environment(self) -> dict[str, str | int | bool]:
         """Return what must be equal for two runs to be equal bit for bit."""

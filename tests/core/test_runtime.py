@@ -29,8 +29,8 @@ def test_instructions_that_are_switched_off_are_not_used(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "setting", "expected"),
     [
-        (torch.bfloat16, "auto", "bf16 (the processor has instructions for bf16)"),
-        (torch.float32, "auto", "fp32 (the processor has no instructions for bf16)"),
+        (torch.bfloat16, "auto", "bf16 (native)"),
+        (torch.float32, "auto", "fp32 (no native bf16)"),
         (torch.float32, "fp32", "fp32"),
     ],
 )
