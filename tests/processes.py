@@ -47,12 +47,14 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 60) -> tuple[None, str]:
-        """Wait until the process ends, and return its standard error."""
+        """Wait until the process ends, and return its standard error; only once."""
         self.process.join(timeout)
+        with self.log:
+            errors = self.log.read()
         if self.returncode is None:
             self.kill()
-            raise subprocess.TimeoutExpired(self.process.name, timeout, stderr=self.log.read())
-        return None, self.log.read()
+            raise subprocess.TimeoutExpired(self.process.name, timeout, stderr=errors)
+        return None, errors
 
 
 def run_ranks(*arguments: object, ranks: int = 2) -> None:

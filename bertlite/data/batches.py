@@ -3,6 +3,7 @@
 # Shapes: B sequences, T positions, P predictions per sequence, V vocabulary.
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.settings import MaskingSettings, TrainSettings
 from bertlite.core.random import EPOCH_ORDER, EVALUATION_MASKS, SOURCE_ORDER, TRAINING_MASKS, permute
-from bertlite.data.corpus import Corpus, check_sizes
+from bertlite.data.corpus import Corpus, read_slices
 from bertlite.data.masking import IGNORED, Vocabulary, mask_tokens, max_predictions
 from bertlite.data.packing import Packing, collate
 from bertlite.data.tokenizer import describe_vocabulary
@@ -66,8 +67,6 @@ class Batches:
         self.vocabulary: Vocabulary = describe_vocabulary(tokenizer)
         self.starts_word = mark_word_starts(tokenizer.backend_tokenizer)  # (V,)
         self.sequence_length = sequence_length
-        files = [*corpus.folder.glob("*.bin"), *packing.folder.glob("*.npy")]
-        self.sizes = {path: path.stat().st_size for path in files}
 
     def training(self, first: int, count: int) -> Batch:
         """Make samples `first` to `first + count` of the endless training stream, masked at their rates."""
@@ -118,7 +117,6 @@ class Batches:
         rates: NDArray[np.float64],
         key: tuple[int, int],
     ) -> Batch:
-        check_sizes(self.sizes)
         ids, position_ids, document_ids = self._read_ids(sequences)
         if self.corpus.word_starts is None:
             word_starts = self.starts_word[ids]
@@ -166,11 +164,11 @@ class Batches:
         self, values: NDArray[Any], sequences: NDArray[np.int64], at_cls: int, at_sep: int, at_padding: int
     ) -> tuple[NDArray[np.int64], ...]:
         """Collate `values` of the corpus's tokens, with the given values for [CLS], [SEP] and padding."""
-        collected = []
-        for sequence in sequences:
-            spans = self.packing.spans(sequence) if sequence >= 0 else []
-            collected.append([np.concatenate([[at_cls], values[start : start + n], [at_sep]]) for start, n in spans])
-        return collate(collected, self.sequence_length, at_padding)
+        stored = iter(self.packing.read_spans(sequences[sequences >= 0]))
+        bounds = [next(stored) if sequence >= 0 else [] for sequence in sequences]
+        spans = iter(read_slices(values, chain.from_iterable(bounds)))
+        framed = [[np.concatenate([[at_cls], next(spans), [at_sep]]) for _ in sequence] for sequence in bounds]
+        return collate(framed, self.sequence_length, at_padding)
 
 
 def format_batch(sequences: list[list[str]]) -> str:

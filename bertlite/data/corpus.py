@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import accumulate, groupby
@@ -29,6 +29,7 @@ from bertlite.data.words import SEGMENTERS, mark_segmented_words, mark_word_star
 CORPUS_VERSION = 2  # raise it when the same text would give other files
 BATCH_CHARACTERS = 1 << 20  # tokenized together; limits the memory
 BATCHES_PER_SYNC = 16  # an interrupted process resumes from the last sync
+Ints = NDArray[np.int64]
 Id = np.unsignedinteger[Any]  # of a token: two bytes where the vocabulary is small enough, else four
 
 
@@ -49,7 +50,7 @@ class Corpus:
         self.sizes = expected_sizes(folder, self.summary, dtype, content.get("segmented", False))
         check_sizes(self.sizes)
         self.tokens: NDArray[Id] = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-        self.starts: NDArray[np.int64] = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
+        self.starts: Ints = np.memmap(folder / "document_starts.bin", dtype="<i8", mode="r")
         words = folder / "word_starts.bin"
         self.word_starts: NDArray[np.uint8] | None = (
             np.memmap(words, dtype=np.uint8, mode="r") if words in self.sizes else None
@@ -71,10 +72,34 @@ def expected_sizes(folder: Path, summary: Summary, dtype: np.dtype[Any], segment
 
 
 def check_sizes(sizes: dict[Path, int]) -> None:
-    """Raise DataLost if a file is missing or truncated: reading a memory map past its end kills the process."""
+    """Raise DataLost if a file is missing or truncated."""
     for path, size in sizes.items():
         if not path.exists() or path.stat().st_size != size:
-            raise DataLost(f"{path}: missing or truncated; remove {path.parent}, and it will be rebuilt")
+            raise _missing(path)
+
+
+def read_slices(array: NDArray[Any], bounds: Iterable[Sequence[int] | Ints]) -> list[NDArray[Any]]:
+    """Read slices of a memory-mapped array, given by start and end, from its file. Raises DataLost.
+
+    The map itself serves only where nobody can truncate the file: to read past the file's end would kill the process.
+    """
+    assert isinstance(array, np.memmap) and array.filename
+    path, slices = Path(array.filename), []
+    try:
+        with path.open("rb", buffering=0) as file:
+            for start, end in bounds:
+                values = np.empty(end - start, array.dtype)
+                file.seek(array.offset + int(start) * array.itemsize)
+                if file.readinto(values.data) != values.nbytes:
+                    raise _missing(path)
+                slices.append(values)
+    except OSError:
+        raise _missing(path) from None
+    return slices
+
+
+def _missing(path: Path) -> DataLost:
+    return DataLost(f"{path}: missing or truncated; remove {path.parent}, and it will be rebuilt")
 
 
 def cache_folder(setting: str | None) -> Path:

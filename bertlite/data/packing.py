@@ -16,13 +16,11 @@ from bertlite.core.errors import DataLost, UserError
 from bertlite.core.files import atomic_folder, fingerprint, lock, write_json
 from bertlite.core.logging import logger
 from bertlite.core.random import PACKING, choose_validation, draw_uint32
-from bertlite.data.corpus import Corpus
+from bertlite.data.corpus import Corpus, Ints, read_slices
 
 PLAN_VERSION = 3  # raise it when the same corpus would give other sequences
 MANY_DOCUMENTS = 1_000_000  # which take some seconds to pack
 MIN_SPAN = 8  # tokens; only the last span of a long document may have fewer
-
-Ints = NDArray[np.int64]
 
 
 class Packing:
@@ -46,10 +44,11 @@ class Packing:
     def __len__(self) -> int:
         return len(self.sequence_starts) - 1
 
-    def spans(self, sequence: int) -> list[tuple[int, int]]:
-        """Return start and length of each span of a sequence."""
-        inside = slice(*self.sequence_starts[sequence : sequence + 2])
-        return list(zip(self.span_starts[inside], self.span_lengths[inside], strict=True))
+    def read_spans(self, sequences: Ints) -> list[list[tuple[int, int]]]:
+        """Return start and end in the corpus of each span of the sequences. Raises DataLost."""
+        bounds = read_slices(self.sequence_starts, [(sequence, sequence + 2) for sequence in sequences.tolist()])
+        starts, lengths = read_slices(self.span_starts, bounds), read_slices(self.span_lengths, bounds)
+        return [list(zip(first, first + count, strict=True)) for first, count in zip(starts, lengths, strict=True)]
 
     def tokens(self) -> int:
         """Count the tokens of all sequences, with [CLS] and [SEP]."""
