@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
-from bertlite.config.settings import Source
+from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime
+from bertlite.data.formats import TableFile
 from bertlite.data.sources import find_source_files, read_file_texts
 from bertlite.finetuning.evaluate import evaluate_files
 from bertlite.finetuning.inputs import choose_inputs, read_inputs, read_single_texts
@@ -76,9 +77,11 @@ class LoadedModel:
             settings = choose_inputs(self.classifier, self.tokenizer)
             if len(settings.text) == 1 and settings.type != "multiple-choice":
                 return read_single_texts(file, settings, field)
-        source = Source(path=file, column=column, field=field)
-        files = find_source_files(source, "FILE")
-        return (text for path in files for text in read_file_texts(path, column, location=source))
+        source = DataLocation(path=file, field=field)
+        tables = [
+            TableFile(path, format=source.given_format, field=field) for path in find_source_files(source, "FILE")
+        ]
+        return (text for table in tables for text in read_file_texts(table, column))
 
     def encode(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
         """Return the vectors of texts, (N,D) in fp32, or of one text, (D,); options as for `embedder`."""

@@ -123,7 +123,7 @@ class TaskSettings(InputSettings):
     """The task: what the model reads, its data, and its metric."""
 
     train: TableLocation
-    """Training examples: a table (.tsv, .csv, .jsonl, .json, .parquet, CoNLL columns), a dataset, or sample."""
+    """Training examples: tables (.tsv, .csv, .jsonl, .parquet, CoNLL, fastText), class folders, a dataset, sample."""
     validation: TableLocation | None = None
     """Validation examples, which choose the best checkpoint; null: some of the training examples."""
     validation_split: Fraction = 0.1

@@ -142,8 +142,8 @@ class DataLocation(Section):
 
     path: PathText | None = None
     """A file, a glob or a folder."""
-    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet"] | None = None
-    """Format of the files: text, jsonl, json, csv, tsv or parquet; null: by name, else by content."""
+    format: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "fasttext"] | None = None
+    """Format of the files: text, jsonl, json, csv, tsv, parquet or fasttext; null: by name, else by content."""
     field: str | None = None
     """Key of the list of records within a JSON file, such as train, or keys: data.train."""
     dataset: PathText | None = None
@@ -187,6 +187,8 @@ class Source(DataLocation):
     """Whether the dataset is read over the network without storing it."""
     column: str | None = None
     """Column of a table or dataset that holds the text, each of its rows being a document; null: text."""
+    encoding: str = "utf-8"
+    """Character encoding of the files, such as gb18030."""
     weight: PositiveFloat = 1.0
     """How often the text is seen in each epoch."""
 

@@ -64,10 +64,11 @@ def split_columns(lines: list[str], delimiter: str | None) -> list[list[str]]:
     """
     has_tabs = any("\t" in line for line in lines if not line.startswith("#"))
     separator = re.escape(delimiter) if delimiter else None
-    return [
+    splits = [
         re.split(separator or ("\t" if "\t" in line or (has_tabs and line.startswith("#")) else " +"), line)
         for line in lines
     ]
+    return [[field.strip(" ") for field in fields] for fields in splits]
 
 
 def find_comments(lines: list[str], rows: list[list[str]], tag_index: int) -> set[int]:

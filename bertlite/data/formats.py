@@ -1,7 +1,6 @@
 """Read files of lines or of records, compressed or not. A new format is one function and one entry in READERS."""
 
 import csv
-import io
 import json
 import math
 import re
@@ -10,15 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.packages import require
 from bertlite.core.trust import MAX_CELL_CHARACTERS, MAX_JSON_BYTES, MAX_LINE_BYTES
 from bertlite.data.compression import DAMAGED, DECOMPRESSORS, open_file
+from bertlite.data.encodings import SAMPLE_BYTES, decode_line, decode_lines, is_utf8, warn_of_other_encoding
 
 csv.field_size_limit(MAX_CELL_CHARACTERS)
 
+FASTTEXT_LABEL = re.compile(r"(?<!\S)__label__(\S+)\s*")
 PARQUET_ROWS = 32  # decoded together; a few bytes of a file may stand for a long text
 
 Report = Callable[[int], object]  # called with the number of bytes read since the last call
@@ -32,8 +33,8 @@ class Record(NamedTuple):
 
 
 def is_empty(cell: Any) -> bool:
-    """Return whether a cell of a record holds nothing: null, NaN or blanks."""
-    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
+    """Return whether a cell of a record holds nothing: null, NaN, blanks or an empty list."""
+    return cell in (None, []) or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip() == ""
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,26 @@ class TableFile:
     path: Path
     report: Report | None = None
     format: str | None = None  # None: as `find_format` finds it
-    encoding: str | None = None  # None: UTF-8, decoded line by line
+    encoding: str = "utf-8"
+    encoding_setting: str = ""  # for messages: the setting that names the encoding
     columns: list[str] | None = None  # names of the columns, for a file without a header or JSON lists of values
     field: str | None = None  # keys, separated by dots, that lead to the list of records in a JSON file
     delimiter: str | None = None  # None: the format's own
     quoting: bool | None = None  # None: the format's own
     advice: str = ""  # for messages: settings that concern columns
+    bad_rows: list[str] | None = None  # what is wrong with rows that are left out; None: such a row is an error
 
     def lines(self) -> Iterator[str]:
         """Read the lines of the file, without their ends."""
-        if self.encoding is None:
-            return read_lines(self.path, self.report)
-        text = io.StringIO(_read_text(self.path, self.encoding))
-        return (line.removesuffix("\n").removesuffix("\r") for line in text)
+        return read_lines(self.path, self.report, self.encoding, self.encoding_setting)
 
 
-# A file whose content begins like this holds JSON objects, one a line or all in a list.
-_JSON_OBJECTS = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:')
+# How the content of a format begins that is recognized under any file name.
+BEGINNINGS = {
+    ".parquet": re.compile(b"PAR1"),
+    ".jsonl": re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:'),  # objects, one a line or in a list
+    ".fasttext": re.compile(rb"(\xef\xbb\xbf)?__label__\S"),
+}
 
 
 def file_format(path: Path) -> str:
@@ -69,7 +73,7 @@ def file_format(path: Path) -> str:
 
 
 def find_format(path: Path, given: str | None) -> str:
-    """Return the format of a file: as given, or its extension if READERS has it, or what its content shows.
+    """Return the format of a file: as given, or its extension if READERS has it, or as its content begins.
 
     Files of other extensions and contents hold lines. What is not a regular file, such as a pipe, is not opened: it can
     be read only once.
@@ -79,26 +83,39 @@ def find_format(path: Path, given: str | None) -> str:
         return f".{given}" if given else extension
     with open_file(path) as (_, content):
         start = content.peek(1 << 13)
-    return ".parquet" if start.startswith(b"PAR1") else ".jsonl" if _JSON_OBJECTS.match(start) else extension
+    return next((form for form, beginning in BEGINNINGS.items() if beginning.match(start)), extension)
 
 
-def read_lines(path: Path, report: Report | None = None) -> Iterator[str]:
-    """Read the lines of a UTF-8 file, without their ends.
+def read_lines(
+    path: Path, report: Report | None = None, encoding: str = "utf-8", encoding_setting: str = ""
+) -> Iterator[str]:
+    """Read the lines of a file, without their ends, in bounded memory.
 
-    Raises UserError for a file that cannot be read and, naming the line, for one that is damaged or not UTF-8.
+    Raises UserError for a file that cannot be read and, naming the line, for one that is damaged or in another
+    encoding; `encoding_setting` is what to advise for that. Warns of a text that looks like another encoding.
     """
-    number = reported = 0
     with open_file(path) as (raw, content):
-        try:
-            for number, line in enumerate(split_lines(content, str(path)), 1):
-                yield decode_line(line, number, str(path))
-                if report and number % 100 == 0 and raw.seekable():  # a pipe is not
-                    report(raw.tell() - reported)
-                    reported = raw.tell()
-        except DAMAGED as error:
-            raise UserError(f"{path}: damaged or truncated after line {number}: {error}") from None
-        if report:
-            report(path.stat().st_size - reported)
+        pieces = _report_pieces(split_lines(content, str(path)), path, raw, report)
+        if is_utf8(encoding):
+            yield from (decode_line(line, n, str(path), encoding_setting) for n, line in enumerate(pieces, 1))
+        else:
+            warn_of_other_encoding(content.peek(SAMPLE_BYTES), encoding, str(path))
+            yield from decode_lines(pieces, encoding, str(path))
+
+
+def _report_pieces(lines: Iterator[bytes], path: Path, raw: BinaryIO, report: Report | None) -> Iterator[bytes]:
+    """Yield the lines of a file, and report the bytes that were read; a pipe does not know them."""
+    number = reported = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            yield line
+            if report and number % 100 == 0 and raw.seekable():
+                report(raw.tell() - reported)
+                reported = raw.tell()
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged or truncated after line {number}: {error}") from None
+    if report and raw.seekable():
+        report(raw.tell() - reported)
 
 
 def split_lines(content: Any, location: str) -> Iterator[bytes]:
@@ -113,56 +130,6 @@ def split_lines(content: Any, location: str) -> Iterator[bytes]:
                 "divide it into lines, or check that the file holds text"
             )
         yield line
-
-
-def decode_line(line: bytes, number: int, location: str) -> str:
-    """Decode line `number` of a UTF-8 text, counted from 1, without its end or a byte order mark.
-
-    Raises UserError for other bytes, and for a first line with so many zero bytes that it is UTF-16 or binary.
-    """
-    encoding = guess_encoding(line) if number == 1 else "latin-1"
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if encoding != "utf-16":
-            return text.rstrip("\r\n")
-        bad_byte = 0
-    except UnicodeDecodeError as error:
-        bad_byte = line[error.start]
-    readable = line.decode("utf-8", "ignore")
-    mostly_utf8 = not readable.isascii() and 4 * (len(line) - len(readable.encode())) <= len(line)
-    advice = f"if it is text at all, convert it, for example: iconv -f {encoding} -t utf-8"
-    if encoding != "utf-16" and mostly_utf8:
-        advice = "if only a few bytes are wrong, remove them: iconv -c -f utf-8 -t utf-8"
-    raise UserError(f"{location}:{number}: not UTF-8 text (byte 0x{bad_byte:02x}); {advice}")
-
-
-def guess_encoding(text: bytes) -> str:
-    """Guess an encoding: utf-16, utf-8 or latin-1."""
-    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * text.count(0) > len(text):
-        return "utf-16"
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return "latin-1"
-    return "utf-8"
-
-
-def _read_text(path: Path, encoding: str) -> str:
-    """Read a file in the encoding of a task. Raises UserError as `read_lines` does."""
-    with open_file(path) as (_, file):
-        content: bytes = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; convert it to UTF-8")
-    try:
-        return content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not {encoding} (byte 0x{content[error.start]:02x}); if it is text at all, set "
-            f"task.encoding, perhaps to {guess_encoding(content)}"
-        ) from None
-    except (LookupError, ValueError):  # ValueError: a name with a null byte, a codec of something else
-        raise UserError(f"task.encoding is {encoding!r}, which Python does not know; it is utf-8, latin-1, …") from None
 
 
 def read_json(table: TableFile) -> Iterator[Record]:
@@ -275,11 +242,16 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
     """Read records of columns, named by `table.columns` or else by the first record; blank ones are skipped.
 
     With `quoting`, a value in double quotes may hold delimiters and line breaks. Both arguments are defaults for those
-    of the table. Raises UserError for more or fewer columns than names.
+    of the table; a first line `sep=;`, which Excel understands, names the delimiter. Raises UserError for more or fewer
+    columns than names.
     """
-    delimiter = table.delimiter or delimiter
+    lines = enumerate(table.lines(), 1)
+    first = next(lines, (1, ""))
+    named_by_file = re.fullmatch(r'"?sep=(.)"?', first[1])
+    delimiter = table.delimiter or (named_by_file[1] if named_by_file else delimiter)
     quoting = quoting if table.quoting is None else table.quoting
-    rows = _split_quoted(table, delimiter) if quoting else _split_unquoted(table, delimiter)
+    split = _split_quoted if quoting else _split_unquoted
+    rows = split(lines if named_by_file else chain([first], lines), table, delimiter)
     names = table.columns
     if names is None:
         names = next(rows, (0, []))[1]
@@ -290,27 +262,51 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
             yield Record(f"{table.path}:{line}", dict(zip(names, values, strict=True)))
         elif any(map(str.strip, values)):
             expected = f"{len(values)} columns, but {len(names)} are named ({', '.join(names)})"
-            raise UserError(f"{table.path}:{line}: {expected}; the delimiter is {delimiter!r}{table.advice}")
+            problem = f"{table.path}:{line}: {expected}; the delimiter is {delimiter!r}{table.advice}"
+            if table.bad_rows is None:
+                raise UserError(problem)
+            table.bad_rows.append(problem)
 
 
-def _split_unquoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Split lines, numbered from 1; the last one of `table.columns` takes the rest of its line."""
+def _split_unquoted(
+    lines: Iterator[tuple[int, str]], table: TableFile, delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    """Split numbered lines; the last one of `table.columns` takes the rest of its line."""
     splits = len(table.columns) - 1 if table.columns else -1
-    return ((n, line.split(delimiter, splits)) for n, line in enumerate(table.lines(), 1) if line.strip(" "))
+    return ((number, line.split(delimiter, splits)) for number, line in lines if line.strip(" "))
 
 
-def _split_quoted(table: TableFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Split records with quoted values; the number of a record is that of its first line."""
-    reader = csv.reader((f"{line}\n" for line in table.lines()), delimiter=delimiter, strict=True)
-    start = 1
+def _split_quoted(
+    lines: Iterator[tuple[int, str]], table: TableFile, delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    """Split records with quoted values, from numbered lines; the number of a record is that of its first line."""
+    start = 0  # of the record, 0 between two of them
+
+    def follow_lines() -> Iterator[str]:
+        nonlocal start
+        for number, line in lines:
+            start = start or number
+            yield f"{line}\n"
+
     try:
-        for values in reader:
+        for values in csv.reader(follow_lines(), delimiter=delimiter, strict=True):
             if values:
                 yield start, values
-            start = reader.line_num + 1
+            start = 0
     except csv.Error as error:
-        advice = "close each quote that opens a value, and double each quote inside of one"
+        advice = f"close each quote, and double those inside of a value; the delimiter is {delimiter!r}{table.advice}"
         raise UserError(f"{table.path}:{start}: the record that starts here is not valid: {error}; {advice}") from None
+
+
+def read_fasttext(table: TableFile) -> Iterator[Record]:
+    """Read lines of words and labels, `__label__a __label__b text`, as fastText does.
+
+    The columns are label, a list, and text.
+    """
+    for number, line in enumerate(table.lines(), 1):
+        if line.strip():
+            columns = {"label": FASTTEXT_LABEL.findall(line), "text": FASTTEXT_LABEL.sub("", line).strip()}
+            yield Record(f"{table.path}:{number}", columns)
 
 
 def read_parquet(table: TableFile) -> Iterator[Record]:
@@ -336,4 +332,5 @@ READERS: dict[str, Callable[[TableFile], Iterator[Record]]] = {
     ".csv": partial(read_delimited, delimiter=",", quoting=True),
     ".tsv": partial(read_delimited, delimiter="\t", quoting=False),
     ".parquet": read_parquet,
+    ".fasttext": read_fasttext,
 }

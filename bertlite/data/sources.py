@@ -15,12 +15,13 @@ from bertlite.core.errors import UserError, first_line
 from bertlite.core.files import disk_full_as_error, fingerprint, read_json, sha256, write_json
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
-from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, find_format, read_lines
+from bertlite.data.encodings import is_utf8
+from bertlite.data.formats import READERS, Record, Report, TableFile, file_format, find_format
 
 LARGE_FILE = 1 << 30  # bytes, which take some seconds to read
 
 
-def find_source_files(source: Source, setting: str) -> list[Path]:
+def find_source_files(source: DataLocation, setting: str) -> list[Path]:
     """List the files of a source: one file, the matches of a glob, the files in a folder, or the sample.
 
     Raises UserError for a path that matches nothing, and for an empty file.
@@ -50,6 +51,8 @@ def find_source_files(source: Source, setting: str) -> list[Path]:
 def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
     """Return a value that changes whenever the text of a source changes."""
     digest: list[Any] = [source.column or "text", *filter(None, [source.field])]
+    if not is_utf8(source.encoding):
+        digest.append({"encoding": source.encoding})
     for path in find_source_files(source, setting):
         digest.append([find_format(path, source.given_format), digest_file(path, cache)])
     if source.dataset is None:
@@ -93,37 +96,34 @@ def read_documents(source: Source, document: str, setting: str, report: Report |
     `document` is a key of SPLITTERS, for files of lines; each record of a table or dataset is a document. Raises
     UserError, naming file and line where possible, for what cannot be read, is damaged, or is not UTF-8.
     """
+    encoding_setting = "{path: …, encoding: …}" if setting.startswith("data.") else ""
     for path in find_source_files(source, setting):
-        yield from read_file_texts(path, source.column, SPLITTERS[document], report, source)
+        table = TableFile(path, report, source.given_format, source.encoding, encoding_setting, field=source.field)
+        yield from read_file_texts(table, source.column, SPLITTERS[document])
     if source.dataset is not None:
         yield from _select_column(read_dataset(source, setting, source.streaming), source.column or "text")
 
 
 def read_file_texts(
-    path: Path,
-    column: str | None,
-    split: Callable[[Iterator[str]], Iterator[str]] = iter,
-    report: Report | None = None,
-    location: DataLocation | None = None,
+    table: TableFile, column: str | None, split: Callable[[Iterator[str]], Iterator[str]] = iter
 ) -> Iterator[str]:
     """Read each line of a text file, or what `split` makes of the lines, or a column of each record of a table.
 
     A pipe holds JSON lines if a column is given. Raises UserError as `read_documents` does, for a column of a file that
-    has none, and for JSON in a file of another name, if neither its column nor its format is given.
+    has none, and for records in a file of another name, if neither its column nor its format is given.
     """
-    given = location.given_format if location else None
-    format = find_format(path, given)
+    path, format = table.path, find_format(table.path, table.format)
     if column is not None and not path.is_file() and format not in READERS:
         format = ".jsonl"
     if format not in READERS:
         if column is not None:
             advice = "leave column out, or name another format: {path: …, format: jsonl, column: …}"
             raise UserError(f"{path}: read as lines of text, which have no column {column!r}; {advice}")
-        return split(read_lines(path, report))
-    if column is None and given is None and format == ".jsonl" != file_format(path):
+        return split(table.lines())
+    if column is None and table.format is None and format in (".jsonl", ".fasttext") and format != file_format(path):
+        form = "JSON" if format == ".jsonl" else "labels and texts as of fastText"
         advice = "name its column (column: text, --column text), or read its lines as they are: {path: …, format: text}"
-        raise UserError(f"{path}: holds JSON, not lines of text; {advice}")
-    table = TableFile(path, report, field=location.field if location else None)
+        raise UserError(f"{path}: holds {form}, not lines of text; {advice}")
     return _select_column(READERS[format](table), column or "text")
 
 

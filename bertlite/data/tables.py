@@ -11,26 +11,40 @@ from typing import Any
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
+from bertlite.core.logging import count, logger
 from bertlite.data.conll import group_words, read_conll
-from bertlite.data.formats import READERS, Record, TableFile, find_format, read_json
-from bertlite.data.sources import read_dataset
+from bertlite.data.formats import READERS, Record, TableFile, file_format, find_format, read_json
+from bertlite.data.sources import find_source_files, read_dataset
 
 
 def read_records(location: DataLocation, settings: InputSettings, setting: str) -> list[Record]:
-    """Read a table or dataset; of the sample, the split that `setting` ends with.
+    """Read the records of tables, of folders of texts, or of a dataset; of the sample, the split that `setting` ends
+    with.
 
     Raises UserError, naming file and line, for what cannot be read.
     """
     if location.dataset is not None:
-        return list(read_dataset(location, setting, name_labels=True))
-    path = find_table_file(location, setting)
-    advice = "; see task.columns, task.delimiter and task.quoting"
+        return [add_nested(record, settings) for record in read_dataset(location, setting, name_labels=True)]
     table = TableFile(
-        path, format=location.given_format, field=location.field, encoding=settings.encoding, advice=advice
+        Path(str(location.path)),
+        format=location.given_format,
+        field=location.field,
+        encoding=settings.encoding,
+        encoding_setting="task.encoding",
+        advice="; see task.columns, task.delimiter and task.quoting",
+        bad_rows=[] if settings.on_bad_example == "skip" else None,
     )
-    records = list(read_table(table, settings))
+    files = find_table_files(location, setting)
+    if table.path.is_dir() and all(is_class_text(path, table.path) for path in files):
+        records = [read_class_text(replace(table, path=path), settings) for path in files]
+    else:
+        records = [record for path in files for record in read_table(replace(table, path=path), settings)]
+    if table.bad_rows:
+        logger.warning(
+            f"{setting}: left out for their number of columns: {count(len(table.bad_rows), 'row')}: {table.bad_rows[0]}"
+        )
     if not records:
-        raise UserError(f"{setting}: {path} holds no examples")
+        raise UserError((table.bad_rows or [f"{setting}: {location.path} holds no examples"])[0])
     return records
 
 
@@ -46,20 +60,44 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
     records = readers.get(find_format(table.path, table.format), default)(table)
-    return (
-        group_words(records, settings.sentence, settings.text[0], settings.label[0]) if settings.sentence else records
+    if settings.sentence:
+        return group_words(records, settings.sentence, settings.text[0], settings.label[0])
+    return (add_nested(record, settings) for record in records)
+
+
+def add_nested(record: Record, settings: InputSettings) -> Record:
+    """Add the values that the task's columns name by keys of nested objects: `data.text`."""
+    nested = {}
+    for name in {*settings.text, *settings.label, *settings.choices} - record.columns.keys():
+        value: Any = record.columns
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            nested[name] = value
+    return Record(record.location, record.columns | nested) if nested else record
+
+
+def find_table_files(location: DataLocation, setting: str) -> list[Path]:
+    """Return the files of a table: one, the matches of a glob, those in a folder, or the sample's.
+
+    Raises UserError if there is none.
+    """
+    if location.path != "sample":
+        return find_source_files(location, setting)
+    split = setting.split(".")[-1]
+    return [Path(str(files("bertlite") / "sample" / f"subject_{'dev' if split == 'validation' else split}.tsv"))]
+
+
+def is_class_text(path: Path, folder: Path) -> bool:
+    """Return whether a file is a text in a folder with the name of its label, inside of `folder`."""
+    return path.parent.parent == folder and file_format(path) not in READERS
+
+
+def read_class_text(table: TableFile, settings: InputSettings) -> Record:
+    """Read a file as one text, of which the folder's name is the label."""
+    return Record(
+        str(table.path), {settings.text[0]: "\n".join(table.lines()), settings.label[0]: table.path.parent.name}
     )
-
-
-def find_table_file(location: DataLocation, setting: str) -> Path:
-    """Return the file of a table. Raises UserError if there is none."""
-    path = Path(str(location.path))
-    if location.path == "sample":
-        split = setting.split(".")[-1]
-        path = Path(str(files("bertlite") / "sample" / f"subject_{'dev' if split == 'validation' else split}.tsv"))
-    if not path.is_file():
-        raise UserError(f"{setting}: {path}: there is no such file (paths are relative to the current directory)")
-    return path
 
 
 def get_column(record: Record, name: str, setting: str) -> Any:

@@ -12,7 +12,7 @@ from bertlite.core.files import write_json
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
 from bertlite.core.runtime import initialize_runtime
-from bertlite.data.tables import find_table_file
+from bertlite.data.tables import find_table_files
 from bertlite.finetuning.experiment import prepare, run_seed
 from bertlite.finetuning.results import read_results, summarize_seeds
 from bertlite.finetuning.tasks import TASKS
@@ -43,7 +43,7 @@ def run_tasks(config: FinetuneConfig, resume: bool, overwrite: bool) -> dict[str
         for split in ("train", "validation", "test"):
             table = getattr(settings, split)
             if table is not None and table.path is not None:
-                find_table_file(table, f"tasks.{name}.{split}")
+                find_table_files(table, f"tasks.{name}.{split}")
     results = {}
     for name, settings in config.tasks.items():
         logger.info(f"task {name}")

@@ -11,10 +11,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings, SavedTask
+from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.data.formats import READERS, Record, TableFile, decode_line, file_format, find_format, split_lines
-from bertlite.data.tables import read_table
+from bertlite.data.encodings import decode_line
+from bertlite.data.formats import READERS, Record, TableFile, file_format, find_format, split_lines
+from bertlite.data.tables import read_records, read_table
 from bertlite.finetuning.tasks import TASKS, find_task, input_settings
 from bertlite.model.heads import Classifier
 
@@ -81,9 +83,14 @@ def read_inputs(
     path = Path(file)
     if not path.exists():
         raise UserError(f"--file: {file}: no such file")
-    is_utf8 = settings.encoding.lower() in ("utf-8", "utf8")  # which is decoded line by line
+    if path.is_dir():
+        return iter(read_records(DataLocation(path=file, field=field), settings, "--file"))
     table = TableFile(
-        path, format="json" if field else None, field=field, encoding=None if is_utf8 else settings.encoding
+        path,
+        format="json" if field else None,
+        field=field,
+        encoding=settings.encoding,
+        encoding_setting="task.encoding",
     )
     has_tags = settings.type == "token-classification" and file_format(path) not in ("", ".txt")
     extension = find_format(path, table.format)
@@ -115,6 +122,8 @@ def parse_lines(
     stream = Stream(path, content=chain([first], lines))
     if is_json_object(first):
         form, records = "JSON lines", READERS[".jsonl"](stream)
+    elif first.startswith("__label__"):
+        form, records = "labels and texts, as of fastText", READERS[".fasttext"](stream)
     elif settings.type == "token-classification" and TAG.fullmatch(first.strip()):
         form, records = "words with tags", read_table(stream, settings)
     elif extension := find_table_format(first, settings):

@@ -1,6 +1,7 @@
 """Read the texts and labels of records: what the cells of a labelled table mean."""
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -59,7 +60,7 @@ def read_cells(records: list[Record], settings: InputSettings) -> list[str]:
     column = settings.label[0]
     if not any(column in record.columns for record in records):
         get_column(records[0], column, "task.label")
-    cells = [record.columns.get(column) for record in records]
+    cells = [unwrap(record.columns.get(column)) for record in records]
     return ["" if is_empty(cell) else str(cell).strip() for cell in cells]
 
 
@@ -97,12 +98,18 @@ def find_missing_marks(labels: set[str], settings: InputSettings) -> set[str]:
 def read_label(record: Record, settings: InputSettings) -> str:
     """Read the label of a record that has exactly one."""
     column = settings.label[0]
-    cell = get_column(record, column, "task.label")
+    cell = unwrap(get_column(record, column, "task.label"))
     if isinstance(cell, list | dict):
-        raise UserError(f"{record.location}: the label in column {column!r} is {cell!r}, not a single text")
+        advice = "; task.type: multilabel reads several" if isinstance(cell, list) else ""
+        raise UserError(f"{record.location}: the label in column {column!r} is {cell!r}, not a single text{advice}")
     if is_empty(cell):
         raise UserError(f"{record.location}: the label in column {column!r} is empty: {cell!r}")
     return name_label(str(cell).strip(), record, settings)
+
+
+def unwrap(cell: Any) -> Any:
+    """Return the only item of a list that has one."""
+    return cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
 
 
 def name_label(label: str, record: Record, settings: InputSettings) -> str:
@@ -124,7 +131,8 @@ def read_number(record: Record, settings: InputSettings) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= float(np.finfo(np.float32).max):
-        raise UserError(f"{record.location}: the target in column {column!r} is {cell!r}, not a finite number")
+        advice = "; write decimals with a point" if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(cell)) else ""
+        raise UserError(f"{record.location}: the target in column {column!r} is {cell!r}, not a finite number{advice}")
     return number
 
 

@@ -116,6 +116,8 @@ def tokenize_splits(
         splits[name] = Split(split_records, examples, batches)
         log_split(name, splits[name], task, labels, settings)
         warn_of_unknown(name, *examples.count_unknown(tokenizer))
+        if name != "train":
+            warn_of_training_texts(name, examples, splits["train"].examples)
     return splits
 
 
@@ -142,6 +144,14 @@ def warn_of_unknown(name: str, num_unknown: int, num_tokens: int) -> None:
     if num_unknown > MAX_UNKNOWN * num_tokens:
         share = num_unknown / num_tokens
         logger.warning(f"{name}: {share:.1%} of the tokens are unknown; the model's vocabulary is of other text")
+
+
+def warn_of_training_texts(name: str, examples: Examples, training: Examples) -> None:
+    """Warn of texts that are also training examples: the scores on them say little about new texts."""
+    known = set(map(repr, training.texts))
+    shared = sum(repr(text) in known for text in examples.texts)
+    if shared:
+        logger.warning(f"{name}: {shared:,} of {len(examples.texts):,} texts are also in train")
 
 
 def fingerprint_data(splits: dict[str, Split]) -> str:

@@ -48,6 +48,12 @@ def test_a_word_without_its_tag_is_an_error(tmp_path):
         read(tmp_path / "a.conll", columns=["text", "kind", "label"])
 
 
+def test_blanks_around_tabs_belong_to_no_column(tmp_path):
+    (tmp_path / "a.conll").write_text("Ada\tB-PER\nlives  O\nin\tO \nRome \t B-LOC\n")
+    (row,) = read(tmp_path / "a.conll")
+    assert row == {"text": ["Ada", "lives", "in", "Rome"], "label": ["B-PER", "O", "O", "B-LOC"]}
+
+
 # Comments of WNUT, GermEval and MultiCoNER, and words that start with #.
 COMMENTS = {
     "tabs": ("# text = is O\nis\tO\n#\tO\n#fun\tO\n", ["is", "#", "#fun"], 1),

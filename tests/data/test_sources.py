@@ -16,6 +16,7 @@ from bertlite.config.settings import DataSettings, Source
 from bertlite.core.errors import UserError
 from bertlite.data import corpus as corpus_module
 from bertlite.data.corpus import prepare_corpus
+from bertlite.data.formats import TableFile
 from bertlite.data.packing import pack_corpus
 from bertlite.data.sources import digest_source, find_source_files, read_documents, read_file_texts
 from bertlite.data.tokenizer import load_tokenizer
@@ -80,6 +81,26 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert documents(tmp_path / name, **COLUMN[name]) == DOCUMENTS
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "latin-1"])
+def test_text_in_the_encoding_of_its_source_is_the_same_corpus(encoding, tmp_path, tokenizer):
+    texts = [text.replace("中文", "ü" if encoding == "latin-1" else "中文") for text in DOCUMENTS]
+    (tmp_path / "utf8.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    (tmp_path / "other.txt.gz").write_bytes(gzip.compress("\n\n".join(texts).encode(encoding)))
+    (tmp_path / "other.csv").write_text("body\n" + "\n".join(f'"{text[:9]}"' for text in texts), encoding=encoding)
+    source = {"path": str(tmp_path / "other.txt.gz"), "encoding": encoding}
+    corpora = [prepare(tmp_path, tokenizer, train) for train in (str(tmp_path / "utf8.txt"), source)]
+    assert corpora[0].tokens.tolist() == corpora[1].tokens.tolist() and corpora[0].folder != corpora[1].folder
+    assert documents(tmp_path / "other.csv", encoding=encoding, column="body") == [text[:9] for text in texts]
+
+
+def test_lines_of_fasttext_are_not_taken_for_text(tmp_path):
+    (tmp_path / "a.txt").write_text("__label__a fine\n__label__b good\n")
+    with pytest.raises(UserError, match=r"a\.txt: holds labels and texts as of fastText"):
+        documents(tmp_path / "a.txt")
+    assert documents(tmp_path / "a.txt", column="text") == ["fine", "good"]
+    assert documents(tmp_path / "a.txt", document="line", format="text") == ["__label__a fine", "__label__b good"]
+
+
 def test_names_may_be_in_capitals(tmp_path):
     write_csv(tmp_path / "rows.csv")
     (tmp_path / "ROWS.CSV.GZ").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
@@ -89,7 +110,7 @@ def test_names_may_be_in_capitals(tmp_path):
 def test_a_record_with_an_empty_text_is_kept(tmp_path):
     for name, sign in {"a.tsv": "\t", "a.csv": ","}.items():
         (tmp_path / name).write_text(f"text{sign}label\n1{sign}a\n{sign}\n3{sign}b\n")
-        assert list(read_file_texts(tmp_path / name, "text")) == ["1", "", "3"]
+        assert list(read_file_texts(TableFile(tmp_path / name), "text")) == ["1", "", "3"]
 
 
 def test_text_that_can_be_read_only_once_is_refused(tmp_path, tokenizer):
@@ -103,7 +124,7 @@ def test_blank_lines_of_a_table_are_skipped(tmp_path):
         "a.csv": "text,label\none,1\n   \n\nthree,2\n",
     }.items():
         (tmp_path / name).write_text(content)
-        assert list(read_file_texts(tmp_path / name, "text")) == ["one", "three"]
+        assert list(read_file_texts(TableFile(tmp_path / name), "text")) == ["one", "three"]
 
 
 def test_lines_of_a_json_file_are_read_too(tmp_path):

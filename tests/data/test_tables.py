@@ -91,11 +91,11 @@ BAD = {
     "latin": (
         b"text\tlabel\nfine\t1\ncaf\xe9\t0\n",
         {},
-        r"bad\.tsv:3: not utf-8 \(byte 0xe9\); if .* perhaps to latin-1",
+        r"bad\.tsv:3: not UTF-8 text \(byte 0xe9\); perhaps cp1252 .* or set task\.encoding",
     ),
-    "wide": ("text\tlabel\nfine\t1\n".encode("utf-16"), {}, r"bad\.tsv:1: not utf-8 \(byte 0xff\); if .* to utf-16"),
-    "encoding": (b"a\tb\n", {"encoding": "klingon"}, r"task\.encoding is 'klingon'"),
-    "empty": (b"", {}, r"bad\.tsv holds no examples"),
+    "wide": ("text\tlabel\nfine\t1\n".encode("utf-16"), {}, r"bad\.tsv:1: not UTF-8 .* utf-16"),
+    "encoding": (b"a\tb\n", {"encoding": "klingon"}, "the encoding is 'klingon'"),
+    "empty": (b"", {}, r"bad\.tsv is empty"),
     "header alone": (b"text\tlabel\n", {}, r"bad\.tsv holds no examples"),
     "twice": (b"text\ttext\nx\ty\n", {}, "duplicate column among text, text"),
     "carriage return": (b"text|label\na\rb|1\n", {"delimiter": "|", "quoting": True}, r"bad\.tsv:2: "),
@@ -198,3 +198,78 @@ def test_files_that_people_have(name):
         assert len({row["label"] for row in rows}) == 4
     if "trec" in name:
         assert {row["label"] for row in rows} == set("012345")
+
+
+def write_folders(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """Texts in folders with the names of their labels, as aclImdb and 20 Newsgroups have them."""
+    for label, of_label in texts.items():
+        (folder / label).mkdir(parents=True)
+        for number, text in enumerate(of_label):
+            (folder / label / f"{number}_{number % 3}{'.txt' if number % 2 else ''}").write_text(
+                text, encoding="latin-1"
+            )
+    return folder
+
+
+def test_folders_of_classes_are_read_as_scikit_learn_reads_them(tmp_path):
+    from sklearn.datasets import load_files
+
+    texts = {"pos": ["a café", "two\nlines"], "neg": ["bad", "worse"], "unsup": ["who knows"]}
+    folder = write_folders(tmp_path / "train", texts)
+    theirs = load_files(folder, encoding="latin-1", shuffle=False)
+    expected = {(text, theirs.target_names[target]) for text, target in zip(theirs.data, theirs.target, strict=True)}
+    rows = read(folder, encoding="latin-1", text="review", label="opinion")
+    assert {(row["review"], row["opinion"]) for row in rows} == expected and len(rows) == 5
+    with pytest.raises(UserError, match=r"pos/0_0:1: not UTF-8"):
+        read(folder)
+
+
+@pytest.mark.parametrize("path", ["shards", "shards/train-*.parquet", "shards/*"])
+def test_the_shards_of_a_table_are_one_table(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    rows = [{"text": f"text {number}", "label": number % 2} for number in range(10)]
+    for shard in range(3):
+        table = pyarrow.Table.from_pylist(rows[4 * shard : 4 * shard + 4])
+        pyarrow.parquet.write_table(table, f"shards/train-0000{shard}-of-00003.parquet")
+    assert read(path) == rows == pyarrow.parquet.read_table("shards").to_pylist()
+
+
+def test_lines_of_fasttext_have_their_labels(tmp_path):
+    """Under any name; labels may stand anywhere in the line."""
+    (tmp_path / "cooking.train").write_text("__label__a-b __label__c  How  to?\n\n__label__d yes __label__e no\nnone\n")
+    assert read(tmp_path / "cooking.train") == [
+        {"label": ["a-b", "c"], "text": "How  to?"},
+        {"label": ["d", "e"], "text": "yes no"},
+        {"label": [], "text": "none"},
+    ]
+
+
+def test_excel_names_its_delimiter(tmp_path):
+    content = 'sep=;\r\ntext;label\r\n"one; two\r\nlines";x\r\nthree;y;z\r\n'
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8-sig", newline="")
+    assert read(tmp_path / "a.csv", on_bad_example="skip") == [{"text": "one; two\nlines", "label": "x"}]
+    with pytest.raises(UserError, match=r"a\.csv:5: 3 columns, .* the delimiter is ';'"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text('text;label\n"one, two";x\n')
+    with pytest.raises(UserError, match=r"b\.csv:2: .* the delimiter is ','; see .*task\.delimiter"):
+        read(tmp_path / "b.csv")
+
+
+def test_rows_of_another_width_are_left_out_on_request(tmp_path, caplog):
+    (tmp_path / "a.tsv").write_text("text\tlabel\nfine\t1\nbroken\ngood\t0\nx\ty\tz\n")
+    assert [row["text"] for row in read(tmp_path / "a.tsv", on_bad_example="skip")] == ["fine", "good"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "task.train: left out for their number of columns: 2 rows: " in message and "a.tsv:3: 1 columns" in message
+    (tmp_path / "a.tsv").write_text("text\tlabel\nbroken\n")
+    with pytest.raises(UserError, match=r"a\.tsv:2: 1 columns"):
+        read(tmp_path / "a.tsv", on_bad_example="skip")
+
+
+def test_columns_may_be_keys_of_nested_objects(tmp_path):
+    record = {"data": {"text": "fine", "meta": {"stars": 5}}, "data.id": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    (row,) = read(tmp_path / "a.jsonl", text="data.text", label=["data.meta.stars"])
+    assert row == {**record, "data.text": "fine", "data.meta.stars": 5}
+    (row,) = read(tmp_path / "a.jsonl", text="data.id", label=["data.meta.gone"])
+    assert row == record

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from processes import run_ranks
-from tiny_tasks import SENTENCES, make_experiment, read_metric, read_weights
+from tiny_tasks import SENTENCES, make_experiment, make_records, read_metric, read_weights
 
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.core.errors import Failure, UserError
@@ -94,6 +94,14 @@ def test_two_ranks_equal_one(write, tmp_path):
     two = json.loads((tmp_path / "two/results.json").read_text())
     assert two["seeds"]["0"] == pytest.approx(single["seeds"]["0"], abs=1e-4)
     assert read_metric(tmp_path / "two") == pytest.approx(read_metric(tmp_path / "one"), abs=1e-5)
+
+
+def test_texts_that_are_also_in_train_are_counted(write, capsys):
+    records = make_records("classification")
+    make_experiment(write(records=records))
+    assert "also in train" not in capsys.readouterr().err
+    make_experiment(write(records=[*records[24:34], *records[10:24], *records[24:]]))
+    assert "validation: 10 of 24 texts are also in train" in capsys.readouterr().err
 
 
 def test_reports_hold_the_worst_hundred_examples(write, tmp_path):

@@ -165,7 +165,7 @@ def test_files_are_laid_out_as_in_fine_tuning(settings, tmp_path):
 @pytest.mark.parametrize("encoding", ["undefined", "punycode", "hex", "no\0name", ""])
 def test_an_encoding_of_a_stranger_is_named(encoding, tmp_path):
     (tmp_path / "a.csv").write_text("text,label\na,b\n")
-    with pytest.raises(UserError, match=r"task\.encoding is "):
+    with pytest.raises(UserError, match="the encoding is "):
         list(read_inputs(None, str(tmp_path / "a.csv"), SavedTask(encoding=encoding)))
 
 

@@ -17,7 +17,15 @@ from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.finetuning.finetune import run
 from bertlite.finetuning.label_lists import check_one_form, collect_labels, read_label_list
-from bertlite.finetuning.labels import collect_classes, have_label, have_number, list_some, read_label, sort_labels
+from bertlite.finetuning.labels import (
+    collect_classes,
+    have_label,
+    have_number,
+    list_some,
+    read_label,
+    read_number,
+    sort_labels,
+)
 from bertlite.finetuning.splits import read_tables
 from bertlite.finetuning.tasks import TASKS
 
@@ -189,7 +197,12 @@ def test_columns_of_minus_one_were_not_labelled(tmp_path):
 
 def test_rows_that_cannot_be_used_end_the_run_or_are_skipped(write, capsys):
     records = make_records("classification")
-    for number, change in {30: {"text": " "}, 40: {"label": ["x"]}, 50: {"text": None}, 3: {"label": "new"}}.items():
+    for number, change in {
+        30: {"text": " "},
+        40: {"label": ["x", "y"]},
+        50: {"text": None},
+        3: {"label": "new"},
+    }.items():
         records[number] = records[number] | change
     with pytest.raises(UserError, match=r"jsonl:7: the column 'text' is empty.*\ntask\.train: 3 of 96 rows cannot be"):
         run(write(records=records))
@@ -212,3 +225,18 @@ def test_numbers_are_sorted_alike_in_every_process():
 
 def test_labels_in_messages_take_one_line():
     assert list_some(["two\n\x1b[2Jlines", "x" * 50]) == f"two [2Jlines, {'x' * 29}…"
+
+
+def test_a_list_of_one_label_is_that_label():
+    settings = TaskSettings.model_validate({"train": "unread"})
+    assert read_label(Record("a.jsonl:1", {"label": ["spam"]}), settings) == "spam"
+    records = [Record("a.jsonl:1", {"label": cell}) for cell in (["spam"], [], [-1], ["ham"])]
+    assert have_label(records, settings, []) == [True, False, False, True]
+    with pytest.raises(UserError, match=r"task\.type: multilabel"):
+        read_label(Record("a.jsonl:1", {"label": ["spam", "ham"]}), settings)
+
+
+def test_decimal_commas_are_named():
+    settings = TaskSettings.model_validate({"train": "unread", "type": "regression"})
+    with pytest.raises(UserError, match="'3,5', not a finite number; write decimals with a point"):
+        read_number(Record("a.csv:2", {"label": "3,5"}), settings)
