@@ -37,7 +37,12 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "no number": (R, bad_records(R, 30, label="much"), {}, r"is 'much', not a finite number"),
     "number beyond fp32": (R, bad_records(R, 30, label=1e39), {}, r"is 1e\+39, not a finite number"),
     "number beyond fp64": (R, bad_records(R, 30, label=10**400), {}, r"not a finite number"),
-    "a list": (C, bad_records(C, 30, label=["a"]), {}, r"train\.jsonl:7: the label .* is \['a'\], not a single text"),
+    "a list": (
+        C,
+        bad_records(C, 30, label=["a", "b"]),
+        {},
+        r"train\.jsonl:7: the label .* is \['a', 'b'\], not a single",
+    ),
     "tags": (T, bad_records(T, 30, label=["O"]), {}, r"train\.jsonl:7: 15 words, but 1 tags"),
     "words": (T, bad_records(T, 30, text="Ada spoke"), {}, r"train\.jsonl:7: .* should be lists of words and of tags"),
     "no words": (T, bad_records(T, 30, text=[], label=[]), {}, r"train\.jsonl:7: the sentence is empty"),
