@@ -162,12 +162,10 @@ def find_full_disk(error: BaseException | None) -> str:
         errno.EFBIG: "a file would be larger than this process may write (ulimit -f)",
     }
     while error is not None:
-        for code, reason in reasons.items():  # libraries in Rust and SQLite have no error number
+        for code, reason in reasons.items():  # libraries in Rust have no error number
             texts = (f"os error {code})", os.strerror(code))
             if getattr(error, "errno", None) == code or any(text in str(error) for text in texts):
                 return reason
-        if "database or disk is full" in str(error):
-            return reasons[errno.ENOSPC]
         error = error.__cause__ or error.__context__
     return ""
 

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from bertlite.config.finetune_settings import FinetuneConfig, Range, SweepConfig
 from bertlite.config.loading import dump_config, with_changes
-from bertlite.core.errors import DiskFull, Failure, UserError
-from bertlite.core.files import write_text
+from bertlite.core.errors import DiskFull, Failure, UserError, first_line
+from bertlite.core.files import write_json, write_text
 from bertlite.core.logging import logger
 from bertlite.core.packages import require
 from bertlite.finetuning.finetune import check_settings, run
@@ -19,17 +21,22 @@ from bertlite.training.run_folder import RUN_FILES, open_run, write_config
 Space = dict[str, list[Any] | Range]  # the values that a setting may have, by the setting's name
 
 
+class Trial(BaseModel):
+    """A finished trial: its settings, and its metric, or None if it failed."""
+
+    settings: dict[str, Any]
+    value: float | None
+
+
 def sweep(config: SweepConfig, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
     """Run the remaining trials, each a fine-tuning into `output_dir`/trial-… with all seeds of the configuration.
 
-    Returns the number, value and settings of each trial, best first. Writes study.db (Optuna's), trials.csv,
-    trials.png, the best trial's model, and best.yaml, which `bertlite finetune` reads; trials do not read test data.
-    Raises UserError for a setting that does not exist or cannot have its values.
+    Returns the number, value and settings of each trial, best first. Writes trials.json, trials.csv, trials.png, the
+    best trial's model, and best.yaml, which `bertlite finetune` reads; trials do not read test data. A resumed sweep
+    chooses the same settings as one that was not stopped, and continues in the middle of a trial. Raises UserError for
+    a setting that does not exist or cannot have its values.
     """
     require("bertlite sweep", "bertlite[sweep]", "optuna")
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.task is None:
         raise UserError("bertlite sweep searches the settings of one task; the file has several")
     check_settings(config)
@@ -37,28 +44,69 @@ def sweep(config: SweepConfig, resume: bool = False, overwrite: bool = False) ->
     base = FinetuneConfig(**{name: getattr(config, name) for name in FinetuneConfig.model_fields})
     check_space(base, space)
     with open_run(folder, config, resume, overwrite=overwrite):
+        trials = read_trials(folder) if resume else []
         write_config(folder, config, outdated=RUN_FILES if overwrite else [])
-        storage = f"sqlite:///{folder / 'study.db'}"
-        study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
-        write_best(folder, study, base, space)
-        while (num_done := sum(trial.state.is_finished() for trial in study.trials)) < config.sweep.trials:
-            # A new sampler for each trial: a resumed sweep chooses the same settings as one that was not stopped.
-            study.sampler = optuna.samplers.TPESampler(seed=config.sweep.seed + num_done)
-            trial = study.ask()
-            chosen = {name: suggest_value(trial, name, choice) for name, choice in space.items()}
-            logger.info(f"trial {trial.number}, {num_done + 1} of {config.sweep.trials}: {json.dumps(chosen)}")
-            changes = {**chosen, "output_dir": str(trial_folder(folder, trial.number)), "task.test": None}
-            try:
-                study.tell(trial, run(with_changes(base, changes, "sweep.space"))["mean"])
-            except DiskFull:
-                raise
-            except Failure as error:  # these settings do not train
-                logger.warning(f"trial {trial.number}: {error}")
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            write_best(folder, study, base, space)
-        if trials := rank_trials(study):
-            return trials
+        write_best(folder, trials, base, space)
+        while len(trials) < config.sweep.trials:
+            number = len(trials)
+            chosen = choose_settings(trials, space, config.sweep.seed + number)
+            logger.info(f"trial {number}, {number + 1} of {config.sweep.trials}: {json.dumps(chosen)}")
+            value = run_trial(with_changes(base, chosen, "sweep.space"), trial_folder(folder, number))
+            trials.append(Trial(settings=chosen, value=value))
+            write_json(folder / "trials.json", [trial.model_dump() for trial in trials])
+            write_best(folder, trials, base, space)
+        if ranking := rank_trials(trials):
+            return ranking
         raise Failure(f"{folder}: all trials failed")
+
+
+def run_trial(config: FinetuneConfig, folder: Path) -> float | None:
+    """Run a trial, or the rest of it, without test data; return its metric, or None if it fails."""
+    changes = {"output_dir": str(folder), "task.test": None}
+    try:
+        return float(run(with_changes(config, changes, "sweep.space"), resume=folder.exists())["mean"])
+    except DiskFull:
+        raise
+    except Failure as error:  # these settings do not train
+        logger.warning(f"{folder.name}: {error}")
+        return None
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """Read the finished trials of a sweep. Raises UserError for a damaged file and for the run of version 0.1."""
+    path = folder / "trials.json"
+    if not path.exists():
+        if (folder / "study.db").exists():
+            raise UserError(f"{folder}: the sweep was begun by version 0.1; begin it again with --overwrite")
+        return []
+    try:
+        return TypeAdapter(list[Trial]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); begin the sweep again with --overwrite") from None
+
+
+def choose_settings(trials: list[Trial], space: Space, seed: int) -> dict[str, Any]:
+    """Let Optuna's tree-structured Parzen estimator choose the settings of the next trial."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    distributions: dict[str, Any] = {}
+    for name, choice in space.items():
+        if isinstance(choice, list):
+            distributions[name] = optuna.distributions.CategoricalDistribution(choice)
+        elif isinstance(choice.low, int) and isinstance(choice.high, int):
+            distributions[name] = optuna.distributions.IntDistribution(choice.low, choice.high, log=choice.log)
+        else:
+            distributions[name] = optuna.distributions.FloatDistribution(choice.low, choice.high, log=choice.log)
+    states = optuna.trial.TrialState
+    for trial in trials:
+        state = states.FAIL if trial.value is None else states.COMPLETE
+        finished = optuna.trial.create_trial(
+            state=state, value=trial.value, params=trial.settings, distributions=distributions
+        )
+        study.add_trial(finished)
+    return dict(study.ask(distributions).params)
 
 
 def check_space(base: FinetuneConfig, space: Space) -> None:
@@ -68,28 +116,20 @@ def check_space(base: FinetuneConfig, space: Space) -> None:
             check_settings(with_changes(base, {name: value}, "sweep.space"))
 
 
-def suggest_value(trial: Any, name: str, choice: list[Any] | Range) -> Any:
-    """Let Optuna choose a value for a setting."""
-    if isinstance(choice, list):
-        return trial.suggest_categorical(name, choice)
-    if isinstance(choice.low, int) and isinstance(choice.high, int):
-        return trial.suggest_int(name, choice.low, choice.high, log=choice.log)
-    return trial.suggest_float(name, choice.low, choice.high, log=choice.log)
-
-
 def trial_folder(folder: Path, number: int) -> Path:
     return folder / f"trial-{number:03d}"
 
 
-def rank_trials(study: Any) -> list[dict[str, Any]]:
+def rank_trials(trials: list[Trial]) -> list[dict[str, Any]]:
     """Return the number, value and settings of each trial that succeeded, best first."""
-    trials = sorted((trial for trial in study.trials if trial.value is not None), key=lambda trial: -trial.value)
-    return [{"trial": trial.number, "value": trial.value, **trial.params} for trial in trials]
+    succeeded = [(number, trial) for number, trial in enumerate(trials) if trial.value is not None]
+    succeeded.sort(key=lambda pair: -(pair[1].value or 0.0))
+    return [{"trial": number, "value": trial.value, **trial.settings} for number, trial in succeeded]
 
 
-def write_best(folder: Path, study: Any, base: FinetuneConfig, space: Space) -> None:
+def write_best(folder: Path, finished: list[Trial], base: FinetuneConfig, space: Space) -> None:
     """Write the trials so far and the best model; called again, it completes what a stopped process left undone."""
-    trials = rank_trials(study)
+    trials = rank_trials(finished)
     if not trials:
         return
     best = trials[0]

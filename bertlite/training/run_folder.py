@@ -23,7 +23,7 @@ from bertlite.training.checkpoint import newest_checkpoint
 # What runs write beside config.yaml, as globs.
 RUN_FILES = (
     "metrics.jsonl", "checkpoints", "model", "results.json", "predictions.jsonl", "worst.jsonl", "confusion.png",
-    "seed-*", "trial-*", "study.db", "trials.csv", "trials.png", "best.yaml",
+    "seed-*", "trial-*", "study.db", "trials.json", "trials.csv", "trials.png", "best.yaml",
 )  # fmt: skip
 
 

@@ -112,7 +112,6 @@ def test_text_with_a_file_name_that_is_not_utf_8_is_written(tmp_path):
         (OSError(errno.ENOSPC, "no space"), "the disk is full"),
         (OSError(errno.EFBIG, "too large"), "a file would be larger than this process may write (ulimit -f)"),
         (Exception("No space left on device (os error 28)"), "the disk is full"),  # tokenizers, safetensors
-        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "the disk is full"),
         (FileNotFoundError(errno.ENOENT, "no such file"), ""),
         (ValueError("288 (os error 280)"), ""),
     ],

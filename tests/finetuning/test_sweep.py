@@ -67,16 +67,15 @@ def test_a_sweep_writes_a_table_a_plot_and_the_best_configuration(write_sweep, t
 def test_a_resumed_sweep_equals_one_that_was_not_stopped(write_sweep, no_plot, tmp_path):
     whole = sweep(write_sweep("whole"))
     sweep(write_sweep("cut", trials=1))
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'cut' / 'study.db'}")
-    assert len(study.trials) == 1
+    assert len(json.loads((tmp_path / "cut" / "trials.json").read_text())) == 1
     with pytest.raises(UserError, match="already holds a run"):
         sweep(write_sweep("cut"))
     assert sweep(write_sweep("cut"), resume=True) == whole
 
 
 def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, no_plot, tmp_path, monkeypatch):
-    def killed(folder, study, *_):
-        if study.trials:
+    def killed(folder, trials, *_):
+        if trials:
             raise KeyboardInterrupt
 
     whole = sweep(write_sweep("whole"))
@@ -89,15 +88,54 @@ def test_a_sweep_that_is_killed_between_its_steps_keeps_its_best(write_sweep, no
     assert best.train.learning_rate == whole[0]["train.learning_rate"]
 
 
+def test_a_sweep_that_is_killed_within_a_trial_continues_it(write_sweep, no_plot, tmp_path, monkeypatch):
+    """Its folder is the same as that of a sweep that was not killed, and Optuna would choose the same settings."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    whole = sweep(write_sweep("whole"))
+    sweep(write_sweep("cut", trials=1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bertlite.finetuning.finetune.keep_best_seed", kill)
+        sweep(write_sweep("cut"), resume=True)
+    assert (tmp_path / "cut" / "trial-001" / "seed-0" / "results.json").exists()
+    assert sweep(write_sweep("cut"), resume=True) == whole
+    files = [
+        sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")) for name in ("whole", "cut")
+    ]
+    assert files[0] == files[1]
+    study = optuna.create_study(direction="maximize")
+    for number, trial in enumerate(json.loads((tmp_path / "whole" / "trials.json").read_text())):
+        study.sampler = optuna.samplers.TPESampler(seed=number)
+        asked = study.ask()
+        asked.suggest_int("task.max_length", 16, 48)
+        asked.suggest_categorical("train.global_batch_size", [8, 16])
+        asked.suggest_float("train.learning_rate", 1e-5, 1e-2, log=True)
+        assert asked.params == trial["settings"]
+        study.tell(asked, trial["value"])
+
+
+def test_damaged_trials_and_those_of_an_old_version_are_named(write_sweep, no_plot, tmp_path):
+    sweep(write_sweep(trials=1))
+    (tmp_path / "sweep" / "trials.json").write_text('[{"value": 1')
+    with pytest.raises(UserError, match=r"trials\.json: damaged .* begin the sweep again with --overwrite"):
+        sweep(write_sweep(), resume=True)
+    (tmp_path / "sweep" / "trials.json").rename(tmp_path / "sweep" / "study.db")
+    with pytest.raises(UserError, match=r"the sweep was begun by version 0\.1"):
+        sweep(write_sweep(), resume=True)
+    assert len(sweep(write_sweep(trials=1), overwrite=True)) == 1
+    assert not (tmp_path / "sweep" / "study.db").exists()
+
+
 def test_a_full_disk_ends_a_sweep_without_a_failed_trial(write_sweep, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise DiskFull("full")
 
     with monkeypatch.context() as patch, pytest.raises(DiskFull):
         patch.setattr("bertlite.finetuning.sweep.run", full)
         sweep(write_sweep())
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
-    assert not any(trial.state.is_finished() for trial in study.trials)
+    assert not (tmp_path / "sweep" / "trials.json").exists()
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep(write_sweep, no_plot, capsys):
