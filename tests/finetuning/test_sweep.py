@@ -141,7 +141,7 @@ def test_a_full_disk_ends_a_sweep_without_a_failed_trial(write_sweep, tmp_path, 
 def test_a_trial_that_fails_does_not_end_the_sweep(write_sweep, no_plot, capsys):
     with pytest.raises(Failure, match="all trials failed"):
         sweep(write_sweep("none", {"train.learning_rate": [1e38]}, trials=1))
-    assert "trial 0: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert "trial-000: the loss or its gradient is not finite" in capsys.readouterr().err
     trials = sweep(write_sweep("some", {"train.learning_rate": [1e-4, 1e38]}, trials=4))
     assert {trial["train.learning_rate"] for trial in trials} == {1e-4}
 
