@@ -358,7 +358,7 @@ def bench(
 def main() -> None:
     """Run the command line. A user's mistake ends with one or two lines and exit code 2, never with a traceback."""
     from bertlite.core.distributed import check_environment
-    from bertlite.core.logging import log_to_terminal
+    from bertlite.core.logging import format_message, log_to_terminal
     from bertlite.core.signals import Stopped, listen, stop_request
 
     _open_standard_streams()
@@ -389,7 +389,7 @@ def main() -> None:
             raise
         message, code = explained
         if get_rank() == 0 or code == 1:
-            for line in printable(message).splitlines():
+            for line in format_message(message).splitlines():
                 print(f"bertlite: {line}", file=sys.stderr)
         sys.exit(code)
     finally:

@@ -447,3 +447,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(bertlite, trained, tmp_p
         code, _, err = bertlite(command[0], tmp_path / "small", *command[1:])
         assert code == 2 and "1,000 tokens" in err and "900" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "v.npy").exists()
+
+
+def test_a_long_value_in_a_message_is_cut_in_its_middle(bertlite, trained, tmp_path):
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"add_cross_attention": "a" * 10**6}))
+    code, _, err = bertlite("fill", folder, "a [MASK]")
+    assert (
+        code == 2 and len(err) < 1100 and err.startswith(f"bertlite: {folder}/config.json: add_cross_attention is 'aa")
+    )
+    assert err.endswith("aa', which bertlite does not have\n") and "aa … aa" in err

@@ -251,7 +251,8 @@ def _explain(config_type: type[Section], error: Any, source: Path | str, overrid
     else:
         reason = error["msg"][0].lower() + error["msg"][1:]
         text = f"{name} is {value}: {reason.replace('input should', 'it should')}"
-    return f"{override or source}: {text}"
+    one_line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return f"{override or source}: {one_line}"
 
 
 def _name_of(location: tuple[str | int, ...]) -> str:

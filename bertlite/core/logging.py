@@ -12,6 +12,8 @@ logger = logging.getLogger("bertlite")
 logger.addHandler(logging.NullHandler())
 
 
+MAX_LINE = 1000  # characters of a message; a value in it may be of any length
+
 # Characters that move the cursor, change colours or the direction of text.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -20,12 +22,18 @@ class _TqdmHandler(logging.Handler):
     """Write messages to standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        tqdm.write(format_message(self.format(record)), file=sys.stderr)
 
 
 def printable(text: str) -> str:
     """Escape the control characters of a text for a terminal, except line breaks and tabs."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def format_message(text: str) -> str:
+    """Make a message printable, and leave out the middle of lines that are too long."""
+    lines = printable(text).splitlines()
+    return "\n".join(f"{line[: MAX_LINE - 300]} … {line[-297:]}" if len(line) > MAX_LINE else line for line in lines)
 
 
 _terminal = _TqdmHandler()

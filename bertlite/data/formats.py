@@ -318,7 +318,7 @@ def read_parquet(table: TableFile) -> Iterator[Record]:
         with pyarrow.parquet.ParquetFile(table.path) as file:
             rows = (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist())
             yield from (Record(f"{table.path}: row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{table.path}: not a readable Parquet file: {first_line(error)}") from None
     if table.report:
         table.report(table.path.stat().st_size)
