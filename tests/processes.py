@@ -57,12 +57,16 @@ class Command:
         return None, errors
 
 
-def run_ranks(*arguments: object, ranks: int = 2) -> None:
-    """Run a command in several ranks, with the environment that torchrun gives them."""
+def start_ranks(*arguments: object, ranks: int = 2) -> list[Command]:
+    """Start a command in several ranks, with the environment that torchrun gives them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    commands = [Command(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(ranks)]
-    for command in commands:
+    return [Command(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(ranks)]
+
+
+def run_ranks(*arguments: object, ranks: int = 2) -> None:
+    """Run a command in several ranks to its end."""
+    for command in start_ranks(*arguments, ranks=ranks):
         errors = command.communicate(timeout=200)[1]
         assert command.returncode == 0, errors

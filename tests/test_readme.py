@@ -325,3 +325,11 @@ def test_results_in_the_readme_are_measurements():
     measured = set(re.findall(r"[\d,.]+", PAGES["scripts/README.md"]))
     (table,) = re.findall(r"^\| size .*?\n\n", PAGES["README.md"], re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"[\d,.]+", table)) <= measured
+
+
+def test_the_promises_name_tests_that_exist():
+    promises = re.search(r"^## What is promised.*?^### ", PAGES["tests/README.md"], re.DOTALL | re.MULTILINE)[0]
+    names = re.findall(r"`([\w/]+\.py)::(\w+)`", promises)
+    assert len(names) > 30 and promises.count("::") == len(names)
+    for file, name in names:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), name

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT, SAMPLE
-from processes import Command, run_ranks
+from processes import Command, run_ranks, start_ranks
 from tiny_runs import crash_after, metrics, optimizer_state, pretrain, start, traces, wait_for
 
 import bertlite.pretraining.pretrain
@@ -342,6 +342,20 @@ def test_a_signal_that_the_parent_ignores_stays_ignored():
     )
     command = ["nohup", sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "goes on\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_ends_in_one_line_when_another_was_killed(write_config, rank):
+    path = write_config(train__max_steps=20_000, train__save_steps=5, train__eval_steps=20_000)
+    run = path.parent / "run"
+    commands = start_ranks("pretrain", path)
+    wait_for(lambda: newest_checkpoint(run) is not None, commands[0])
+    commands[rank].kill()
+    errors = commands[1 - rank].communicate(timeout=60)[1]
+    assert commands[1 - rank].returncode == 1 and "Traceback" not in errors, errors
+    assert "rank" in errors.splitlines()[-1] and errors.splitlines()[-1].startswith("bertlite: ")
+    commands[rank].communicate()
+    assert newest_checkpoint(run) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """A full disk: a clear message, and no half-written files."""
 
+import re
 import subprocess
 
 import pytest
+from processes import Command
 from tiny_runs import pretrain, traces
 
 from bertlite.config.settings import DataSettings
@@ -42,6 +44,28 @@ def test_a_corpus_that_does_not_fit_is_finished_when_there_is_room(small_disk, t
     finished, whole = prepare(small_disk), prepare(tmp_path / "cache")
     for name in ("tokens.bin", "document_starts.bin", "corpus.json"):
         assert (finished.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_a_tokenizer_that_does_not_fit_is_trained_when_there_is_room(small_disk, write_config):
+    path = write_config(data__cache_dir=str(small_disk))
+    subprocess.run(["mount", "-o", "remount,size=16k", small_disk], check=True)
+    with pytest.raises(Failure, match="the disk is full"):
+        pretrain(path)
+    assert not list((small_disk / "tokenizers").glob("*/*"))
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    assert traces(pretrain(path)) == traces(pretrain(write_config("other")))
+
+
+@pytest.mark.slow
+def test_a_compiler_without_room_ends_the_run_in_one_line(small_disk, write_config):
+    with pytest.raises(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    folders = {"TMPDIR": str(small_disk), "TORCHINDUCTOR_CACHE_DIR": str(small_disk / "cache")}
+    command = Command("pretrain", write_config(), "--set", "train.compile=true", **folders)
+    errors = command.communicate(timeout=120)[1]
+    assert command.returncode == 1 and "Traceback" not in errors, errors
+    assert re.search(r"^bertlite: .*: the disk is full", errors.splitlines()[-1])
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, write_config):
