@@ -41,11 +41,14 @@ InitialModel = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
 ]
 Column = Annotated[
-    str | None, typer.Option(help="Column that holds the text, if FILE is a table; default: text.", show_default=False)
+    str | None,
+    typer.Option(metavar="NAME", help="Column that holds the text, if FILE is a table; default: text."),
 ]
 Columns = Annotated[
     list[str] | None,
-    typer.Option("--column", help="Column that holds the text; twice for pairs. Default: as in fine-tuning."),
+    typer.Option(
+        "--column", metavar="NAME", help="Column that holds the text; twice for pairs. Default: as in fine-tuning."
+    ),
 ]
 Field = Annotated[
     str | None, typer.Option(metavar="KEY", help="Key of the list in a JSON file that holds several, such as test.")
@@ -141,7 +144,9 @@ def evaluate(
     pseudo_perplexity: Annotated[
         bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
     ] = False,
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: as in pretraining.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, metavar="TOKENS", help="Default: as in pretraining.")
+    ] = None,
     document: Annotated[
         Literal["blank-line", "line"] | None, typer.Option(help="What ends a document; default: a blank line.")
     ] = None,
@@ -295,7 +300,10 @@ def embed(
         typer.Option("--normalize/--no-normalize", help="Scale every vector to length 1; default: as the model does."),
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=3, help="Tokens after which texts are truncated; default: as in pretraining.")
+        int | None,
+        typer.Option(
+            min=3, metavar="TOKENS", help="Tokens after which texts are truncated; default: as in pretraining."
+        ),
     ] = None,
     column: Column = None,
     field: Field = None,

@@ -273,8 +273,9 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def shorten(value: Any) -> str:
+    """Return a value of YAML for a message, in at most 60 characters."""
     try:
-        text = repr(value)
+        text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     except ValueError:  # Python does not print integers of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -113,7 +113,7 @@ def export(
     require(f"--format {format}", f"bertlite[{format}]", *target.packages)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder, or empty this one")
-    logger.info(f"exporting {source} as {format}, and comparing what is written with the model")
+    logger.info(f"exporting {source} as {format}")
     model = load_model(source)
     if format == "onnx" and isinstance(model, MultipleChoice):
         raise UserError("--format onnx has no inputs for several choices of one example; export with --format hf")

@@ -268,12 +268,12 @@ def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool)
     model = build_model(experiment, checkpoint, seed)
     facts = {"text": experiment.data_fingerprint, **runtime.environment()}
     examples_per_step = len(batches.group_lengths) * settings.global_batch_size / batches.num_sequences
+    compiled = ", compiled in the first step, about a minute" if runtime.compile else ""
+    precision = runtime.describe_precision(train.precision)
+    logger.info(f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, {precision}{compiled}")
     logger.info(
-        f"seed {seed}: {parameter_count(model):,} parameters on {facts['device']}, "
-        f"{runtime.describe_precision(train.precision)}; "
-        f"{settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} tokens, on "
-        f"average {examples_per_step:.1f} examples"
-        + (", compiled in the first step, about a minute" if runtime.compile else "")
+        f"seed {seed}: {settings.max_steps:,} steps of {settings.global_batch_size} sequences of {sequence_length} "
+        f"tokens, on average {examples_per_step:.1f} examples"
     )
     optimizer = Optimizer(model, settings, layerwise_decay(train.layerwise_lr_decay, len(model.encoder.layers)))
     state = load_training_state(checkpoint) if checkpoint else TrainingState()

@@ -76,7 +76,7 @@ class Embedder:
         with (
             atomic_file(out) as file,
             ThreadPoolExecutor(1, "tokenize") as executor,
-            tqdm(disable=None, unit=" texts") as progress_bar,
+            tqdm(disable=None, unit=" texts", delay=0.5) as progress_bar,
         ):
             npy.write_array_header_1_0(file, header)
             tokenized = map(self._tokenize, chunks(texts, TEXTS_PER_CHUNK, len))

@@ -69,7 +69,6 @@ def run(config: PretrainConfig, resume: bool = False, overwrite: bool = False, e
         if runtime.rank == 0:
             save_final_model(folder, trainer.model, prepared.tokenizer)
         barrier()
-        logger.info(f"the model is in {folder / 'model'}")
     leave_process_group()
     return folder / "model"
 
@@ -118,11 +117,9 @@ def _log_setup(
     precision = runtime.describe_precision(settings.precision)
     compiled = "compiled in the first step, about a minute" if runtime.compile else "not compiled"
     ranks = f" on each of {runtime.world_size} ranks" if runtime.world_size > 1 else ""
-    logger.info(
-        f"{parameter_count(model):,} parameters on {runtime.environment()['device']}, {precision}, {kernel} "
-        f"attention, {compiled}; {settings.global_batch_size} sequences a step in micro-batches of "
-        f"{micro_batch_size}{ranks}"
-    )
+    device, parameters = runtime.environment()["device"], parameter_count(model)
+    logger.info(f"{parameters:,} parameters on {device}, {precision}, {kernel} attention, {compiled}")
+    logger.info(f"{settings.global_batch_size} sequences a step in micro-batches of {micro_batch_size}{ranks}")
 
 
 def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> list[Callback]:
