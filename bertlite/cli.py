@@ -73,12 +73,21 @@ def bertlite(
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    check_content: Annotated[
+        bool, typer.Option("--check-content", help="Read all text again, also files whose size and times are the same.")
+    ] = False,
+) -> None:
     """Train the tokenizer and tokenize the text."""
     from bertlite.config.settings import PretrainConfig
-    from bertlite.pretraining.prepare import prepare as prepare_data
+    from bertlite.pretraining import prepare as preparing
 
-    prepare_data(_load_config(PretrainConfig, config, overrides))
+    settings = _load_config(PretrainConfig, config, overrides)
+    if check_content:
+        preparing.forget_content(settings.data)
+    preparing.prepare(settings)
 
 
 @app.command()

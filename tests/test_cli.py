@@ -94,6 +94,19 @@ def test_prepare_then_pretrain_uses_the_cache(bertlite, write_config, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.bin")} == made
 
 
+def test_a_change_that_the_file_system_hides_is_found_on_request(bertlite, write_config, tmp_path, text_files):
+    text = Path(shutil.copy(text_files["train"], tmp_path / "text.txt"))
+    path = write_config(data__train=[str(text)], data__cache_dir=str(tmp_path / "cache"))
+    bertlite("prepare", path)
+    text.write_text(text.read_text(encoding="utf-8").replace("the", "eht"), encoding="utf-8")
+    (record,) = [file for file in (tmp_path / "cache/digests").iterdir() if '/text.txt"' in file.read_text()]
+    state, status = json.loads(record.read_text()), text.stat()
+    state |= {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns, "size": status.st_size}
+    record.write_text(json.dumps(state))
+    assert "tokenizing" not in bertlite("prepare", path)[2]
+    assert "data.train: tokenizing" in bertlite("prepare", path, "--check-content")[2]
+
+
 def test_out_and_set(bertlite, write_config, tmp_path):
     code, out, _ = bertlite("pretrain", write_config(), "--out", tmp_path / "other", "--set", "train.max_steps=1")
     assert (code, out) == (0, f"{tmp_path}/other/model\n")

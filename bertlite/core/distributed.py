@@ -29,6 +29,11 @@ def check_environment() -> None:
             raise UserError(
                 f"the environment variable {name} is {value[:60]!r}, not a number; unset it or use torchrun"
             )
+    if get_rank() >= max(1, get_world_size()):
+        raise UserError(
+            f"the environment variable RANK is {get_rank()}, but WORLD_SIZE is {get_world_size()}; "
+            "start the ranks by torchrun, or unset both"
+        )
     if get_world_size() > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing:

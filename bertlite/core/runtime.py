@@ -69,7 +69,10 @@ def initialize_runtime(precision: str = "fp32", compile: str | bool = False) -> 
     world_size = get_world_size()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)), "nccl"
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise UserError(f"there are more ranks than GPUs on this machine; set --nproc-per-node to {num_devices}")
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         # The timeout is long because rank 0 may prepare a corpus for hours while the other ranks wait.

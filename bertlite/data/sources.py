@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from itertools import chain
@@ -63,6 +63,16 @@ def digest_source(source: Source, setting: str, cache: Path) -> list[Any]:
     return digest + [digest_file(path, cache) for path in local]
 
 
+def forget_digests(sources: Iterable[Source], setting: str, cache: Path) -> None:
+    """Remove the stored digests of the files of sources, so that their content is read again."""
+    for path in (path for source in sources for path in find_source_files(source, setting)):
+        _digest_record(path, cache).unlink(missing_ok=True)
+
+
+def _digest_record(path: Path, cache: Path) -> Path:
+    return cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
+
+
 def digest_file(path: Path, cache: Path) -> str:
     """Return the SHA-256 of a file; compute it again only if its size, inode or times have changed.
 
@@ -71,7 +81,7 @@ def digest_file(path: Path, cache: Path) -> str:
     status = path.stat()
     if not path.is_file():
         raise UserError(f"{path}: not a regular file, so it cannot be read twice; write the text into a file")
-    record = cache / "digests" / f"{fingerprint(str(path.resolve()))}.json"
+    record = _digest_record(path, cache)
     state = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     state |= {"ctime_ns": status.st_ctime_ns, "inode": status.st_ino}
     known = read_json(record)

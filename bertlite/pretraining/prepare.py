@@ -6,14 +6,14 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.loading import choose
-from bertlite.config.settings import MaskingSettings, PretrainConfig
+from bertlite.config.settings import DataSettings, MaskingSettings, PretrainConfig
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.batches import EVALUATION_MASKING, Batches
 from bertlite.data.corpus import Corpus, cache_folder, prepare_corpus
 from bertlite.data.masking import STRATEGIES
 from bertlite.data.packing import Packing, pack_corpus
-from bertlite.data.sources import digest_source, read_documents
+from bertlite.data.sources import digest_source, forget_digests, read_documents
 from bertlite.data.tokenizer import prepare_tokenizer
 from bertlite.data.words import SEGMENTERS
 from bertlite.model.layers import ACTIVATIONS
@@ -65,6 +65,12 @@ def prepare(config: PretrainConfig) -> Prepared:
     _check_size("training", packing, T, config.masking)
     _check_size("validation", validation_packing, T, EVALUATION_MASKING)
     return Prepared(tokenizer, corpus, packing, validation_corpus, validation_packing, starting_model)
+
+
+def forget_content(data: DataSettings) -> None:
+    """Forget the content of all files, so that the next preparation reads it again."""
+    for setting, sources in (("data.train", data.train), ("data.validation", data.validation)):
+        forget_digests(sources, setting, cache_folder(data.cache_dir))
 
 
 def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:

@@ -17,6 +17,8 @@ def set_environment(monkeypatch, **variables: str) -> None:
     ("variables", "message"),
     [
         ({"RANK": "abc"}, "RANK is 'abc', not a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2; start the ranks by torchrun"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is 1"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', not a number"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT are not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set; start the ranks by"),
