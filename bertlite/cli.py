@@ -1,18 +1,14 @@
 """The command line. A command imports what it needs when it runs, so that --help is immediate."""
 
-import io
 import json
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from bertlite import __version__
-from bertlite.core.distributed import get_rank
-from bertlite.core.logging import printable
+from bertlite.terminal import print_result, print_text, run_app
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
@@ -108,7 +104,7 @@ def pretrain(
     _check_start(overwrite, resume or bool(extend_to))
     changes = [*(overrides or []), *([f"train.max_steps={extend_to}"] if extend_to else [])]
     settings = _load_config(PretrainConfig, config, changes, out)
-    _print(run(settings, resume or bool(extend_to), overwrite, extend=bool(extend_to)))
+    print_text(run(settings, resume or bool(extend_to), overwrite, extend=bool(extend_to)))
 
 
 @app.command()
@@ -123,9 +119,9 @@ def plan(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import estimate
 
-    report = None if as_json else lambda known: _print(estimate.format_size(known))
+    report = None if as_json else lambda known: print_text(estimate.format_size(known))
     result = estimate.plan(_load_config(PretrainConfig, config, overrides, out), measure, report)
-    _print_result(result, as_json, estimate.format_time)
+    print_result(result, as_json, estimate.format_time)
 
 
 @app.command()
@@ -140,7 +136,7 @@ def batch(
     from bertlite.data.batches import format_batch
     from bertlite.pretraining.prepare import batch_of_step
 
-    _print_result(batch_of_step(_load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
+    print_result(batch_of_step(_load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
 
 
 @app.command()
@@ -186,7 +182,7 @@ def evaluate(
             loaded.masked_lm, loaded.tokenizer, loaded.runtime, data, pairs, sequence_length, document, columns,
             pseudo_perplexity,
         )  # fmt: skip
-    _print_result(result, as_json, format_evaluation)
+    print_result(result, as_json, format_evaluation)
 
 
 @app.command()
@@ -206,7 +202,7 @@ def finetune(
 
     _check_start(overwrite, resume)
     results = run(_load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
-    _print_result(results, as_json, format_results)
+    print_result(results, as_json, format_results)
 
 
 @app.command()
@@ -225,7 +221,7 @@ def sweep(
 
     _check_start(overwrite, resume)
     trials = sweeping.sweep(_load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
-    _print_result(trials, as_json, sweeping.format_trials)
+    print_result(trials, as_json, sweeping.format_trials)
 
 
 @app.command()
@@ -237,7 +233,7 @@ def compare(
     """Compare two fine-tuned models, by the predictions of their runs."""
     from bertlite.finetuning import compare as comparing
 
-    _print_result(comparing.compare_runs(first, second), as_json, comparing.format_comparison)
+    print_result(comparing.compare_runs(first, second), as_json, comparing.format_comparison)
 
 
 @app.command()
@@ -274,10 +270,10 @@ def predict(
     predictions = predicting.predict(loaded.classifier, loaded.tokenizer, records, settings, loaded.runtime, top_k)
     if out:
         written = {"file": str(out), "predictions": predicting.write_predictions(out, predictions, task)}
-        _print_result(written, as_json, lambda result: f"{result['file']}: {result['predictions']:,} predictions")
+        print_result(written, as_json, lambda result: f"{result['file']}: {result['predictions']:,} predictions")
         return
     for _, prediction in predictions:
-        _print_result(prediction, as_json, predicting.format_prediction)
+        print_result(prediction, as_json, predicting.format_prediction)
 
 
 @app.command()
@@ -291,7 +287,7 @@ def fill(
     """Predict the tokens at [MASK]."""
     from bertlite.inference.fill import format_predictions
 
-    _print_result(_load_model(model, precision).fill(text, top_k), as_json, format_predictions)
+    print_result(_load_model(model, precision).fill(text, top_k), as_json, format_predictions)
 
 
 @app.command()
@@ -369,81 +365,7 @@ def bench(
     from bertlite.pretraining import bench as benching
 
     result = benching.bench(_load_config(PretrainConfig, config, overrides), steps)
-    _print_result(result, as_json, benching.format_bench)
-
-
-def main() -> None:
-    """Run the command line. A user's mistake ends with one or two lines and exit code 2, never with a traceback."""
-    from bertlite.core.distributed import check_environment
-    from bertlite.core.logging import format_message, log_to_terminal
-    from bertlite.core.signals import Stopped, listen, stop_request
-
-    _open_standard_streams()
-    # torch reads this when it is imported: large tensors in huge pages make a step about a tenth faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP reads this: threads that wait for another one sleep after microseconds instead of a millisecond. Beside a
-    # busy process, for which the other one has to wait, training is up to twice as fast; see scripts/measure_busy.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    log_to_terminal()
-    listen()
-    try:
-        check_environment()
-        app()
-    except SystemExit as end:
-        if end.code == 2:  # typer has printed what is wrong with the arguments
-            from bertlite.config.loading import find_settings
-
-            for hint in find_settings(*sys.argv[1:]):
-                print(f"bertlite: {hint}", file=sys.stderr)
-        raise
-    except BrokenPipeError:  # whoever read the output has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except (Exception, Stopped) as error:
-        explained = _explain(error)
-        if explained is None:
-            raise
-        message, code = explained
-        if get_rank() == 0 or code == 1:
-            for line in format_message(message).splitlines():
-                print(f"bertlite: {line}", file=sys.stderr)
-        sys.exit(code)
-    finally:
-        stop_request.is_deferred = True  # the process ends anyway
-
-
-def _open_standard_streams() -> None:
-    """Open /dev/null for standard streams that are closed, and let the others print every text and file name."""
-    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets the number that it should have
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
-
-
-def _explain(error: BaseException) -> tuple[str, int] | None:
-    """Return the message for an error and the exit code; None for a bug, which needs its traceback."""
-    from bertlite.core.errors import Failure, UserError
-    from bertlite.core.files import find_full_disk
-    from bertlite.core.signals import Stopped
-
-    if isinstance(error, Stopped):
-        return f"stopped by {error}", 128 + error.number
-    if isinstance(error, UserError | Failure):
-        return str(error), 2 if isinstance(error, UserError) else 1
-    if reason := find_full_disk(error):
-        name = error.filename if isinstance(error, OSError) else None
-        return f"{name or 'temporary files (TMPDIR), the cache or the output'}: {reason}", 1
-    if isinstance(error, OSError):  # such as a folder that cannot be written, or a file that disappeared
-        return f"{error.filename or 'the system'}: {error.strerror or error}", 2
-    if isinstance(error, MemoryError | RuntimeError):
-        from bertlite.core.runtime import is_out_of_memory
-
-        if is_out_of_memory(error):
-            return "out of memory; lower the batch size, train.per_device_train_batch_size or the size of the model", 1
-    return None
+    print_result(result, as_json, benching.format_bench)
 
 
 def _load_config(
@@ -492,12 +414,6 @@ def _load_model(model: str, precision: str) -> "LoadedModel":
     return LoadedModel(model, initialize_runtime(precision))
 
 
-def _print_result(result: Any, as_json: bool, format_text: Callable[[Any], str]) -> None:
-    ensure_ascii = sys.stdout.encoding.lower() != "utf-8"
-    _print(json.dumps(result, ensure_ascii=ensure_ascii) if as_json else printable(format_text(result)))
-
-
-def _print(result: object) -> None:
-    """Print the result of a command, on rank 0."""
-    if get_rank() == 0:
-        print(result, flush=True)
+def main() -> None:
+    """Run the command line."""
+    run_app(app)
