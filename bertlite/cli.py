@@ -404,7 +404,7 @@ def _check_start(overwrite: bool, resume: bool) -> None:
     from bertlite.core.errors import UserError
 
     if overwrite and resume:
-        raise UserError("--overwrite starts a run anew, --resume and --extend-to continue one; give one of them")
+        raise UserError("--overwrite replaces a run, --resume and --extend-to continue one; give one of them")
 
 
 def _load_model(model: str, precision: str) -> "LoadedModel":

@@ -131,7 +131,7 @@ def _describe_pretraining(
 ) -> tuple[list[str], list[EvalResult]]:
     """Describe the data, the tokens seen, and the validation loss by about CURVE_LINES evaluations and the last."""
     training, validation = (_source_names(config["data"][split]) for split in ("train", "validation"))
-    validation = validation or "a held-out share of it"
+    validation = validation or "a part of it"
     paragraphs = [f"## Data\n\nTrained on {training}; validated on {validation}."]
     state = source / "training" / "state.json"  # of a checkpoint, which knows nothing of later steps
     progress = json.loads(state.read_text())["progress"] if state.exists() else None

@@ -77,12 +77,12 @@ def read_trials(folder: Path) -> list[Trial]:
     path = folder / "trials.json"
     if not path.exists():
         if (folder / "study.db").exists():
-            raise UserError(f"{folder}: the sweep was begun by version 0.1; begin it again with --overwrite")
+            raise UserError(f"{folder}: the sweep was started by version 0.1; start it again with --overwrite")
         return []
     try:
         return TypeAdapter(list[Trial]).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); begin the sweep again with --overwrite") from None
+        raise UserError(f"{path}: damaged ({first_line(error)}); start the sweep again with --overwrite") from None
 
 
 def choose_settings(trials: list[Trial], space: Space, seed: int) -> dict[str, Any]:

@@ -119,10 +119,10 @@ def test_a_sweep_that_is_killed_within_a_trial_continues_it(write_sweep, no_plot
 def test_damaged_trials_and_those_of_an_old_version_are_named(write_sweep, no_plot, tmp_path):
     sweep(write_sweep(trials=1))
     (tmp_path / "sweep" / "trials.json").write_text('[{"value": 1')
-    with pytest.raises(UserError, match=r"trials\.json: damaged .* begin the sweep again with --overwrite"):
+    with pytest.raises(UserError, match=r"trials\.json: damaged .* start the sweep again with --overwrite"):
         sweep(write_sweep(), resume=True)
     (tmp_path / "sweep" / "trials.json").rename(tmp_path / "sweep" / "study.db")
-    with pytest.raises(UserError, match=r"the sweep was begun by version 0\.1"):
+    with pytest.raises(UserError, match=r"the sweep was started by version 0\.1"):
         sweep(write_sweep(), resume=True)
     assert len(sweep(write_sweep(trials=1), overwrite=True)) == 1
     assert not (tmp_path / "sweep" / "study.db").exists()

@@ -36,7 +36,7 @@ def test_overwrite_leaves_what_a_run_in_a_new_folder_leaves(write_config, bertli
     "change, options, message",
     [
         (lambda folder: (folder / "seed-7").symlink_to(folder.parent), [], "a link that leaves its folder"),
-        (None, ["--resume"], "--overwrite starts a run anew, --resume and --extend-to continue one"),
+        (None, ["--resume"], "--overwrite replaces a run, --resume and --extend-to continue one"),
         (None, ["--set", "model.init_from={folder}"], "is part of the run that --overwrite would replace"),
         (None, ["--set", "tokenizer.path={folder}/model"], "is part of the run that --overwrite would replace"),
         (
