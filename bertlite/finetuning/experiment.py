@@ -29,7 +29,7 @@ from bertlite.finetuning.results import PER_CLASS, EvaluationResult, read_result
 from bertlite.finetuning.splits import Split, fingerprint_data, read_tables, tokenize_splits
 from bertlite.finetuning.tasks import TASKS, Task, saved_task
 from bertlite.model.attention import best_kernel
-from bertlite.model.heads import Classifier
+from bertlite.model.heads import Classifier, prepare_for_training
 from bertlite.model.huggingface import load_model, load_tokenizer_of, load_weights_for, read_architecture
 from bertlite.model.initialization import initialize, parameter_count
 from bertlite.training.callbacks import Checkpoints, Evaluation, TrainingLog, loggers
@@ -227,7 +227,7 @@ def run_seed(experiment: Experiment, seed: int, resume: bool) -> dict[str, Any]:
         raise Failure(f"{checkpoint}: cannot read the best checkpoint: {damage}; start another run with --out")
     best: Any = load_model(checkpoint, best_kernel(runtime.device))
     barrier()
-    best.to(runtime.device)
+    prepare_for_training(best, runtime)
     evaluation = experiment.evaluate(best, experiment.measured_on)
     on_validation = {f"validation_{name}": value for name, value in progress.best_scores.items()}
     results: dict[str, Any] = {**evaluation.scores, **on_validation, "best_step": progress.best_step}
@@ -255,7 +255,8 @@ def build_model(experiment: Experiment, checkpoint: Path | None, seed: int) -> C
     if train.frozen_layers:
         model.encoder.embeddings.requires_grad_(False)
         model.encoder.layers[: train.frozen_layers].requires_grad_(False)
-    return model.to(experiment.runtime.device)
+    prepare_for_training(model, experiment.runtime)
+    return model
 
 
 def build_trainer(experiment: Experiment, folder: Path, seed: int, resume: bool) -> Trainer:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import Runtime
 from bertlite.data.packing import collate
-from bertlite.model.heads import MaskedLMHead
-from bertlite.model.layers import Linear
+from bertlite.model.heads import set_linear
 
 # Tokens of a batch, padding included: few enough for a processor's cache, enough to fill a GPU.
 CHUNK_CHARACTERS = 1 << 22  # tokenized together; limits the memory
@@ -22,7 +21,7 @@ Item = TypeVar("Item")
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute F.linear by oneDNN. In fp32 torch calls MKL, which is less than half as fast on AMD and ARM."""
+    """Compute F.linear by oneDNN, without gradients. In fp32 torch calls MKL, which is slow on AMD and ARM."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -32,9 +31,7 @@ def prepare_for_inference(model: Module, runtime: Runtime) -> Module:
     model.to(runtime.device).eval()
     has_onednn = torch.backends.mkldnn.is_available()
     if has_onednn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
-        for module in model.modules():
-            if isinstance(module, Linear | MaskedLMHead):
-                module.linear = onednn_linear
+        set_linear(model, onednn_linear)
     return model
 
 

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from bertlite.config.finetune_settings import SavedTask
 from bertlite.config.loading import choose
 from bertlite.config.settings import Architecture
+from bertlite.core.runtime import Runtime
 from bertlite.data.masking import IGNORED
 from bertlite.model.architectures import build_encoder
 from bertlite.model.encoder import Encoder
-from bertlite.model.layers import ACTIVATIONS, Linear, linear
+from bertlite.model.layers import ACTIVATIONS, Linear, LinearFunction, linear, onednn_linear
 
 
 class MaskedLMHead(nn.Module):
     """Scores over the vocabulary; the decoder's matrix is the word embedding (Devlin et al. 2018, section 3.1)."""
 
-    linear = staticmethod(linear)
+    linear: LinearFunction = staticmethod(linear)
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -35,6 +36,20 @@ class MaskedLMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
         """Map hidden states (…,D) to scores (…,V)."""
         return self.linear(self.norm(self.activation(self.dense(hidden))), word_embedding, self.bias)
+
+
+def set_linear(model: nn.Module, function: LinearFunction) -> None:
+    """Let all linear layers of a model compute by a function, in place."""
+    for module in model.modules():
+        if isinstance(module, Linear | MaskedLMHead):
+            module.linear = function
+
+
+def prepare_for_training(model: nn.Module, runtime: Runtime) -> None:
+    """Move a model to the device, with the fastest linear layers there that can be trained, in place."""
+    model.to(runtime.device)
+    if runtime.multiplies_by_onednn():
+        set_linear(model, onednn_linear)
 
 
 class MaskedLanguageModel(nn.Module):

@@ -3,7 +3,9 @@
 # Shapes: D input size, E output size; … stands for any leading dimensions.
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +19,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+LinearFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, weight and bias
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute x Wᵀ + b of x (…,D), weight (E,D) and bias (E,): (…,E).
 
@@ -27,10 +32,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y + bias.to(y.dtype)  # under autocast the product is in bf16, and the sum stays so
 
 
-class Linear(nn.Linear):
-    """A linear layer that computes by `self.linear`, which inference replaces by a faster function."""
+@torch.library.custom_op("bertlite::onednn_product", mutates_args=())
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x Wᵀ of x (…,D) and weight (E,D) by oneDNN: (…,E)."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return y
 
-    linear = staticmethod(linear)
+
+@onednn_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_product(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    x_needed, weight_needed = ctx.needs_input_grad
+    return (
+        onednn_product(gradient, weight.t()) if x_needed else None,
+        gradient.flatten(0, -2).t() @ x.flatten(0, -2) if weight_needed else None,
+    )
+
+
+onednn_product.register_autograd(_differentiate_product, setup_context=_save_inputs)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute what `linear` does by oneDNN, in fp32 on CPUs."""
+    y: Tensor = onednn_product(x, weight)
+    return y + bias
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes by `self.linear`, which `heads.set_linear` replaces by a faster function."""
+
+    linear: LinearFunction = staticmethod(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x, self.weight, self.bias)

@@ -14,6 +14,7 @@ from bertlite.core.runtime import Runtime, initialize_runtime
 from bertlite.data.batches import Batches
 from bertlite.data.masking import max_predictions
 from bertlite.model.attention import best_kernel
+from bertlite.model.heads import prepare_for_training
 from bertlite.model.huggingface import load_model
 from bertlite.model.initialization import parameter_count
 from bertlite.pretraining.losses import masked_lm_loss, masked_lm_scores
@@ -89,7 +90,7 @@ def new_trainer(
     else:
         model, state = load_model(checkpoint, kernel), load_training_state(checkpoint)
     model.encoder.gradient_checkpointing = settings.gradient_checkpointing
-    model.to(runtime.device)
+    prepare_for_training(model, runtime)
     optimizer = Optimizer(model, settings)
     num_predictions = max_predictions(T, config.masking)
     micro_batch_size = choose_micro_batch_size(settings, model, T, num_predictions, runtime, state.micro_batch_size)
