@@ -79,7 +79,6 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     Raises UserError, naming the file or the override, the key, its value and the fix.
     """
     values = _read_yaml(path)
-    _add_former_default(values)
     unknown = values.keys() - config_type.model_fields.keys()
     for command, other_type in _CONFIG_OF.items():
         if unknown and values.keys() <= other_type.model_fields.keys():
@@ -90,6 +89,8 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
         name, value = _parse_override(override)
         _assign(values, name, value)
         override_of[name] = f"--set {override}"
+    if path.name == "config.yaml":  # perhaps of a run
+        _add_former_default(values)
     return _validate(config_type, values, path, override_of)
 
 

@@ -1,6 +1,7 @@
 """Decode text: UTF-8, or the encoding that the settings name; guess the encoding of bytes that are not UTF-8."""
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
@@ -50,7 +51,7 @@ def advise(sample: bytes, setting: str) -> str:
     guesses = guess_encodings(sample)
     if not guesses:
         return "if it is text at all, convert it to UTF-8"
-    iconv = f"iconv -f {guesses[0].upper().replace('_', '-')} -t UTF-8"
+    iconv = f"iconv -f {iconv_name(guesses[0])} -t UTF-8"
     return f"perhaps {' or '.join(guesses)}; convert it ({iconv})" + (f", or set {setting}" if setting else "")
 
 
@@ -89,12 +90,12 @@ def decode_lines(pieces: Iterable[bytes], encoding: str, location: str) -> Itera
         decoder = codecs.getincrementaldecoder("utf-8-sig" if is_utf8(encoding) else encoding)()
     except (LookupError, ValueError):  # ValueError: a name with a null byte
         raise unknown from None
-    rest = ""
-    for number, piece in enumerate(chain(pieces, [b""]), 1):
+    rest, number, is_first = "", 1, True
+    for piece in chain(pieces, [b""]):
         try:
-            rest += decoder.decode(piece, final=not piece)
+            text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            advice = f"if only a few bytes are wrong, remove them: iconv -c -f {encoding} -t UTF-8"
+            advice = f"if only a few bytes are wrong, remove them: iconv -c -f {iconv_name(encoding)} -t UTF-8"
             guesses = guess_encodings(piece) if sum(byte > 127 for byte in piece) >= MIN_FOREIGN_BYTES else []
             if guesses and decodes(piece, guesses[0]):
                 advice = f"it looks like {guesses[0]}"
@@ -102,13 +103,19 @@ def decode_lines(pieces: Iterable[bytes], encoding: str, location: str) -> Itera
             raise UserError(f"{location}:{number}: not {encoding} (byte 0x{bad_byte:02x}); {advice}") from None
         except (ValueError, TypeError):  # a codec of something else than text
             raise unknown from None
-        *lines, rest = rest.split("\n")
-        yield from (line.removesuffix("\r").removeprefix("\ufeff") for line in lines)
+        *lines, rest = (rest + (text.removeprefix("\ufeff") if is_first else text)).split("\n")
+        number, is_first = number + len(lines), False
+        yield from (line.removesuffix("\r") for line in lines)
     if rest:
-        yield rest.removeprefix("\ufeff")
+        yield rest
 
 
-@cache  # a text is read to train the tokenizer, and again to be tokenized
+def iconv_name(encoding: str) -> str:
+    """Return the name that iconv has for an encoding that Python knows."""
+    name = codecs.lookup(encoding).name.upper().replace("_", "-")
+    return re.sub(r"^(UTF-(?:16|32))-", r"\1", name)
+
+
 def warn_of_other_encoding(sample: bytes, encoding: str, location: str) -> None:
     """Warn, once, if the start of a text is valid in the encoding of the settings, but looks like another one.
 
@@ -121,7 +128,12 @@ def warn_of_other_encoding(sample: bytes, encoding: str, location: str) -> None:
         return
     texts = [sample.decode(guess, "ignore") for guess in guesses]
     if sample.decode(encoding, "ignore") not in texts:
-        logger.warning(f"{location}: read as {encoding}, but it looks like {guesses[0]}")
+        _warn_once(f"{location}: read as {encoding}, but it looks like {guesses[0]}")
+
+
+@cache  # a text is read to train the tokenizer, and again to be tokenized
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def is_utf8(encoding: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertlite.core.errors import UserError
-from bertlite.data.encodings import EAST_ASIAN, LATIN, NOT_LATIN, guess_encodings
+from bertlite.data.encodings import EAST_ASIAN, LATIN, NOT_LATIN, guess_encodings, iconv_name
 from bertlite.data.formats import read_lines
 
 CHINESE = "人工智能是计算机科学的一个分支，它企图了解智能的实质，并生产出一种新的智能机器。"
@@ -35,17 +35,21 @@ def test_encodings_are_told_apart(encoding):
 
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="without iconv")
-@pytest.mark.parametrize("encoding", [*EAST_ASIAN, *NOT_LATIN, *LATIN, "utf-16", "utf-16le", "utf-16be"])
+@pytest.mark.parametrize(
+    "encoding",
+    [*EAST_ASIAN, *NOT_LATIN, *LATIN, "utf-16", "utf-16le", "utf_16_le", "UTF-16BE", "latin-1", "iso8859_1", "euc_kr"],
+)
 def test_iconv_knows_the_advised_names(encoding):
-    name = encoding.upper().replace("_", "-")
-    subprocess.run(["iconv", "-f", name, "-t", "UTF-8"], input=b"", check=True)
+    text = "text".encode(encoding)
+    result = subprocess.run(["iconv", "-f", iconv_name(encoding), "-t", "UTF-8"], input=text, stdout=subprocess.PIPE)
+    assert result.returncode == 0 and result.stdout == b"text"
 
 
 @pytest.mark.parametrize("encoding", [*TEXTS, "latin-1", "utf-8-sig"])
 def test_lines_are_those_that_python_reads(encoding, tmp_path):
     """Also where bytes 0x0A belong to other characters, as in UTF-16."""
     text = TEXTS.get(encoding, GERMAN)
-    more = "\u0a0a\u0a00x" if "16" in encoding else "x"
+    more = "\u0a0a\u0a00\ufeffx" if "16" in encoding else "x"
     (tmp_path / "a.txt").write_bytes(f"{text}\r\n\n{more}\n{text}".encode(encoding))
     with (tmp_path / "a.txt").open(encoding=encoding) as file:
         expected = [line.removesuffix("\n") for line in file]
@@ -82,7 +86,10 @@ def test_a_text_that_looks_like_another_encoding_is_doubted_once(written, read, 
 def test_bytes_that_an_encoding_does_not_have_are_named(tmp_path):
     path = write(tmp_path, f"{CHINESE}\n" * 3, "gb18030")
     path.write_bytes(path.read_bytes() + b"\xff\n")
-    with pytest.raises(UserError, match=r"a\.txt:4: not gb18030 \(byte 0xff\); .* iconv -c -f gb18030"):
+    with pytest.raises(UserError, match=r"a\.txt:4: not gb18030 \(byte 0xff\); .* iconv -c -f GB18030"):
         list(read_lines(path, encoding="gb18030"))
     with pytest.raises(UserError, match=r"a\.txt:1: not cp1252 \(byte 0x90\); it looks like shift_jis"):
         list(read_lines(write(tmp_path, JAPANESE * 3, "shift_jis"), encoding="cp1252"))
+    path.write_bytes("\u0a0a\u0a0a\n\u0a0a".encode("utf-16le") + b"\x00\xdc\n\0")  # a half of a surrogate pair
+    with pytest.raises(UserError, match=r"a\.txt:2: not utf-16le \(byte 0x00\); .* iconv -c -f UTF-16LE"):
+        list(read_lines(path, encoding="utf-16le"))

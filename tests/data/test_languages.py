@@ -98,8 +98,8 @@ def prepare(text: str, tokenizer, folder, capfd) -> str:
     return capfd.readouterr().err
 
 
-@pytest.mark.parametrize("language, share", [("Vietnamese", None), ("Hindi", None)])
-def test_marks_that_a_loaded_tokenizer_strips_are_told(language, share, tmp_path, capfd):
+@pytest.mark.parametrize("language", ["Vietnamese", "Hindi"])
+def test_marks_that_a_loaded_tokenizer_strips_are_told(language, tmp_path, capfd):
     """Counted again with a plain loop over clusters."""
     text = " ".join(write_text(WORDS[language]))
     tokenizer = make_tokenizer([*SPECIAL_TOKENS, *sorted({*text.lower(), *(f"##{c}" for c in text.lower())})])
@@ -129,6 +129,11 @@ def test_a_run_of_an_earlier_version_keeps_its_tokenizer(tmp_path):
     run.mkdir()
     former = "{path: null, vocab_size: 99, special_tokens: [], lowercase: true, train_characters: 9, extend: 0}"
     (run / "config.yaml").write_text(f"tokenizer: {former}\ndata: {{train: [sample]}}\n")
+    copied = f"tokenizer: {former}\ndata: {{train: [sample]}}\n"
+    (tmp_path / "copied.yaml").write_text(copied)  # of a configuration that listed all settings
+    assert load_config(PretrainConfig, tmp_path / "copied.yaml").tokenizer.strip_accents is None
+    cased = load_config(PretrainConfig, run / "config.yaml", ["tokenizer.lowercase=false"])
+    assert cased.tokenizer.strip_accents is False
     (tmp_path / "mine.yaml").write_text("data: {train: [sample]}\n")
     mine = load_config(PretrainConfig, tmp_path / "mine.yaml")
     assert load_config(PretrainConfig, run / "config.yaml").tokenizer.strip_accents is True
