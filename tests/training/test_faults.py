@@ -360,7 +360,7 @@ def test_a_rank_ends_in_one_line_when_another_was_killed(write_config, rank):
 
 @pytest.mark.parametrize(
     "kind, steps",
-    [("pretrain", 40)] + [pytest.param(*run, marks=pytest.mark.slow) for run in (("finetune", 24), ("sweep", 20))],
+    [("pretrain", 40)] + [pytest.param(*run, marks=pytest.mark.slow) for run in (("finetune", 60), ("sweep", 60))],
 )
 def test_killed_runs_end_as_the_script_measures(kind, steps):
     """The fast part of what `scripts/measure_kills` shows."""
