@@ -20,6 +20,7 @@ from bertlite.data.encodings import SAMPLE_BYTES, decode_line, decode_lines, is_
 csv.field_size_limit(MAX_CELL_CHARACTERS)
 
 FASTTEXT_LABEL = re.compile(r"(?<!\S)__label__(\S+)\s*")
+MAX_RECORD_LINES = 1_000_000  # of a record with quotes; one that is longer has a quote that never closes
 PARQUET_ROWS = 32  # decoded together; a few bytes of a file may stand for a long text
 
 Report = Callable[[int], object]  # called with the number of bytes read since the last call
@@ -286,6 +287,8 @@ def _split_quoted(
         nonlocal start
         for number, line in lines:
             start = start or number
+            if number - start > MAX_RECORD_LINES:
+                raise csv.Error(f"more than {MAX_RECORD_LINES:,} lines")
             yield f"{line}\n"
 
     try:

@@ -91,6 +91,13 @@ def test_a_quote_that_never_closes_is_named(tmp_path):
     assert limit == 1 << 24
 
 
+def test_a_quote_that_does_not_close_within_a_million_lines_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("bertlite.data.formats.MAX_RECORD_LINES", 100)
+    (tmp_path / "a.csv").write_text('text\n"' + "a\n" * 99 + '"\n"' + "a\n" * 101 + '"\n')
+    with pytest.raises(UserError, match=r"a\.csv:102: the record that starts here is not valid: more than 100 lines"):
+        documents(tmp_path / "a.csv")
+
+
 def test_json_over_many_lines_is_read_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("bertlite.data.formats.MAX_JSON_BYTES", 200)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
