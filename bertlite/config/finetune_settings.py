@@ -110,6 +110,14 @@ class InputSettings(Section):
             return {"text": ["question", "context"], **values}
         return values
 
+    @model_validator(mode="after")
+    def check_label_is_not_a_text(self) -> "InputSettings":
+        has_label = self.type not in ("question-answering", "multiple-choice")
+        for name in self.text if has_label else []:
+            if name in self.label:
+                raise ValueError(f"text is {name!r}, and so is label: name the column of the label")
+        return self
+
 
 class SavedTask(InputSettings):
     """What the folder of a fine-tuned model says in task.json: the inputs that the model was trained on.

@@ -293,7 +293,7 @@ def _setting_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Suggest the choice that is similar to `name`, or has a similar last part; "" if there is none."""
     choices = list(choices)
-    by_last_part = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
+    by_last_part = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}  # task.text before tasks.text
     similar = difflib.get_close_matches(name, choices, 1, 0.75)
     if not similar:
         last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last_part), 1)

@@ -272,8 +272,11 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
 def _split_unquoted(
     lines: Iterator[tuple[int, str]], table: TableFile, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """Split numbered lines; the last one of `table.columns` takes the rest of its line."""
-    splits = len(table.columns) - 1 if table.columns else -1
+    """Split numbered lines; the last one of `table.columns` takes the rest of its line, blanks or commas included.
+
+    Texts do not hold tabs: a row with too many of them has columns that are not named.
+    """
+    splits = len(table.columns) - 1 if table.columns and delimiter != "\t" else -1
     return ((number, line.split(delimiter, splits)) for number, line in lines if line.strip(" "))
 
 

@@ -74,7 +74,8 @@ def evaluate_files(
     try:
         records = select_examples(read, task, settings, "--data", model.labels)
     except UserError as error:
-        raise UserError(str(error).replace(": task.label:", ": --label:")) from None
+        options = str(error).replace(": task.label:", ": --label:").replace(": task.text:", ": --column:")
+        raise UserError(options) from None
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)

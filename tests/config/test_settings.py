@@ -534,3 +534,9 @@ def test_a_delimiter_by_set_is_the_sign_itself(tmp_path, sign):
     assert load_config(FinetuneConfig, path, ["task.delimiter=~"]).task.delimiter is None
     with pytest.raises(UserError, match=r"task\.delimiter is 'ab': string should have at most 1 character"):
         load_config(FinetuneConfig, path, ["task.delimiter=ab"])
+
+
+def test_a_setting_without_its_section_is_that_of_task(tmp_path):
+    (tmp_path / "a.yaml").write_text("text: body\n")
+    with pytest.raises(UserError, match=r"text is not a setting\. Did you mean task\.text\?"):
+        load_config(FinetuneConfig, tmp_path / "a.yaml")

@@ -171,6 +171,18 @@ def test_a_missing_column_tells_of_missing_headers_and_other_delimiters(tmp_path
         get_column(row, "text", "task.text")
 
 
+def test_a_row_with_more_tabs_than_names_is_an_error(tmp_path):
+    (tmp_path / "a.tsv").write_text("cj99\t0\t*\tThe more you want.\n")
+    with pytest.raises(UserError, match=r"a\.tsv:1: 4 columns, but 3 are named \(source, label, text\)"):
+        read(tmp_path / "a.tsv", columns=["source", "label", "text"])
+
+
+def test_a_column_is_not_both_text_and_label():
+    for wrong in ({"text": "label"}, {"text": ["first", "second"], "label": "second"}):
+        with pytest.raises(ValueError, match=r"text is '(label|second)', and so is label"):
+            TaskSettings.model_validate({"train": "unread", **wrong})
+
+
 ODDITIES = {
     "trec6/train.txt": (5452, {"columns": ["label", "text"], "delimiter": " ", "encoding": "latin-1"}),
     "banking77/train.csv": (10003, {}),

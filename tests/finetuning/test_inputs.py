@@ -318,5 +318,7 @@ def test_evaluation_without_a_label_column_names_the_option(bertlite, make_model
     table = write_table(tmp_path / "a.jsonl", {"text": TEXTS, "intent": ["history"] * len(TEXTS)})
     code, _, err = bertlite("evaluate", make_model(), "--data", table)
     assert code == 2 and ":1: --label: there is no column 'label'; there are 'text', 'intent'" in err
+    code, _, err = bertlite("evaluate", make_model(), "--data", table, "--label", "intent", "--column", "txt")
+    assert code == 2 and ":1: --column: there is no column 'txt'; there are 'text', 'intent'" in err
     code, out, err = bertlite("evaluate", make_model(), "--data", table, "--label", "intent", "--json")
     assert code == 0 and "accuracy" in json.loads(out), err
