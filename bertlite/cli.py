@@ -1,6 +1,7 @@
 """The command line. A command imports what it needs when it runs, so that --help is immediate."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -255,12 +256,15 @@ def predict(
 ) -> None:
     """Predict labels with a fine-tuned model."""
     from bertlite.core.errors import UserError
+    from bertlite.core.logging import logger
     from bertlite.finetuning import inputs
     from bertlite.finetuning import predict as predicting
     from bertlite.finetuning.tasks import find_task
 
     if texts and (file or columns):
         raise UserError(f"predict reads either TEXT or {'--file' if file else 'a --column of a table'}, not both")
+    for name in filter(os.path.isfile, texts or []):
+        logger.warning(f"{name}: read as a text; --file {name} reads the file")
     loaded = _load_model(model, precision)
     settings = inputs.choose_inputs(loaded.classifier, loaded.tokenizer, columns, pairs)
     records = inputs.read_inputs(texts or None, file, settings, columns, field)

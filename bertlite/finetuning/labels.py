@@ -14,6 +14,7 @@ from bertlite.data.formats import Record, is_empty
 from bertlite.data.tables import get_column
 
 MAX_LISTED, MAX_CHARACTERS = 10, 70  # labels that a message lists
+MAX_RARE = 20  # labels that may have fewer than two examples on average
 
 
 def read_texts(record: Record, settings: InputSettings) -> tuple[str, ...]:
@@ -147,6 +148,9 @@ def collect_classes(records: list[Record], settings: InputSettings) -> list[str]
     labels = sort_labels({read_label(record, settings) for record in records})
     if len(labels) < 2:
         raise UserError(f"task.train: all {len(records):,} examples have the label {labels[0]!r}; there should be two")
+    if len(labels) > max(MAX_RARE, len(records) / 2):
+        doubt = f"is {settings.label[0]!r} their column? Numbers to predict need task.type: regression"
+        logger.warning(f"task.train: {len(labels):,} labels among {len(records):,} examples; {doubt}")
     if settings.no_label is None and {"-1", "0", "1"} <= set(labels):
         logger.info("task.train: -1 is a label like 0 and 1; if it means that there is none, set task.no_label: [-1]")
     return settings.label_names or labels

@@ -322,3 +322,10 @@ def test_evaluation_without_a_label_column_names_the_option(bertlite, make_model
     assert code == 2 and ":1: --column: there is no column 'txt'; there are 'text', 'intent'" in err
     code, out, err = bertlite("evaluate", make_model(), "--data", table, "--label", "intent", "--json")
     assert code == 0 and "accuracy" in json.loads(out), err
+
+
+def test_a_text_that_is_the_name_of_a_file_is_a_warning(bertlite, make_model, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    model = make_model()
+    code, _, err = bertlite("predict", model, tmp_path / "a.txt", TEXTS[0])
+    assert code == 0 and err.count("read as a text") == 1 and f"--file {tmp_path / 'a.txt'} reads the file" in err

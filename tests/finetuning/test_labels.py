@@ -12,7 +12,7 @@ import pytest
 from sklearn.preprocessing import MultiLabelBinarizer
 from tiny_tasks import make_experiment, make_records
 
-from bertlite.config.finetune_settings import TaskSettings
+from bertlite.config.finetune_settings import InputSettings, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.data.formats import Record
 from bertlite.finetuning.finetune import run
@@ -240,3 +240,10 @@ def test_decimal_commas_are_named():
     settings = TaskSettings.model_validate({"train": "unread", "type": "regression"})
     with pytest.raises(UserError, match="'3,5', not a finite number; write decimals with a point"):
         read_number(Record("a.csv:2", {"label": "3,5"}), settings)
+
+
+@pytest.mark.parametrize(("num_labels", "warns"), [(30, True), (25, False), (3, False)])
+def test_labels_that_hardly_repeat_are_a_warning(num_labels, warns, caplog):
+    records = [Record(f"a:{n}", {"label": f"{n % num_labels}.5"}) for n in range(50)]
+    collect_classes(records, InputSettings())
+    assert ("is 'label' their column?" in caplog.text) == warns
