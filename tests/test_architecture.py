@@ -13,8 +13,8 @@ ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "settings finetune_settings loading",
     "data": "masking words compression encodings formats sources vocabulary tokenizer_trust tokenizer summary"
-    " corpus conll tables packing batches",
-    "model": "layers attention encoder bert architectures heads initialization weight_files huggingface"
+    " corpus conll tables packing batches cooccurrence",
+    "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"
     " sentence_transformers",
     "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau",
     "inference": "batching embed fill",

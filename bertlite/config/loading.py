@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from bertlite.config.finetune_settings import FinetuneConfig, SavedTask, SweepConfig
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError, first_line
+from bertlite.core.logging import logger
 
 MAX_BYTES = 1 << 20  # of a configuration
 MAX_NODES = 100_000  # values of a configuration, with those that aliases repeat
@@ -84,6 +85,7 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
         if unknown and values.keys() <= other_type.model_fields.keys():
             problem = f"this command does not read the section {min(unknown)}"
             raise UserError(f"{path}: {problem}; bertlite {command} reads this file")
+    _rename_position_init(values, path)
     override_of: dict[str, str] = {}
     for override in overrides:
         name, value = _parse_override(override)
@@ -92,6 +94,14 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     if path.name == "config.yaml":  # perhaps of a run
         _add_former_default(values)
     return _validate(config_type, values, path, override_of)
+
+
+def _rename_position_init(values: dict[str, Any], path: Path) -> None:
+    """Read model.position_init, the name of version 0.1, as model.initialization."""
+    model = values.get("model")
+    if isinstance(model, dict) and "position_init" in model and "initialization" not in model:
+        model["initialization"] = model.pop("position_init")
+        logger.info(f"{path}: model.position_init is read as model.initialization, its name since version 0.2")
 
 
 def _add_former_default(values: dict[str, Any]) -> None:

@@ -85,8 +85,16 @@ class ModelSettings(EncoderSettings):
 
     init_from: PathText | None = None
     """Existing BERT to continue from: a Hugging Face folder, a hub name or a run folder; null: a new model."""
-    position_init: Literal["normal", "sinusoidal"] = "normal"
-    """Initial position embeddings: random, or sinusoids; both are trained."""
+    initialization: Literal["auto", "counted", "sinusoidal", "normal"] = "auto"
+    """Initial weights: random, with sinusoidal positions, or counted from the text; auto: counted where possible."""
+
+    @model_validator(mode="after")
+    def check_one_origin_of_the_weights(self) -> "ModelSettings":
+        if self.init_from is not None and self.initialization != "auto":
+            raise ValueError(
+                f"initialization is {self.initialization}, but init_from brings its own weights; leave it out"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def serialize_settings_in_force(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -128,6 +128,11 @@ class Batches:
         )
         return Batch(*map(torch.from_numpy, (input_ids, position_ids, document_ids, prediction_positions, labels)))
 
+    def read_sequences(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return token ids and document ids (B,T) of training samples, without masks."""
+        ids, _, document_ids = self._read_ids(self.select_sequences(samples))
+        return ids, document_ids
+
     @cached_property
     def token_counts(self) -> NDArray[np.int64]:
         """Occurrences of each token in the first samples, 0 for special tokens: (V,)."""

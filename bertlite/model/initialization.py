@@ -9,10 +9,10 @@ from bertlite.model.bert import Embeddings
 from bertlite.model.heads import MaskedLanguageModel
 
 
-def initialize(model: nn.Module, std: float, seed: int, position_init: str = "normal") -> None:
+def initialize(model: nn.Module, std: float, seed: int, sinusoidal_positions: bool = False) -> None:
     """Initialize a model as BERT was: weights normal, truncated at two standard deviations; biases 0; layer norms 1, 0.
 
-    With `position_init` "sinusoidal", the position embeddings start as sinusoids; they are trained in both cases.
+    With `sinusoidal_positions`, the position embeddings are sinusoids at first; they are trained in both cases.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -23,7 +23,7 @@ def initialize(model: nn.Module, std: float, seed: int, position_init: str = "no
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     for module in model.modules():
-        if isinstance(module, Embeddings) and position_init == "sinusoidal":
+        if isinstance(module, Embeddings) and sinusoidal_positions:
             module.position.weight.data.copy_(sinusoids(*module.position.weight.shape) * std * math.sqrt(2))
 
 

@@ -11,7 +11,9 @@ from bertlite.config.settings import Architecture, EncoderSettings, ModelSetting
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.batches import Batches
+from bertlite.data.cooccurrence import count_cooccurrence, num_counted_sequences
 from bertlite.data.vocabulary import spell_token
+from bertlite.model.counted import calibrate, head_offsets, position_size, why_not, write_counted
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.huggingface import load_model, load_tokenizer_of, read_architecture
 from bertlite.model.initialization import exchange_vocabulary, initialize
@@ -19,6 +21,9 @@ from bertlite.training.run_folder import model_folder
 
 # Settings of the new run, whatever the starting model was trained with.
 DROPOUT_SETTINGS = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+
+MIN_TOKENS_OF_TYPE = 10  # training tokens for each entry of the vocabulary, for counted initialization
+CALIBRATION_SEQUENCES = 64
 
 
 @dataclass
@@ -63,7 +68,7 @@ def resolve_architecture(
     """Return the architecture to train, with the tokenizer's vocabulary."""
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if starting_model is None:
-        return Architecture(**settings.model_dump(exclude={"init_from", "position_init"}), **vocabulary)
+        return Architecture(**settings.model_dump(exclude={"init_from", "initialization"}), **vocabulary)
     return starting_model.architecture.model_copy(update=_dropout(settings) | vocabulary)
 
 
@@ -78,10 +83,34 @@ def create_model(
         return _load_starting_model(config, starting_model, batches.tokenizer, kernel)
     settings = config.model
     model = MaskedLanguageModel(resolve_architecture(settings, None, batches.tokenizer), kernel)
-    initialize(model, settings.initializer_range, config.train.seed, settings.position_init)
+    method = _choose_initialization(config, batches)
+    initialize(model, settings.initializer_range, config.train.seed, sinusoidal_positions=method == "sinusoidal")
     counts = torch.from_numpy(batches.token_counts + 1.0)
     model.head.bias.data.copy_(torch.log(counts / counts.sum()))
+    if method == "counted":
+        counted = count_cooccurrence(batches, settings.hidden_size - position_size(settings), head_offsets(settings))
+        write_counted(model, counted, batches.tokenizer.mask_token_id)
+        batch = batches.training(num_counted_sequences(batches), CALIBRATION_SEQUENCES)
+        inputs = batch.input_ids, batch.position_ids, batch.document_ids, batch.prediction_positions
+        loss = calibrate(model, inputs, batch.labels)
+        logger.info(f"the initial weights are counted; before the first step their loss is {loss:.2f}")
     return model
+
+
+def _choose_initialization(config: PretrainConfig, batches: Batches) -> str:
+    """Return counted, sinusoidal or normal. Raises UserError where counted was asked for and is not possible."""
+    setting, size, tokens = config.model.initialization, batches.vocabulary.size, batches.packing.tokens()
+    if setting not in ("auto", "counted"):
+        return setting
+    problem = why_not(config.model)
+    if not problem and tokens < MIN_TOKENS_OF_TYPE * size:
+        problem = f"{tokens:,} training tokens are too few to count pairs of a vocabulary of {size:,}"
+    if not problem:
+        return "counted"
+    if setting == "counted":
+        raise UserError(f"model.initialization is counted, but {problem}; choose auto")
+    logger.info(f"model.initialization: sinusoidal, not counted: {problem}")
+    return "sinusoidal"
 
 
 def _load_starting_model(

@@ -51,6 +51,6 @@ class PlateauWatch(Callback):
             self.has_warned = True
             logger.warning(
                 f"step {step:,}: the loss stays at {mean:.2f}, which token frequencies alone give ({entropy:.2f}): the "
-                "model does not use context yet. If it stays there, start a new run with model.position_init: "
-                "sinusoidal, train.optim: muon, a lower train.learning_rate, or a higher train.warmup_ratio"
+                "model does not use context yet. If it stays there, start a new run with model.initialization: "
+                "counted, train.optim: muon, a lower train.learning_rate, or a higher train.warmup_ratio"
             )

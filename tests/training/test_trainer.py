@@ -275,7 +275,7 @@ CHANGED = {
     "model.type_vocab_size": 1,
     "model.initializer_range": 0.05,
     "model.layer_norm_eps": 1e-5,
-    "model.position_init": "sinusoidal",
+    "model.initialization": "normal",
     "model.init_from": None,  # test_continue.py
     "tokenizer.path": None,  # test_tokenizer.py, test_cli.py
     "tokenizer.vocab_size": 900,
