@@ -53,7 +53,8 @@ def position_frequencies(count: int) -> Tensor:
     Regular ones would make positions 2 * `count` apart equal.
     """
     index = torch.arange(count)
-    return math.pi * (index + (index + 1) * (math.sqrt(5) - 1) / 2 % 1) / count
+    shift = ((index + 1).double().square() * math.sqrt(2) % 1).float()  # squares of an irrational step do not repeat
+    return math.pi * (index + shift) / count
 
 
 def rotation(angles: Tensor) -> Tensor:

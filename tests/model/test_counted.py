@@ -23,6 +23,11 @@ from bertlite.pretraining.pretrain import run
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
+def model(**changes) -> dict:
+    """Settings of a model that counts can be written into."""
+    return {f"model__{name}": value for name, value in (SHAPE | changes).items()}
+
+
 def make_batches(path):
     config = load_config(PretrainConfig, path)
     return training_batches(config, prepare(config))
@@ -84,23 +89,23 @@ def test_no_two_positions_look_alike(count):
 @pytest.mark.parametrize("heads", [2, 4])
 def test_heads_attend_to_their_offset(heads):
     config = Architecture(**SHAPE | {"num_attention_heads": heads}, vocab_size=50, initializer_range=0.05)
-    model = MaskedLanguageModel(config)
-    initialize(model, 0.05, seed=0)
+    masked_lm = MaskedLanguageModel(config)
+    initialize(masked_lm, 0.05, seed=0)
     offsets, W = head_offsets(config), 128 - position_size(config)
     random = np.random.default_rng(0)
     words, matrices = random.standard_normal((50, W)), random.standard_normal((len(offsets), W, W))
     counted = Cooccurrence(words.astype("f4"), matrices.astype("f4"), np.full(50, 1 / 50, "f4"))
-    write_counted(model, counted, mask_token_id=4)
+    write_counted(masked_lm, counted, mask_token_id=4)
     ids = torch.randint(5, 50, (1, 512), generator=torch.Generator().manual_seed(0))
     masked = torch.arange(10, 500, 7)
     ids[0, masked] = 4
-    x = model.encoder.embeddings(ids, torch.arange(512)[None])
-    weights = model.encoder.layers[0].attention.weights(x, x)[0, :, masked]  # (H,N,T)
+    x = masked_lm.encoder.embeddings(ids, torch.arange(512)[None])
+    weights = masked_lm.encoder.layers[0].attention.weights(x, x)[0, :, masked]  # (H,N,T)
     for head, offset in enumerate(offsets):
         assert (weights[head].argmax(-1) == masked + offset).float().mean() > 0.98
     # what the head adds for a neighbour is its matrix, up to the rank of a head and one factor
-    q, k, v = model.encoder.layers[0].attention.qkv.weight.view(3, heads, 128 // heads, 128)
-    out = model.encoder.layers[0].attention.out.weight.view(128, heads, 128 // heads)
+    _, _, v = masked_lm.encoder.layers[0].attention.qkv.weight.view(3, heads, 128 // heads, 128)
+    out = masked_lm.encoder.layers[0].attention.out.weight.view(128, heads, 128 // heads)
     for head, matrix in enumerate(torch.from_numpy(counted.matrices)):
         left, singular, right = torch.linalg.svd(matrix)
         rank = 128 // heads
@@ -110,10 +115,9 @@ def test_heads_attend_to_their_offset(heads):
 
 
 def test_the_first_loss_is_below_that_of_frequencies_and_the_result_is_kept(write_config):
-    shape = SHAPE | {"initializer_range": 0.05}
     losses, folders = {}, {}
     for method in ("auto", "normal"):
-        path = write_config(method, model=shape | {"initialization": method}, train__max_steps=0)
+        path = write_config(method, **model(initializer_range=0.05, initialization=method), train__max_steps=0)
         folders[method] = pretrain(path)
         losses[method] = metrics(folders[method])[-1]["eval_loss"]
     assert losses["auto"] < losses["normal"] - 0.3
@@ -130,7 +134,7 @@ def _bytes(counted: Cooccurrence) -> int:
 
 
 def test_a_counted_run_resumes_bit_for_bit(write_config, tmp_path):
-    path = write_config(model=SHAPE | {"initialization": "counted"}, train__max_steps=8)
+    path = write_config(**model(initialization="counted"), train__max_steps=8)
     whole = pretrain(path)
     copy = crash_after(whole, 4, tmp_path / "copy")
     config = load_config(PretrainConfig, path, [f"output_dir={copy}"])
@@ -139,17 +143,17 @@ def test_a_counted_run_resumes_bit_for_bit(write_config, tmp_path):
 
 
 def test_what_cannot_be_counted_is_an_error_or_a_line(write_config, bertlite):
-    with pytest.raises(UserError, match="initialization is counted, but model.hidden_size 32"):
+    with pytest.raises(UserError, match=r"initialization is counted, but model\.hidden_size 32"):
         pretrain(write_config("a", model__initialization="counted"))
     with pytest.raises(UserError, match="too few to count pairs"):
-        pretrain(write_config("b", model=SHAPE | {"initialization": "counted"}, tokenizer__vocab_size=9000))
+        pretrain(write_config("b", **model(initialization="counted"), tokenizer__vocab_size=9000))
     code, _, err = bertlite("pretrain", write_config("c", train__max_steps=0))
     assert code == 0 and "model.initialization: sinusoidal, not counted: model.hidden_size 32" in err
     with pytest.raises(UserError, match="initialization is counted, but init_from"):
-        load_config(PretrainConfig, write_config("d", model={"init_from": "x", "initialization": "counted"}))
+        load_config(PretrainConfig, write_config("d", model__init_from="x", model__initialization="counted"))
 
 
 def test_the_former_name_of_the_setting_is_read(write_config, capfd):
-    config = load_config(PretrainConfig, write_config(model={"position_init": "sinusoidal"}))
+    config = load_config(PretrainConfig, write_config(model__position_init="sinusoidal"))
     assert config.model.initialization == "sinusoidal"
     assert "position_init is read as model.initialization" in capfd.readouterr().err
