@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from bertlite.config.finetune_settings import FinetuneConfig, TaskSettings
 from bertlite.config.loading import load_config
 from bertlite.core.errors import UserError
-from bertlite.core.packages import require
 from bertlite.core.trust import check_run_folder
 from bertlite.finetuning.results import read_results
 
@@ -102,7 +101,6 @@ def compare_predictions(first: FinishedRun, second: FinishedRun) -> dict[str, An
     """Return which examples only one of the models gets right; {} if predictions are neither right nor wrong."""
     if "correct" not in first.predictions[0]:
         return {}
-    require("bertlite compare", "bertlite[finetune]", "scipy")
     from scipy.stats import binomtest
 
     pairs = list(zip(first.predictions, second.predictions, strict=True))

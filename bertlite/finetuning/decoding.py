@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertlite.config.finetune_settings import InputSettings
-from bertlite.core.packages import require
 from bertlite.finetuning.examples import Examples
 
 Scores = NDArray[np.float32]  # of an example: (L,), or (n,L) for its n tokens
@@ -66,7 +65,6 @@ def softmax(scores: Scores) -> Scores:
 
 def sigmoid(scores: Scores) -> Scores:
     """Sigmoid of each score."""
-    require("predicting labels that do not exclude each other", "bertlite[finetune]", "scipy")
     from scipy.special import expit
 
     return np.asarray(expit(scores))

@@ -101,7 +101,7 @@ def remove_other_models(folder: Path) -> None:
 
 def check_settings(config: FinetuneConfig) -> None:
     """Raise UserError for missing packages, unknown names, and settings that do not go together."""
-    require("bertlite finetune", "bertlite[finetune]", "sklearn", "scipy", "seqeval", "matplotlib")
+    require("bertlite finetune", "bertlite[finetune]", "sklearn", "seqeval", "matplotlib")
     choose(OPTIMIZERS, config.train.optim, "train.optim")
     choose(SCHEDULES, config.train.lr_scheduler_type, "train.lr_scheduler_type")
     tasks = {"task": config.task} if config.task else {f"tasks.{name}": task for name, task in config.tasks.items()}

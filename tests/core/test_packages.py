@@ -10,7 +10,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.packages import require
 
 # What the extras install, what that brings along, and what only some formats of data need.
-OPTIONAL = """sklearn scipy seqeval matplotlib optuna jieba onnx onnxruntime onnxscript sentence_transformers
+OPTIONAL = """sklearn seqeval matplotlib optuna jieba onnx onnxruntime onnxscript sentence_transformers
 pandas pyarrow datasets"""
 RUN = """
 import sys
@@ -43,9 +43,7 @@ def test_optional_packages_are_not_needed(write_config, tmp_path):
         [sys.executable, "-c", code, write_config(), tmp_path], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    message = (
-        "needs scikit-learn, scipy, seqeval, matplotlib, which are not installed: pip install 'bertlite[finetune]'"
-    )
+    message = "needs scikit-learn, seqeval, matplotlib, which are not installed: pip install 'bertlite[finetune]'"
     assert "the model is not fine-tuned" in ended.stderr  # predict needs none of them
     assert ended.stderr.count(message) == 1 and "Traceback" not in ended.stderr
 

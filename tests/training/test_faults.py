@@ -165,7 +165,7 @@ def test_a_plateau_at_the_unigram_entropy_is_warned_of_once(losses, named, capsy
         watch.watch(step, loss * 200, 200)
     said = [line for line in capsys.readouterr().err.splitlines() if "frequencies" in line]
     assert len(said) == named
-    assert not named or ("sinusoidal" in said[0] and "muon" in said[0] and "warmup_ratio" in said[0])
+    assert not named or ("counted" in said[0] and "muon" in said[0] and "warmup_ratio" in said[0])
 
 
 def test_a_stalled_training_is_warned_of(write_config, capsys):
