@@ -128,7 +128,9 @@ def test_updates_equal_those_of_torch_on_separate_query_key_and_value(kind):
         for reference in references:
             reference.step()
     for name, weight in to_hf(ours, dict(ours.named_parameters())).items():
-        torch.testing.assert_close(weight, weights[name], atol=1e-6, rtol=1e-5, msg=name)
+        by_muon = kind == "muon" and name in hidden_matrices([name])
+        tolerance = RATES["muon_learning_rate"] / 20 if by_muon else 1e-6  # torch's Muon rounds to bf16
+        torch.testing.assert_close(weight, weights[name], atol=tolerance, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
