@@ -31,7 +31,7 @@ from bertlite.training.checkpoint import (
 from bertlite.training.memory import choose_micro_batch_size
 from bertlite.training.optim import Optimizer
 from bertlite.training.plateau import PlateauWatch
-from bertlite.training.run_folder import RUN_FILES, keep_strip_accents, open_run, write_config
+from bertlite.training.run_folder import RUN_FILES, keep_former_defaults, open_run, write_config
 from bertlite.training.trainer import Callback, Trainer, evaluate
 
 
@@ -47,7 +47,7 @@ def run(config: PretrainConfig, resume: bool = False, overwrite: bool = False, e
     check_settings(config)
     folder = Path(config.output_dir)
     if resume or extend:
-        config = keep_strip_accents(folder, config)
+        config = keep_former_defaults(folder, config)
     runtime = initialize_runtime(config.train.precision, config.train.compile)
     with open_run(folder, config, resume, runtime.rank, overwrite, extend):
         if resume and not extend and (folder / "model" / "config.json").exists():

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,19 @@ def write_config(folder: Path, config: Section, outdated: Iterable[str] = ()) ->
     write_text(folder / "config.yaml", dump_config(config))
 
 
-def keep_strip_accents(folder: Path, config: PretrainConfig) -> PretrainConfig:
-    """Return the configuration with the run's `tokenizer.strip_accents` where it has none of its own."""
+def keep_former_defaults(folder: Path, config: PretrainConfig) -> PretrainConfig:
+    """Return the configuration with the run's values of the settings whose default depends on the version."""
     path = folder / "config.yaml"
-    if config.tokenizer.strip_accents is not None or not path.exists():
+    names = []
+    if config.tokenizer.strip_accents is None:
+        names.append("tokenizer.strip_accents")
+    if config.model.initialization == "auto":
+        names.append("model.initialization")
+    if not names or not path.exists():
         return config
-    value = load_config(PretrainConfig, path).tokenizer.strip_accents
-    return with_changes(config, {"tokenizer.strip_accents": value}, str(path))
+    former = load_config(PretrainConfig, path)
+    changes = {name: attrgetter(name)(former) for name in names}
+    return with_changes(config, changes, str(path))
 
 
 def model_folder(name: str) -> Path:

@@ -13,7 +13,7 @@ from bertlite.data.corpus import prepare_corpus
 from bertlite.data.tokenizer import prepare_tokenizer
 from bertlite.data.vocabulary import SPECIAL_TOKENS
 from bertlite.data.words import mark_word_starts
-from bertlite.training.run_folder import keep_strip_accents
+from bertlite.training.run_folder import keep_former_defaults
 
 WORDS = {
     "Hindi": "हम हिन्दी में लिखते हैं और दिल्ली बहुत अच्छी है कल बाज़ार से सेब लाए थे",
@@ -138,5 +138,5 @@ def test_a_run_of_an_earlier_version_keeps_its_tokenizer(tmp_path):
     mine = load_config(PretrainConfig, tmp_path / "mine.yaml")
     assert load_config(PretrainConfig, run / "config.yaml").tokenizer.strip_accents is True
     assert mine.tokenizer.strip_accents is None
-    assert keep_strip_accents(run, mine).tokenizer.strip_accents is True
-    assert keep_strip_accents(tmp_path / "other", mine) == mine
+    assert keep_former_defaults(run, mine).tokenizer.strip_accents is True
+    assert keep_former_defaults(tmp_path / "other", mine) == mine

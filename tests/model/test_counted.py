@@ -142,6 +142,16 @@ def test_a_counted_run_resumes_bit_for_bit(write_config, tmp_path):
     assert traces(copy) == traces(whole)
 
 
+def test_a_run_of_version_0_1_resumes_with_its_initialization(write_config, tmp_path):
+    whole = pretrain(write_config("whole", **model(initialization="sinusoidal"), train__max_steps=8))
+    copy = crash_after(whole, 4, tmp_path / "copy")
+    stored = copy / "config.yaml"
+    stored.write_text(stored.read_text().replace("initialization: sinusoidal", "position_init: sinusoidal"))
+    path = write_config("mine", **model(), train__max_steps=8)
+    run(load_config(PretrainConfig, path, [f"output_dir={copy}"]), resume=True)
+    assert traces(copy) == traces(whole)
+
+
 def test_what_cannot_be_counted_is_an_error_or_a_line(write_config, bertlite):
     with pytest.raises(UserError, match=r"initialization is counted, but model\.hidden_size 32"):
         pretrain(write_config("a", model__initialization="counted"))
