@@ -97,15 +97,22 @@ def pretrain(
     extend_to: Annotated[
         int | None, typer.Option(min=1, metavar="STEPS", help="Resume a run, also a finished one, up to this step.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help='What the run may take, as in 30m, 24h or "2e9 tokens".')
+    ] = None,
 ) -> None:
     """Pretrain a BERT by masked language modelling."""
+    from psutil import Process
+
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining.pretrain import run
 
     _check_start(overwrite, resume or bool(extend_to))
     changes = [*(overrides or []), *([f"train.max_steps={extend_to}"] if extend_to else [])]
+    changes += [f"train.budget={budget}"] if budget else []
     settings = _load_config(PretrainConfig, config, changes, out)
-    print_text(run(settings, resume or bool(extend_to), overwrite, extend=bool(extend_to)))
+    extend = bool(extend_to)
+    print_text(run(settings, resume or extend, overwrite, extend, start=Process().create_time()))
 
 
 @app.command()

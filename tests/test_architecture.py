@@ -11,12 +11,12 @@ from paths import PACKAGE
 # A module imports only from packages above its own and, within its package, from modules to its left.
 ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
-    "config": "settings finetune_settings loading",
+    "config": "budget settings finetune_settings loading",
     "data": "masking words compression encodings formats sources vocabulary tokenizer_trust tokenizer summary"
     " corpus conll tables packing batches cooccurrence",
     "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"
     " sentence_transformers",
-    "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau",
+    "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau budget",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",

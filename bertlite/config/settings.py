@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from bertlite.config.budget import budget_seconds, check_budget
+
 
 class Section(BaseModel):
     """One section of the YAML. Unknown keys and wrong types are errors; values never change."""
@@ -300,6 +302,8 @@ class TrainSettings(OptimizationSettings):
 
     max_steps: NonNegative = 1200
     """Number of optimizer steps."""
+    budget: Annotated[str, AfterValidator(check_budget)] | None = None
+    """What the whole run may take, instead of max_steps: a time, such as 30m or 24h, or tokens, such as 2e9 tokens."""
     seed: Seed = 0
     """Seed of initial weights, order, masks and dropout."""
     logging_steps: Positive = 10
@@ -333,6 +337,15 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"tokenizer.extend is {self.tokenizer.extend}, but there is no tokenizer to extend; "
                 "set tokenizer.path or model.init_from, or raise tokenizer.vocab_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_masking_has_a_length(self) -> "PretrainConfig":
+        if budget_seconds(self.train.budget) and isinstance(self.masking.rate, LinearSchedule):
+            raise ValueError(
+                f"masking.rate changes over the run, but train.budget {self.train.budget} does not fix the number of "
+                "steps; give the budget in tokens, or one rate"
             )
         return self
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bertlite.config.budget import budget_seconds
+from bertlite.config.loading import with_changes
 from bertlite.config.settings import PretrainConfig, Source
 from bertlite.core.logging import logger
 from bertlite.core.runtime import Runtime, available_memory, initialize_runtime
@@ -23,7 +25,7 @@ from bertlite.model.attention import best_kernel
 from bertlite.model.heads import MaskedLanguageModel
 from bertlite.model.initialization import parameter_count
 from bertlite.pretraining.bench import flops_of_step, peak_memory, rehearse
-from bertlite.pretraining.prepare import Prepared, prepare
+from bertlite.pretraining.prepare import Prepared, prepare, resolve_steps
 from bertlite.pretraining.starting_model import resolve_architecture
 from bertlite.training.memory import bytes_per_sequence, choose_micro_batch_size
 from bertlite.training.trainer import PHASES
@@ -57,32 +59,56 @@ def plan(
 
     Raises UserError for a wrong configuration.
     """
-    settings = config.train
-    runtime = initialize_runtime(settings.precision, settings.compile)
+    runtime = initialize_runtime(config.train.precision, config.train.compile)
     with TemporaryDirectory() as folder:
         logger.info("sampling the start of each source, in a temporary folder")
         sample = _sample_sources(config, Path(folder))
         prepared = prepare(sample.config)
-        result = _estimate_size(config, prepared, runtime)
         train_sequences, validation_sequences = _count_sequences(sample, prepared)
-        trained_sequences = settings.max_steps * settings.global_batch_size
-        tokens_per_sequence = prepared.packing.tokens() / len(prepared.packing)
-        result |= {
-            "text_tokens": round(train_sequences * tokens_per_sequence) if train_sequences else None,
-            "tokens": round(trained_sequences * tokens_per_sequence),
-            "epochs": trained_sequences / train_sequences if train_sequences else None,
-            "floating_point_operations": float(flops_of_step(config, prepared, trained_sequences)),
-            "disk_free": shutil.disk_usage(_existing_folder(config)).free,
-            "seconds_per_step": None,
-            "seconds": None,
-        }
+        config, known = resolve_steps(config, prepared), _estimate_size(config, prepared, runtime)
+        fits = measure and known["memory"] <= known["memory_free"]
+        seconds = budget_seconds(config.train.budget)
+
+        def measure_time() -> tuple[float, float]:
+            return _measure_time(sample.config, prepared, runtime, known["micro_batch_size"], validation_sequences or 0)
+
+        times = measure_time() if fits and seconds else None
+        if times:
+            config = _fill_budget(config, seconds, *times)
+        result = known | _estimate_run(config, prepared, train_sequences)
         result["warnings"] = _warnings(config, result)
+        if seconds and not times:
+            result["warnings"].append(f"not measured: {config.train.max_steps:,} steps need not fit the budget")
         if report:
             report(result)
-        if measure and result["memory"] <= result["memory_free"]:
-            micro_batch_size = result["micro_batch_size"]
-            result |= _measure_time(sample.config, prepared, runtime, micro_batch_size, validation_sequences or 0)
+        if fits:
+            step, evaluation = times or measure_time()
+            evaluations = math.ceil(config.train.max_steps / config.train.eval_steps)
+            total = step * config.train.max_steps + evaluation * evaluations
+            result |= {"seconds_per_step": step, "seconds": seconds or total}
     return result
+
+
+def _fill_budget(config: PretrainConfig, seconds: float, step: float, evaluation: float) -> PretrainConfig:
+    """Return the configuration with as many steps as fit into a time, with their evaluations."""
+    steps = max(1, int((seconds - evaluation) / (step + evaluation / config.train.eval_steps)))
+    return with_changes(config, {"train.max_steps": steps}, "train.budget")
+
+
+def _estimate_run(config: PretrainConfig, prepared: Prepared, train_sequences: float | None) -> dict[str, Any]:
+    """Estimate what follows from the number of steps and the length of the text."""
+    trained_sequences = config.train.max_steps * config.train.global_batch_size
+    tokens_per_sequence = prepared.packing.tokens() / len(prepared.packing)
+    return {
+        "steps": config.train.max_steps,
+        "text_tokens": round(train_sequences * tokens_per_sequence) if train_sequences else None,
+        "tokens": round(trained_sequences * tokens_per_sequence),
+        "epochs": trained_sequences / train_sequences if train_sequences else None,
+        "floating_point_operations": float(flops_of_step(config, prepared, trained_sequences)),
+        "disk_free": shutil.disk_usage(_existing_folder(config)).free,
+        "seconds_per_step": None,
+        "seconds": None,
+    }
 
 
 def format_size(result: dict[str, Any]) -> str:
@@ -94,7 +120,7 @@ def format_size(result: dict[str, Any]) -> str:
     lines = {
         "parameters": f"{result['parameters']:,}",
         "text": f"{text} in data.train, estimated from its start",
-        "training": f"{result['tokens']:,} tokens in all steps: {epochs} epochs of the text",
+        "training": f"{result['tokens']:,} tokens in {result['steps']:,} steps: {epochs} epochs of the text",
         "operations": f"{result['floating_point_operations']:.2g}",
         "memory": f"{format_bytes(result['memory'])} with micro-batches of {result['micro_batch_size']} sequences; "
         f"{format_bytes(result['memory_free'])} are free",
@@ -145,8 +171,8 @@ def _measure_time(
     runtime: Runtime,
     micro_batch_size: int,
     validation_sequences: float,
-) -> dict[str, float]:
-    """Train a few micro-batches, and estimate the time of the run: its steps, and the forward passes of evaluations.
+) -> tuple[float, float]:
+    """Train a few micro-batches, and estimate the seconds of a step and of an evaluation.
 
     On a CPU the micro-batches are small and the model is not compiled, which would take longer than all the rest.
     """
@@ -168,10 +194,8 @@ def _measure_time(
     phases = {phase: np.median(np.diff([lap.seconds[phase] for lap in laps])) for phase in PHASES}
     micro_batches = share / micro_batch_size
     step_seconds = (phases["data"] + phases["forward"] + phases["backward"]) * micro_batches + phases["optimizer"]
-    evaluated_sequences = math.ceil(settings.max_steps / settings.eval_steps) * validation_sequences
-    evaluation_seconds = phases["forward"] * evaluated_sequences / (micro_batch_size * runtime.world_size)
-    seconds = step_seconds * settings.max_steps + evaluation_seconds
-    return {"seconds_per_step": float(step_seconds), "seconds": float(seconds)}
+    evaluation_seconds = phases["forward"] * validation_sequences / (micro_batch_size * runtime.world_size)
+    return float(step_seconds), float(evaluation_seconds)
 
 
 def _warnings(config: PretrainConfig, result: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from bertlite.config.loading import choose
+from bertlite.config.budget import budget_seconds, parse_budget
+from bertlite.config.loading import choose, with_changes
 from bertlite.config.settings import DataSettings, MaskingSettings, PretrainConfig
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
@@ -73,6 +74,15 @@ def forget_content(data: DataSettings) -> None:
         forget_digests(sources, setting, cache_folder(data.cache_dir))
 
 
+def resolve_steps(config: PretrainConfig, prepared: Prepared) -> PretrainConfig:
+    """Return the configuration with the number of steps that a budget of tokens buys."""
+    if config.train.budget is None or budget_seconds(config.train.budget):
+        return config
+    amount, _ = parse_budget(config.train.budget)
+    tokens_per_step = prepared.packing.tokens() / len(prepared.packing) * config.train.global_batch_size
+    return with_changes(config, {"train.max_steps": max(1, round(amount / tokens_per_step))}, "train.budget")
+
+
 def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:
     """Return the endless stream of batches that a configuration trains on."""
     T = config.data.sequence_length
@@ -81,9 +91,11 @@ def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:
 
 def batch_of_step(config: PretrainConfig, step: int) -> list[list[str]]:
     """Return the sequences of step `step`, counted from 1, as `Batches.describe` shows them."""
-    if not 1 <= step <= config.train.max_steps:
+    prepared = prepare(config)
+    config = resolve_steps(config, prepared)
+    if not budget_seconds(config.train.budget) and not 1 <= step <= config.train.max_steps:
         raise UserError(f"--step is {step}, but the steps are 1 to train.max_steps {config.train.max_steps}")
-    batches, size = training_batches(config, prepare(config)), config.train.global_batch_size
+    batches, size = training_batches(config, prepared), config.train.global_batch_size
     return batches.describe(batches.training((step - 1) * size, size))
 
 

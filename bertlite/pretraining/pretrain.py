@@ -1,11 +1,13 @@
 """`bertlite pretrain`: from a configuration to a trained model."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bertlite.config.budget import budget_seconds
 from bertlite.config.settings import PretrainConfig, TrainSettings
 from bertlite.core.distributed import barrier, leave_process_group
 from bertlite.core.errors import UserError
@@ -18,8 +20,9 @@ from bertlite.model.heads import prepare_for_training
 from bertlite.model.huggingface import load_model
 from bertlite.model.initialization import parameter_count
 from bertlite.pretraining.losses import masked_lm_loss, masked_lm_scores
-from bertlite.pretraining.prepare import Prepared, check_settings, prepare, training_batches
+from bertlite.pretraining.prepare import Prepared, check_settings, prepare, resolve_steps, training_batches
 from bertlite.pretraining.starting_model import create_model
+from bertlite.training.budget import Budget
 from bertlite.training.callbacks import Checkpoints, Evaluation, TrainingLog, loggers
 from bertlite.training.checkpoint import (
     TrainingState,
@@ -34,17 +37,28 @@ from bertlite.training.plateau import PlateauWatch
 from bertlite.training.run_folder import RUN_FILES, keep_former_defaults, open_run, write_config
 from bertlite.training.trainer import Callback, Trainer, evaluate
 
+MEASURED_BATCHES = 4  # of an evaluation, which say how long all of it takes
 
-def run(config: PretrainConfig, resume: bool = False, overwrite: bool = False, extend: bool = False) -> Path:
+
+def run(
+    config: PretrainConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    extend: bool = False,
+    start: float | None = None,
+) -> Path:
     """Pretrain into `output_dir`; with `resume`, continue from its newest valid checkpoint.
 
     With `overwrite`, replace a run in this folder; with `extend`, resume it with a larger `train.max_steps`, also if it
-    has finished.
+    has finished. A budget of time counts from `start`, a `time.time()`; None: from now.
 
     Returns the folder of the final model. Raises UserError for a wrong configuration, Failure when the training cannot
     continue, and Stopped after a signal, with a checkpoint saved.
     """
     check_settings(config)
+    start = start or time.time()
+    if extend and config.train.budget:
+        raise UserError(f"train.budget is {config.train.budget}; only runs with train.max_steps can be extended")
     folder = Path(config.output_dir)
     if resume or extend:
         config = keep_former_defaults(folder, config)
@@ -63,7 +77,8 @@ def run(config: PretrainConfig, resume: bool = False, overwrite: bool = False, e
             raise UserError(f"{folder}: has no valid checkpoint to continue from; start another run with --out DIR")
         if resume and checkpoint is None:
             logger.info(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
-        trainer = new_trainer(config, prepared, runtime, standard_callbacks(config, prepared, runtime), checkpoint)
+        callbacks = standard_callbacks(config, prepared, runtime, start)
+        trainer = new_trainer(resolve_steps(config, prepared), prepared, runtime, callbacks, checkpoint)
         if runtime.rank == 0:  # not before: a mistake found until here leaves no run behind
             write_config(folder, config, outdated=RUN_FILES if overwrite else ["model"] if extend else [])
         trainer.train()
@@ -123,19 +138,27 @@ def _log_setup(
     logger.info(f"{settings.global_batch_size} sequences a step in micro-batches of {micro_batch_size}{ranks}")
 
 
-def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runtime) -> list[Callback]:
-    """Return what happens between steps, in this order: log, evaluate, save."""
+def standard_callbacks(config: PretrainConfig, prepared: Prepared, runtime: Runtime, start: float) -> list[Callback]:
+    """Return what happens between steps, in this order: keep the budget, log, evaluate, save."""
     folder = Path(config.output_dir)
     validation = Batches(
         prepared.validation_corpus, prepared.validation_packing, prepared.tokenizer, config.data.sequence_length
     )
     scores = torch.compile(masked_lm_scores, dynamic=False) if runtime.compile else masked_lm_scores
 
-    def evaluate_on_validation(trainer: Trainer) -> dict[str, float]:
-        num_sequences, micro_batch_size = len(validation.packing), trainer.micro_batch_size
-        return evaluate(trainer.model, scores, validation.evaluation, num_sequences, micro_batch_size, runtime)
+    def evaluate_on_validation(trainer: Trainer, num_sequences: int = len(validation.packing)) -> dict[str, float]:
+        return evaluate(trainer.model, scores, validation.evaluation, num_sequences, trainer.micro_batch_size, runtime)
 
+    def measure_evaluation(trainer: Trainer) -> float:
+        num_sequences = min(len(validation.packing), MEASURED_BATCHES * trainer.micro_batch_size * runtime.world_size)
+        evaluate_on_validation(trainer, num_sequences)  # compiles
+        before = time.perf_counter()
+        evaluate_on_validation(trainer, num_sequences)
+        return (time.perf_counter() - before) * len(validation.packing) / num_sequences
+
+    seconds = budget_seconds(config.train.budget)
     return [
+        *([Budget(seconds, start, measure_evaluation)] if seconds else []),
         *loggers(folder, runtime),
         PlateauWatch(config.train, training_batches(config, prepared).unigram_entropy),
         TrainingLog(),

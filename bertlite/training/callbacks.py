@@ -52,6 +52,7 @@ class ProgressBar(Callback):
         self.bar = tqdm(total=trainer.settings.max_steps, initial=trainer.progress.step, desc="training", disable=None)
 
     def on_step(self, trainer: Trainer, step: Step) -> None:
+        self.bar.total = trainer.settings.max_steps  # a budget changes it
         self.bar.update()
 
     def on_log(self, trainer: Trainer, line: dict[str, float]) -> None:

@@ -31,6 +31,8 @@ class Progress:
     best_step: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
     evaluations_since_best: int = 0
+    planned_steps: int = 0  # of a run with a budget of time, as estimated last
+    spent_seconds: float = 0.0  # of that budget
 
 
 def with_current_names(values: dict[str, Any]) -> dict[str, Any]:

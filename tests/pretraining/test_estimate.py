@@ -92,7 +92,7 @@ def test_the_text_and_the_run_are_counted_apart(write_config):
     assert result["text_tokens"] == pytest.approx(prepared.packing.tokens(), rel=0.02)
     lines = format_size(result)
     assert f"about {result['text_tokens']:,} tokens in data.train" in lines
-    assert f"{result['tokens']:,} tokens in all steps" in lines
+    assert f"{result['tokens']:,} tokens in {result['steps']:,} steps" in lines
 
 
 @pytest.mark.parametrize("form", ["plain", "gz", "split"])
@@ -146,3 +146,14 @@ def test_plan_counts_the_parameters_of_the_starting_model(write_config):
     folder = pretrain(write_config("begin"))
     changes = ["model={init_from: " + json.dumps(str(folder)) + "}", "tokenizer={}"]
     assert planned(write_config("on"), *changes)["parameters"] == planned(write_config("begin"))["parameters"]
+
+
+def test_a_budget_of_time_gives_the_steps_that_fit(write_config):
+    path = write_config(train__budget="10m", train__eval_steps=1_000_000)
+    result = plan(load_config(PretrainConfig, path))
+    assert result["seconds"] == 600 and result["steps"] > 100
+    assert result["steps"] * result["seconds_per_step"] == pytest.approx(600, rel=0.1)
+    unmeasured = plan(load_config(PretrainConfig, path), measure=False)
+    assert "need not fit the budget" in unmeasured["warnings"][-1]
+    by_tokens = plan(load_config(PretrainConfig, write_config(train__budget="64000 tokens")), measure=False)
+    assert by_tokens["tokens"] == pytest.approx(64000, rel=0.02) and not by_tokens["warnings"]

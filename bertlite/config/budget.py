@@ -1,0 +1,34 @@
+"""Budgets of a pretraining, as they are written in the YAML."""
+
+import math
+import re
+
+SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
+
+
+def parse_budget(text: str) -> tuple[float, str]:
+    """Return an amount and its unit, seconds or tokens: "1.5h" is (5400, "seconds"), "2B tokens" (2e9, "tokens").
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(?:(s|m|min|h|d)|([kmb]?)\s*tokens)\s*", text, re.IGNORECASE)
+    try:
+        assert match
+        number, unit, multiple = match.groups()
+        amount = float(number) * (SECONDS[unit.lower()] if unit else MULTIPLES[multiple.lower()])
+        assert 0 < amount < math.inf
+    except (AssertionError, ValueError):
+        raise ValueError(f"{text!r} is neither a time, such as 30m or 24h, nor a number such as 2e9 tokens") from None
+    return amount, "seconds" if unit else "tokens"
+
+
+def check_budget(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
+def budget_seconds(text: str | None) -> float:
+    """Return a budget of time in seconds; 0 for one of tokens, and for none."""
+    amount, unit = parse_budget(text) if text else (0.0, "seconds")
+    return amount if unit == "seconds" else 0.0
