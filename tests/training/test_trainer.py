@@ -176,7 +176,7 @@ def dropped_units(path: Path, *overrides: str) -> list[bytes]:
     config = load_config(PretrainConfig, path, list(overrides))
     prepared, runtime = prepare(config), initialize_runtime("fp32")
     Path(config.output_dir).mkdir(exist_ok=True)
-    trainer = new_trainer(config, prepared, runtime, standard_callbacks(config, prepared, runtime)[:-1])
+    trainer = new_trainer(config, prepared, runtime, standard_callbacks(config, prepared, runtime, start=0.0)[:-1])
     units: list[bytes] = []
     trainer.model.encoder.embeddings.dropout.register_forward_hook(
         lambda module, _, output: units.append((output == 0).numpy().tobytes()) if module.training else None
@@ -232,7 +232,7 @@ def test_an_interrupted_training_names_its_checkpoint_if_it_saves_any(write_conf
     folder = Path(config.output_dir)
     folder.mkdir()
     prepared, runtime = prepare(config), initialize_runtime("fp32")
-    callbacks = standard_callbacks(config, prepared, runtime) if saves else []
+    callbacks = standard_callbacks(config, prepared, runtime, start=0.0) if saves else []
     try:
         with pytest.raises(Stopped):
             new_trainer(config, prepared, runtime, [*callbacks, StopAfterStep2()]).train()
