@@ -298,6 +298,7 @@ CHANGED = {
     "masking.strategy": "whole-word",
     "masking.rate": 0.3,
     "train.max_steps": 5,
+    "train.budget": "300 tokens",
     "train.global_batch_size": 4,
     "train.per_device_train_batch_size": 1,
     "train.gradient_checkpointing": None,  # the same numbers; above and test_model.py
