@@ -41,6 +41,9 @@ class StopRequest:
         outer, self.is_deferred = self.is_deferred, is_deferred
         try:
             yield
+        except Stopped:
+            self.is_raised = True  # the process is ending: another signal would interrupt what cleans up
+            raise
         finally:
             self.is_deferred = outer
 
