@@ -334,7 +334,8 @@ def test_a_repeated_signal_does_not_disturb_the_save(write_config, tmp_path, num
 def test_a_signal_after_the_end_of_a_deferring_block_is_not_raised_again():
     code = (
         "import os, signal\nfrom bertlite.core.signals import Stopped, listen, stop_request\nlisten()\n"
-        "try:\n    with stop_request.deferred():\n        os.kill(os.getpid(), signal.SIGTERM)\n        raise Stopped(15)\n"
+        "try:\n    with stop_request.deferred():\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        raise Stopped(15)\n"
         "except Stopped:\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('cleaned up')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
