@@ -13,7 +13,7 @@ from bertlite.config.loading import choose
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
-from bertlite.core.runtime import Runtime
+from bertlite.core.runtime import PRECISIONS, Runtime
 from bertlite.data.formats import TableFile
 from bertlite.data.sources import find_source_files, read_file_texts
 from bertlite.finetuning.evaluate import evaluate_files
@@ -27,8 +27,6 @@ from bertlite.model.heads import Classifier, MaskedLanguageModel
 from bertlite.model.huggingface import load_model, load_tokenizer_of
 from bertlite.model.sentence_transformers import read_vector_options
 from bertlite.training.run_folder import model_folder
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LoadedModel:

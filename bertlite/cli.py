@@ -2,20 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from bertlite import __version__
+from bertlite.options import (
+    AsJson, Budget, Column, Columns, ConfigFile, ExtendTo, Field, InitialModel, Model, Out, Overrides, Overwrite, Precision,
+    Resume, check_start, load_config, load_model, refuse,
+)  # fmt: skip
 from bertlite.terminal import print_result, print_text, run_app
-
-if TYPE_CHECKING:
-    from bertlite.api import LoadedModel
-    from bertlite.config.settings import Section
-
-Config = TypeVar("Config", bound="Section")
 
 app = typer.Typer(
     add_completion=False,
@@ -24,34 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for examples.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as in train.max_steps=100; repeatable."),
-]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of output_dir.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub name or a run folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Resume from the newest valid checkpoint.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run of this command in the run folder.")]
-InitialModel = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
-]
-Column = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Column that holds the text, if FILE is a table; default: text."),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column", metavar="NAME", help="Column that holds the text; twice for pairs. Default: as in fine-tuning."
-    ),
-]
-Field = Annotated[
-    str | None, typer.Option(metavar="KEY", help="Key of the list in a JSON file that holds several, such as test.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
 
 def _print_version(requested: bool) -> None:
@@ -81,7 +50,7 @@ def prepare(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import prepare as preparing
 
-    settings = _load_config(PretrainConfig, config, overrides)
+    settings = load_config(PretrainConfig, config, overrides)
     if check_content:
         preparing.forget_content(settings.data)
     preparing.prepare(settings)
@@ -94,12 +63,8 @@ def pretrain(
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    extend_to: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Resume a run, also a finished one, up to this step.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help='What the run may take, as in 30m, 24h or "2e9 tokens".')
-    ] = None,
+    extend_to: ExtendTo = None,
+    budget: Budget = None,
 ) -> None:
     """Pretrain a BERT by masked language modelling."""
     from psutil import Process
@@ -107,10 +72,10 @@ def pretrain(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining.pretrain import run
 
-    _check_start(overwrite, resume or bool(extend_to))
+    check_start(overwrite, resume or bool(extend_to))
     changes = [*(overrides or []), *([f"train.max_steps={extend_to}"] if extend_to else [])]
     changes += [f"train.budget={budget}"] if budget else []
-    settings = _load_config(PretrainConfig, config, changes, out)
+    settings = load_config(PretrainConfig, config, changes, out)
     extend = bool(extend_to)
     print_text(run(settings, resume or extend, overwrite, extend, start=Process().create_time()))
 
@@ -128,7 +93,7 @@ def plan(
     from bertlite.pretraining import estimate
 
     report = None if as_json else lambda known: print_text(estimate.format_size(known))
-    result = estimate.plan(_load_config(PretrainConfig, config, overrides, out), measure, report)
+    result = estimate.plan(load_config(PretrainConfig, config, overrides, out), measure, report)
     print_result(result, as_json, estimate.format_time)
 
 
@@ -144,7 +109,7 @@ def batch(
     from bertlite.data.batches import format_batch
     from bertlite.pretraining.prepare import batch_of_step
 
-    print_result(batch_of_step(_load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
+    print_result(batch_of_step(load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
 
 
 @app.command()
@@ -177,13 +142,13 @@ def evaluate(
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
-    loaded = _load_model(model, precision)
+    loaded = load_model(model, precision)
     options = {"--pairs": pairs, "--pseudo-perplexity": pseudo_perplexity, "--sequence-length": sequence_length}
     if loaded.is_fine_tuned:
-        _refuse({**options, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples")
+        refuse({**options, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples")
         result = loaded.evaluate(data or [], columns, label, field)
     else:
-        _refuse(
+        refuse(
             {"--label": label, "--field": field, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned"
         )
         result = evaluate_masked_lm(
@@ -208,8 +173,8 @@ def finetune(
     from bertlite.finetuning.finetune import run
     from bertlite.finetuning.results import format_results
 
-    _check_start(overwrite, resume)
-    results = run(_load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
+    check_start(overwrite, resume)
+    results = run(load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
     print_result(results, as_json, format_results)
 
 
@@ -227,8 +192,8 @@ def sweep(
     from bertlite.config.finetune_settings import SweepConfig
     from bertlite.finetuning import sweep as sweeping
 
-    _check_start(overwrite, resume)
-    trials = sweeping.sweep(_load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
+    check_start(overwrite, resume)
+    trials = sweeping.sweep(load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
     print_result(trials, as_json, sweeping.format_trials)
 
 
@@ -272,7 +237,7 @@ def predict(
         raise UserError(f"predict reads either TEXT or {'--file' if file else 'a --column of a table'}, not both")
     for name in filter(os.path.isfile, texts or []):
         logger.warning(f"{name}: read as a text; --file {name} reads the file")
-    loaded = _load_model(model, precision)
+    loaded = load_model(model, precision)
     settings = inputs.choose_inputs(loaded.classifier, loaded.tokenizer, columns, pairs)
     records = inputs.read_inputs(texts or None, file, settings, columns, field)
     task = find_task(loaded.classifier)
@@ -298,7 +263,7 @@ def fill(
     """Predict the tokens at [MASK]."""
     from bertlite.inference.fill import format_predictions
 
-    print_result(_load_model(model, precision).fill(text, top_k), as_json, format_predictions)
+    print_result(load_model(model, precision).fill(text, top_k), as_json, format_predictions)
 
 
 @app.command()
@@ -326,7 +291,7 @@ def embed(
     precision: Precision = "fp32",
 ) -> None:
     """Turn each text of a file into a vector."""
-    loaded = _load_model(model, precision)
+    loaded = load_model(model, precision)
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
         count, size = embedder.write(loaded.read_texts(file, column, field), out)
@@ -375,54 +340,8 @@ def bench(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import bench as benching
 
-    result = benching.bench(_load_config(PretrainConfig, config, overrides), steps)
+    result = benching.bench(load_config(PretrainConfig, config, overrides), steps)
     print_result(result, as_json, benching.format_bench)
-
-
-def _load_config(
-    config_type: type[Config],
-    path: Path,
-    overrides: list[str] | None,
-    out: Path | None = None,
-    model: str | None = None,
-) -> Config:
-    """Load the configuration of a command, with --set, --model and --out."""
-    from bertlite.config.loading import load_config
-
-    out = out or _folder_of_run(path)
-    options = {"model.init_from": model, "output_dir": out and str(out)}
-    changes = [f"{name}={json.dumps(value)}" for name, value in options.items() if value]
-    return load_config(config_type, path, [*(overrides or []), *changes])
-
-
-def _refuse(options: Mapping[str, Any], reason: str) -> None:
-    """Raise UserError if one of these options is given."""
-    from bertlite.core.errors import UserError
-
-    for name, value in options.items():
-        if value:
-            raise UserError(f"{name} does not apply: {reason}")
-
-
-def _folder_of_run(config: Path) -> Path | None:
-    """Return the folder of the run that a configuration is a part of, wherever it was moved or copied; else None."""
-    files = (".lock", "metrics.jsonl", "checkpoints", "results.json")
-    is_run = config.name == "config.yaml" and any((config.parent / name).exists() for name in files)
-    return config.parent if is_run else None
-
-
-def _check_start(overwrite: bool, resume: bool) -> None:
-    from bertlite.core.errors import UserError
-
-    if overwrite and resume:
-        raise UserError("--overwrite replaces a run, --resume and --extend-to continue one; give one of them")
-
-
-def _load_model(model: str, precision: str) -> "LoadedModel":
-    from bertlite.api import LoadedModel
-    from bertlite.core.runtime import initialize_runtime
-
-    return LoadedModel(model, initialize_runtime(precision))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory) -> dict[str, str]:
-    """Training and held-out text, cut from the sample where a document ends."""
+    """Training and validation text, cut from the sample where a document ends."""
     folder = tmp_path_factory.mktemp("text")
     documents = (SAMPLE / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")
     for name, part in {"train": documents[:30], "validation": documents[-5:]}.items():
@@ -88,7 +88,7 @@ def bertlite(capsys, monkeypatch):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["bertlite", *map(str, arguments)])
-        monkeypatch.setattr(stop_request, "is_deferred", False)  # this process goes on after the command
+        monkeypatch.setattr(stop_request, "is_deferred", False)  # this process continues after the command
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()

@@ -22,7 +22,7 @@ ORDER = {
     "export": "parity onnx model_card formats",
     "finetuning": "metrics answer_metrics labels label_lists confusion examples batches losses decoding answers choices"
     " spans tag_schemes tags tasks inputs splits results compare evaluate experiment finetune predict sweep",
-    "": "api terminal cli __main__",
+    "": "api terminal options cli __main__",
 }
 MODULES = [".".join(filter(None, (package, name))) for package, names in ORDER.items() for name in names.split()]
 

@@ -17,7 +17,7 @@ from bertlite.config.settings import (
     Seed,
 )
 
-MAX_TOKENS = 1 << 24  # more than any model reads
+MAX_LENGTH = 1 << 24  # more than any model reads
 
 
 class FinetuneModel(Section):
@@ -86,11 +86,11 @@ class InputSettings(Section):
     """Column of the sentence's number in a table with one word per row; null: a row or block of lines is a sentence."""
     on_bad_example: Literal["error", "skip"] = "error"
     """What to do with examples that cannot be used, such as an empty text: end with an error, or leave them out."""
-    max_length: Annotated[int, Field(ge=8, le=MAX_TOKENS)] = 128
+    max_length: Annotated[int, Field(ge=8, le=MAX_LENGTH)] = 128
     """Tokens of an example; longer ones are truncated or, for tags and question answering, read in windows."""
-    doc_stride: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 64
+    doc_stride: Annotated[int, Field(gt=0, le=MAX_LENGTH)] = 64
     """Tokens by which such windows overlap, for tags at most half of one; in predict of answers half, at most 128."""
-    max_answer_length: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 30
+    max_answer_length: Annotated[int, Field(gt=0, le=MAX_LENGTH)] = 30
     """Tokens of the longest answer."""
     null_score_diff_threshold: float | None = None
     """A question has no answer if [CLS] scores higher than the best answer by more; null: learned on validation."""

@@ -12,7 +12,7 @@ logger = logging.getLogger("bertlite")
 logger.addHandler(logging.NullHandler())
 
 
-MAX_LINE = 1000  # characters of a message; a value in it may be of any length
+MAX_MESSAGE = 1000  # characters of a line; a value in it may be of any length
 
 # Characters that move the cursor, change colours or the direction of text.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -30,10 +30,17 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def without_controls(text: str) -> str:
+    """Replace what cannot be shown in a line, such as control characters and line breaks, by blanks."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def format_message(text: str) -> str:
     """Make a message printable, and leave out the middle of lines that are too long."""
     lines = printable(text).splitlines()
-    return "\n".join(f"{line[: MAX_LINE - 300]} … {line[-297:]}" if len(line) > MAX_LINE else line for line in lines)
+    return "\n".join(
+        f"{line[: MAX_MESSAGE - 300]} … {line[-297:]}" if len(line) > MAX_MESSAGE else line for line in lines
+    )
 
 
 _terminal = _TqdmHandler()

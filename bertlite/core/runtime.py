@@ -18,7 +18,8 @@ from bertlite.core.distributed import check_environment, get_rank, get_world_siz
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.logging import logger
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISION_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 # Values of oneDNN's environment variable that limits its instructions.
 ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
@@ -40,7 +41,7 @@ class Runtime:
     def describe_precision(self, setting: str) -> str:
         """Return the precision, and why `train.precision` auto chose it."""
         if setting != "auto":
-            return PRECISIONS[self.dtype]
+            return PRECISION_NAMES[self.dtype]
         return "bf16 (native)" if self.dtype == torch.bfloat16 else "fp32 (no native bf16)"
 
     def multiplies_by_onednn(self) -> bool:
@@ -50,7 +51,7 @@ class Runtime:
         """
         if self.device.type != "cpu" or self.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return False
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
         return torch.backends.mkl.is_available() and "AMD" in str(capabilities.get("cpu_name"))
 
     def environment(self) -> dict[str, str | int | bool]:
@@ -61,7 +62,7 @@ class Runtime:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else processor,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "precision": PRECISIONS[self.dtype],
+            "precision": PRECISION_NAMES[self.dtype],
             "compile": self.compile,
             "ranks": self.world_size,
         }

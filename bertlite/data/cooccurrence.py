@@ -15,7 +15,7 @@ from bertlite.core.logging import logger
 from bertlite.data.batches import Batches
 
 VERSION = 1  # raise it when the same text would give other vectors
-MAX_TOKENS = 10_000_000  # that are counted
+MAX_COUNTED_TOKENS = 10_000_000  # that are counted
 CHUNK = 2_000  # sequences that are read at a time
 MIN_PAIRS = 2  # pairs that occur less often are noise
 SMOOTHING = 10.0  # added to the counts of tokens, so that rare ones get no large values
@@ -53,7 +53,7 @@ def count_cooccurrence(batches: Batches, size: int, offsets: tuple[int, ...]) ->
 
 def num_counted_sequences(batches: Batches) -> int:
     """Return how many of the first training sequences are counted."""
-    return min(len(batches.packing), max(1, MAX_TOKENS // batches.sequence_length))
+    return min(len(batches.packing), max(1, MAX_COUNTED_TOKENS // batches.sequence_length))
 
 
 def _load(path: Path) -> Cooccurrence | None:

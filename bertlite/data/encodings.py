@@ -78,8 +78,8 @@ def decode_line(line: bytes, number: int, location: str, setting: str = "") -> s
     raise UserError(f"{location}:{number}: not UTF-8 text (byte 0x{bad_byte:02x}); {advice}")
 
 
-def decode_lines(pieces: Iterable[bytes], encoding: str, location: str) -> Iterator[str]:
-    """Decode a text in pieces that end at bytes 0x0A; yield its lines, without their ends.
+def decode_lines(chunks: Iterable[bytes], encoding: str, location: str) -> Iterator[str]:
+    """Decode a text in chunks that end at bytes 0x0A; yield its lines, without their ends.
 
     Raises UserError, naming the line, for bytes that the encoding does not have, and for an unknown encoding.
     """
@@ -91,13 +91,13 @@ def decode_lines(pieces: Iterable[bytes], encoding: str, location: str) -> Itera
     except (LookupError, ValueError):  # ValueError: a name with a null byte
         raise unknown from None
     rest, number, is_first = "", 1, True
-    for piece in chain(pieces, [b""]):
+    for chunk in chain(chunks, [b""]):
         try:
-            text = decoder.decode(piece, final=not piece)
+            text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             advice = f"if only a few bytes are wrong, remove them: iconv -c -f {iconv_name(encoding)} -t UTF-8"
-            guesses = guess_encodings(piece) if sum(byte > 127 for byte in piece) >= MIN_FOREIGN_BYTES else []
-            if guesses and decodes(piece, guesses[0]):
+            guesses = guess_encodings(chunk) if sum(byte > 127 for byte in chunk) >= MIN_FOREIGN_BYTES else []
+            if guesses and decodes(chunk, guesses[0]):
                 advice = f"it looks like {guesses[0]}"
             bad_byte = error.object[error.start]
             raise UserError(f"{location}:{number}: not {encoding} (byte 0x{bad_byte:02x}); {advice}") from None
@@ -137,4 +137,5 @@ def _warn_once(message: str) -> None:
 
 
 def is_utf8(encoding: str) -> bool:
+    """Return whether this is a name of UTF-8."""
     return encoding.lower().replace("_", "-") in ("utf-8", "utf8")

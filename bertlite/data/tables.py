@@ -18,8 +18,9 @@ from bertlite.data.sources import find_source_files, read_dataset
 
 
 def read_records(location: DataLocation, settings: InputSettings, setting: str) -> list[Record]:
-    """Read the records of tables, of folders of texts, or of a dataset; of the sample, the split that `setting` ends
-    with.
+    """Read the records of tables, of folders of texts, or of a dataset.
+
+    Of the sample it is the split that is the last part of `setting`, such as task.train.
 
     Raises UserError, naming file and line, for what cannot be read.
     """
@@ -34,11 +35,11 @@ def read_records(location: DataLocation, settings: InputSettings, setting: str) 
         advice="; see task.columns, task.delimiter and task.quoting",
         bad_rows=[] if settings.on_bad_example == "skip" else None,
     )
-    files = find_table_files(location, setting)
-    if table.path.is_dir() and all(is_class_text(path, table.path) for path in files):
-        records = [read_class_text(replace(table, path=path), settings) for path in files]
+    paths = find_table_files(location, setting)
+    if table.path.is_dir() and all(is_class_text(path, table.path) for path in paths):
+        records = [read_class_text(replace(table, path=path), settings) for path in paths]
     else:
-        records = [record for path in files for record in read_table(replace(table, path=path), settings)]
+        records = [record for path in paths for record in read_table(replace(table, path=path), settings)]
     if table.bad_rows:
         logger.warning(
             f"{setting}: left out for their number of columns: {count(len(table.bad_rows), 'row')}: {table.bad_rows[0]}"

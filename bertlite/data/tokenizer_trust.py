@@ -21,12 +21,12 @@ from bertlite.data.vocabulary import WORD_PARTS
 
 MAX_FILE_BYTES = 1 << 27  # the largest tokenizer.json in use have about 35 MB
 MAX_SETTINGS_BYTES = 1 << 24  # of the JSON files beside it
-MAX_TOKENS = 4_000_000
+MAX_VOCABULARY = 4_000_000
 MAX_ADDED_TOKENS = 10_000
 MAX_TOKEN_CHARACTERS = 1000
 MAX_PARTS = 16  # normalizers, or pre-tokenizers, … in a row
 MAX_GROWTH = 64  # how many times as long a text may become; NFKC makes 18 characters of one
-MAX_WORD_CHARACTERS = 1000  # WordPiece takes time in the square of it
+MAX_WORDPIECE_CHARACTERS = 1000  # WordPiece takes time in the square of it
 
 PARTS = {
     "normalizer": "BertNormalizer ByteLevel Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace Sequence Strip"
@@ -83,6 +83,8 @@ class Part(BaseModel):
 
 
 class AddedToken(BaseModel):
+    """A token that is found in the text before it is split."""
+
     content: Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS)]
 
 
@@ -95,21 +97,25 @@ class Model(BaseModel):
 
     type: Literal["WordPiece", "BPE", "Unigram", "WordLevel"] | None = None
     vocab: (
-        Annotated[dict[Token, int], Field(max_length=MAX_TOKENS)]
-        | Annotated[list[tuple[Token, float]], Field(max_length=MAX_TOKENS)]
+        Annotated[dict[Token, int], Field(max_length=MAX_VOCABULARY)]
+        | Annotated[list[tuple[Token, float]], Field(max_length=MAX_VOCABULARY)]
     )
-    merges: Annotated[list[Merge], Field(max_length=MAX_TOKENS)] = []
-    max_input_chars_per_word: Annotated[int, Field(le=MAX_WORD_CHARACTERS)] = 100
+    merges: Annotated[list[Merge], Field(max_length=MAX_VOCABULARY)] = []
+    max_input_chars_per_word: Annotated[int, Field(le=MAX_WORDPIECE_CHARACTERS)] = 100
     continuing_subword_prefix: Annotated[str, Field(max_length=100)] | None = None
     end_of_word_suffix: Annotated[str, Field(max_length=100)] | None = None
 
 
 class Padding(BaseModel):
+    """To what length sequences are padded."""
+
     strategy: Literal["BatchLongest"] | dict[Literal["Fixed"], Annotated[int, Field(le=1 << 20)]]
     pad_to_multiple_of: Annotated[int, Field(le=1 << 20)] | None = None
 
 
 class Truncation(BaseModel):
+    """After how many tokens a text is truncated."""
+
     max_length: Annotated[int, Field(gt=0)]
     stride: int = 0
 
@@ -220,8 +226,8 @@ def _check_lines(path: Path) -> None:
     """Raise UserError for a vocabulary or merges of too many lines, or lines that are too long."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(8 * MAX_TOKEN_CHARACTERS + 1), b""), 1):
-            if number > MAX_TOKENS or len(line) > 8 * MAX_TOKEN_CHARACTERS:
-                limit = f"{MAX_TOKENS:,} tokens of {MAX_TOKEN_CHARACTERS:,} characters"
+            if number > MAX_VOCABULARY or len(line) > 8 * MAX_TOKEN_CHARACTERS:
+                limit = f"{MAX_VOCABULARY:,} tokens of {MAX_TOKEN_CHARACTERS:,} characters"
                 raise UserError(f"{path}:{number}: the file is too long or the token is; at most {limit}")
 
 

@@ -12,7 +12,7 @@ from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig, Section
 from bertlite.core.errors import UserError, first_line
-from bertlite.core.logging import count
+from bertlite.core.logging import count, without_controls
 from bertlite.core.trust import check_run_folder
 from bertlite.export.parity import Check
 from bertlite.model.heads import HEADS, Model
@@ -167,8 +167,7 @@ def _source_names(sources: list[Any]) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escape what has a meaning in Markdown or HTML, and put line breaks and control characters as spaces."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", printable)
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", without_controls(text))
 
 
 def _load_run_config(path: Path) -> Section | None:

@@ -23,7 +23,6 @@ class Outputs:
     settings: InputSettings
 
 
-# Below: results in the format of Hugging Face's pipelines.
 def rank_classes(outputs: Outputs, top_k: int) -> list[Any]:
     """Rank labels that exclude each other, by softmax; a single label by sigmoid, as Hugging Face does."""
     return rank_labels(outputs, top_k, sigmoid if len(outputs.labels) == 1 else softmax)
@@ -38,7 +37,6 @@ def rank_labels(outputs: Outputs, top_k: int, activation: Callable[[Scores], Sco
     return [ranking[0] for ranking in rankings] if top_k == 1 else rankings
 
 
-# Below: a result as columns of a table.
 def tabulate(result: Any) -> dict[str, Any]:
     """Return the entries of a result, or the list that it is."""
     if isinstance(result, list):

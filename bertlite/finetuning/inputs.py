@@ -87,7 +87,7 @@ def read_inputs(
         return iter(read_records(DataLocation(path=file, field=field), settings, "--file"))
     table = TableFile(
         path,
-        format="json" if field else None,
+        format=DataLocation(path=file, field=field).given_format,
         field=field,
         encoding=settings.encoding,
         encoding_setting="task.encoding",

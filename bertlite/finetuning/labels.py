@@ -9,7 +9,7 @@ import numpy as np
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
-from bertlite.core.logging import logger
+from bertlite.core.logging import logger, without_controls
 from bertlite.data.formats import Record, is_empty
 from bertlite.data.tables import get_column
 
@@ -198,7 +198,7 @@ def list_counts(counts: Counter[str]) -> str:
 
 def in_one_line(label: str) -> str:
     """Return a label without line ends and control characters, and cut if it is long."""
-    text = " ".join("".join(character if character.isprintable() else " " for character in label).split())
+    text = " ".join(without_controls(label).split())
     return text if len(text) <= 30 else f"{text[:29]}…"
 
 

@@ -122,9 +122,12 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 def rank_trials(trials: list[Trial]) -> list[dict[str, Any]]:
     """Return the number, value and settings of each trial that succeeded, best first."""
-    succeeded = [(number, trial) for number, trial in enumerate(trials) if trial.value is not None]
-    succeeded.sort(key=lambda pair: -(pair[1].value or 0.0))
-    return [{"trial": number, "value": trial.value, **trial.settings} for number, trial in succeeded]
+    succeeded = [
+        {"trial": number, "value": trial.value, **trial.settings}
+        for number, trial in enumerate(trials)
+        if trial.value is not None
+    ]
+    return sorted(succeeded, key=lambda trial: -trial["value"])
 
 
 def write_best(folder: Path, finished: list[Trial], base: FinetuneConfig, space: Space) -> None:

@@ -20,7 +20,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Item = TypeVar("Item")
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def inference_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute F.linear by oneDNN, without gradients. In fp32 torch calls MKL, which is slow on AMD and ARM."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
@@ -31,7 +31,7 @@ def prepare_for_inference(model: Module, runtime: Runtime) -> Module:
     model.to(runtime.device).eval()
     has_onednn = torch.backends.mkldnn.is_available()
     if has_onednn and runtime.device.type == "cpu" and runtime.dtype == torch.float32:
-        set_linear(model, onednn_linear)
+        set_linear(model, inference_linear)
     return model
 
 

@@ -13,7 +13,7 @@ class Muon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) as `torch.optim.Muon` defines it, several times as fast on CPUs.
 
     That class orthogonalizes one matrix at a time, in bf16 on any hardware. Here matrices of the same shape are
-    orthogonalized together, in `dtype`. A run that began with torch's class goes on with it, bit for bit.
+    orthogonalized together, in `dtype`. A run that was started with torch's class continues with it, bit for bit.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from chance import assert_uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,16 +24,6 @@ from bertlite.core.random import (
 
 WORD = st.integers(0, 2**32 - 1)
 PURPOSES = {name: value for name, value in vars(philox_module).items() if name.isupper() and not name.startswith("_")}
-
-
-def assert_uniform(counts):
-    """Pearson's chi-square of equally likely cells, within five standard deviations of what it is by chance."""
-    counts = np.asarray(counts)
-    expected = counts.sum() / counts.size
-    assert expected >= 5
-    freedom = counts.size - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
 @pytest.mark.parametrize(

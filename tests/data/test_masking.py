@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from chance import assert_uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,16 +62,6 @@ def many_sequences(count, words, strategy="token", rate=0.15, seed=0, word_start
     ids = np.tile(np.array(words, dtype=np.int64), (count, 1))
     word_starts = None if word_starts is None else np.tile(word_starts, (count, 1))
     return ids, *masked(ids, np.arange(count), strategy, rate, (seed, 3), word_starts)
-
-
-def assert_uniform(counts):
-    """Pearson's chi-square of equally likely cells, within five standard deviations of what it is by chance."""
-    counts = np.asarray(counts)
-    expected = counts.sum() / counts.size
-    assert expected >= 5
-    freedom = counts.size - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
 def assert_share(count, total, share):

@@ -47,13 +47,6 @@ CLASSES = [
 ]
 
 
-def tripled(**changes) -> dict:
-    return {
-        "type": "Sequence",
-        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaa"} | changes],
-    }
-
-
 def charsmap(longest: int) -> str:
     return base64.b64encode(struct.pack("<I", 4) + b"\0\0\0\0" + b"a\0" + b"b" * longest + b"\0").decode()
 

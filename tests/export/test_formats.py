@@ -21,7 +21,7 @@ from bertlite.export import onnx as export_onnx
 from bertlite.export import parity
 from bertlite.export.formats import DTYPES, FORMATS, export
 from bertlite.export.model_card import describe_run
-from bertlite.inference.batching import onednn_linear
+from bertlite.inference.batching import inference_linear
 from bertlite.inference.embed import POOLINGS
 from bertlite.model.bert import Pooler
 from bertlite.model.huggingface import load_model
@@ -349,7 +349,7 @@ def test_the_example_of_the_model_card_runs(every_head, tmp_path, monkeypatch, f
 
 def test_a_model_in_python(every_head):
     model = load(str(every_head["BertForMaskedLM"]))
-    assert any(getattr(module, "linear", None) is onednn_linear for module in model.model.modules())
+    assert any(getattr(module, "linear", None) is inference_linear for module in model.model.modules())
     text = "The [MASK] of the state."
     reference = pipeline("fill-mask", model=str(every_head["BertForMaskedLM"]), device="cpu")(text, top_k=3)
     predictions = model.fill(text, top_k=3)

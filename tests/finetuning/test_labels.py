@@ -32,7 +32,6 @@ from bertlite.finetuning.tasks import TASKS
 NAMES = ["anger", 'don\'t, "really"', "fear of 9 9", "joy"]
 SETS = [["joy", "anger"], [], ["joy"], [NAMES[1], NAMES[2]], NAMES]
 VECTORS = MultiLabelBinarizer(classes=NAMES).fit_transform(SETS)
-PLAIN = [["joy", "anger"], ["fear"], ["joy"]]
 
 
 def task_of(kind: str = "multilabel", **settings) -> TaskSettings:

@@ -17,7 +17,7 @@ import bertlite.inference.embed
 from bertlite import load
 from bertlite.core.errors import Failure, UserError
 from bertlite.core.runtime import Runtime
-from bertlite.inference.batching import batches_by_length, onednn_linear, pad, prepare_for_inference
+from bertlite.inference.batching import batches_by_length, inference_linear, pad, prepare_for_inference
 from bertlite.inference.embed import POOLINGS, Embedder
 from bertlite.model.attention import KERNELS
 from bertlite.model.huggingface import load_model, load_tokenizer_of
@@ -104,7 +104,7 @@ def test_batches_hold_every_sequence_once_and_little_padding():
 def test_linear_layers_compute_the_same_by_onednn(every_head):
     encoder, _ = load_encoder(every_head["BertModel"])
     fast = prepare_for_inference(copy.deepcopy(encoder), FP32)
-    assert sum(getattr(module, "linear", None) is onednn_linear for module in fast.modules()) == 9
+    assert sum(getattr(module, "linear", None) is inference_linear for module in fast.modules()) == 9
     assert fast.state_dict().keys() == encoder.state_dict().keys()
     inputs = pad([[5] * 20, [7] * 3], 0, CPU)
     with torch.inference_mode():

@@ -19,7 +19,7 @@ EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
 @pytest.fixture
 def begin(write_config) -> Path:
-    """The run to go on from."""
+    """The run to continue from."""
     return pretrain(write_config("begin", train__max_steps=4, train__save_steps=4))
 
 

@@ -246,7 +246,7 @@ def test_a_signal_during_a_save_finishes_it(write_config, number):
 
 
 def test_a_signal_during_the_preparation(write_config, tmp_path):
-    """While the tokenizer is trained, and while the text is tokenised; then it goes on to the same bytes."""
+    """While the tokenizer is trained, and while the text is tokenized; run again, it writes the same bytes."""
     sample = SAMPLE / "pretrain.txt"
     (tmp_path / "text.txt").write_text(sample.read_text() * 2)
     changes = {"data__train": [str(tmp_path / "text.txt")], "data__cache_dir": str(tmp_path / "cache")}
@@ -349,10 +349,10 @@ def process_has_logged(run) -> bool:
 def test_a_signal_that_the_parent_ignores_stays_ignored():
     code = (
         "import os, signal\nfrom bertlite.core.signals import listen\nlisten()\n"
-        "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"
+        "os.kill(os.getpid(), signal.SIGHUP)\nprint('continues')"
     )
     command = ["nohup", sys.executable, "-c", code]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "goes on\n"
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "continues\n"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

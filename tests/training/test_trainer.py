@@ -104,7 +104,7 @@ def test_a_run_of_no_steps_leaves_a_model_that_predicts_token_frequencies(write_
     (line,) = metrics(folder)
     assert line["step"] == 0
     batches = training_batches(config, prepare(config))
-    # The held-out text is another than that of the frequencies.
+    # The validation text is another than that of the frequencies.
     assert line["eval_loss"] == pytest.approx(batches.unigram_entropy(), abs=0.4)
     assert line["eval_loss"] < math.log(len(batches.tokenizer)) - 0.5
     model = load_model(folder / "model")
