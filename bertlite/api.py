@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,9 +110,12 @@ class LoadedModel:
         columns: list[str] | None = None,
         label: list[str] | None = None,
         field: str | None = None,
+        on_bad_example: Literal["error", "skip"] | None = None,
     ) -> dict[str, Any]:
         """Return the metrics of a fine-tuned model on labelled files, by `finetuning.evaluate.evaluate_files`."""
-        return evaluate_files(self.classifier, self.tokenizer, files, self.runtime, columns, label, field)
+        return evaluate_files(
+            self.classifier, self.tokenizer, files, self.runtime, columns, label, field, on_bad_example
+        )
 
     def predict(self, texts: str | Sequence[str], pairs: bool = False, top_k: int = 1) -> Any:
         """Predict labels for texts, a list, or for one text, in the form of `finetuning.predict.predict`.

@@ -7,11 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertlite import __version__
-from bertlite.options import (
-    AsJson, Budget, Column, Columns, ConfigFile, ExtendTo, Field, InitialModel, Model, Out, Overrides, Overwrite, Precision,
-    Resume, check_start, load_config, load_model, refuse,
-)  # fmt: skip
+from bertlite import __version__, options
 from bertlite.terminal import print_result, print_text, run_app
 
 app = typer.Typer(
@@ -40,8 +36,8 @@ def bertlite(
 
 @app.command()
 def prepare(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    config: options.ConfigFile,
+    overrides: options.Overrides = None,
     check_content: Annotated[
         bool, typer.Option("--check-content", help="Read all text again, also files whose size and times are the same.")
     ] = False,
@@ -50,7 +46,7 @@ def prepare(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import prepare as preparing
 
-    settings = load_config(PretrainConfig, config, overrides)
+    settings = options.load_config(PretrainConfig, config, overrides)
     if check_content:
         preparing.forget_content(settings.data)
     preparing.prepare(settings)
@@ -58,13 +54,13 @@ def prepare(
 
 @app.command()
 def pretrain(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    extend_to: ExtendTo = None,
-    budget: Budget = None,
+    config: options.ConfigFile,
+    overrides: options.Overrides = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    extend_to: options.ExtendTo = None,
+    budget: options.Budget = None,
 ) -> None:
     """Pretrain a BERT by masked language modelling."""
     from psutil import Process
@@ -72,49 +68,49 @@ def pretrain(
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining.pretrain import run
 
-    check_start(overwrite, resume or bool(extend_to))
+    options.check_start(overwrite, resume or bool(extend_to))
     changes = [*(overrides or []), *([f"train.max_steps={extend_to}"] if extend_to else [])]
     changes += [f"train.budget={budget}"] if budget else []
-    settings = load_config(PretrainConfig, config, changes, out)
+    settings = options.load_config(PretrainConfig, config, changes, out)
     extend = bool(extend_to)
     print_text(run(settings, resume or extend, overwrite, extend, start=Process().create_time()))
 
 
 @app.command()
 def plan(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Out = None,
+    config: options.ConfigFile,
+    overrides: options.Overrides = None,
+    out: options.Out = None,
     measure: Annotated[bool, typer.Option(help="Run a few steps to measure the time.")] = True,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Estimate memory, time and disk of a pretraining run."""
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import estimate
 
     report = None if as_json else lambda known: print_text(estimate.format_size(known))
-    result = estimate.plan(load_config(PretrainConfig, config, overrides, out), measure, report)
+    result = estimate.plan(options.load_config(PretrainConfig, config, overrides, out), measure, report)
     print_result(result, as_json, estimate.format_time)
 
 
 @app.command()
 def batch(
-    config: ConfigFile,
+    config: options.ConfigFile,
     step: Annotated[int, typer.Option(min=1, help="The step that trains on the batch, counted from 1.")],
-    overrides: Overrides = None,
-    as_json: AsJson = False,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print the batch of a step and its masked tokens."""
     from bertlite.config.settings import PretrainConfig
     from bertlite.data.batches import format_batch
     from bertlite.pretraining.prepare import batch_of_step
 
-    print_result(batch_of_step(load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
+    print_result(batch_of_step(options.load_config(PretrainConfig, config, overrides), step), as_json, format_batch)
 
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: options.Model,
     data: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Text, or labelled examples; repeatable.")
     ] = None,
@@ -128,13 +124,16 @@ def evaluate(
     document: Annotated[
         Literal["blank-line", "line"] | None, typer.Option(help="What ends a document; default: a blank line.")
     ] = None,
-    columns: Columns = None,
+    columns: options.Columns = None,
     label: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Column of the label; default: as in fine-tuning.")
     ] = None,
-    field: Field = None,
-    precision: Precision = "fp32",
-    as_json: AsJson = False,
+    field: options.Field = None,
+    on_bad_example: Annotated[
+        Literal["error", "skip"] | None, typer.Option(help="What to do with rows that cannot be used.")
+    ] = None,
+    precision: options.Precision = "fp32",
+    as_json: options.AsJson = False,
 ) -> None:
     """Evaluate a masked language model on text or minimal pairs, or a fine-tuned model on labelled examples."""
     from bertlite.core.errors import UserError
@@ -142,15 +141,16 @@ def evaluate(
 
     if not data and (not pairs or pseudo_perplexity):
         raise UserError(f"evaluate needs --data FILE{'' if pseudo_perplexity else ', --pairs FILE, or both'}")
-    loaded = load_model(model, precision)
-    options = {"--pairs": pairs, "--pseudo-perplexity": pseudo_perplexity, "--sequence-length": sequence_length}
+    loaded = options.load_model(model, precision)
+    for_text = {"--pairs": pairs, "--pseudo-perplexity": pseudo_perplexity, "--sequence-length": sequence_length}
+    for_examples = {"--label": label, "--field": field, "--on-bad-example": on_bad_example}
     if loaded.is_fine_tuned:
-        refuse({**options, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples")
-        result = loaded.evaluate(data or [], columns, label, field)
-    else:
-        refuse(
-            {"--label": label, "--field": field, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned"
+        options.refuse(
+            {**for_text, "--document": document}, f"{model} is fine-tuned, and measured on labelled examples"
         )
+        result = loaded.evaluate(data or [], columns, label, field, on_bad_example)
+    else:
+        options.refuse({**for_examples, "a second --column": (columns or [])[1:]}, f"{model} is not fine-tuned")
         result = evaluate_masked_lm(
             loaded.masked_lm, loaded.tokenizer, loaded.runtime, data, pairs, sequence_length, document, columns,
             pseudo_perplexity,
@@ -160,40 +160,40 @@ def evaluate(
 
 @app.command()
 def finetune(
-    config: ConfigFile,
-    model: InitialModel = None,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    config: options.ConfigFile,
+    model: options.InitialModel = None,
+    overrides: options.Overrides = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune a BERT on one or several tasks."""
     from bertlite.config.finetune_settings import FinetuneConfig
     from bertlite.finetuning.finetune import run
     from bertlite.finetuning.results import format_results
 
-    check_start(overwrite, resume)
-    results = run(load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
+    options.check_start(overwrite, resume)
+    results = run(options.load_config(FinetuneConfig, config, overrides, out, model), resume, overwrite)
     print_result(results, as_json, format_results)
 
 
 @app.command()
 def sweep(
-    config: ConfigFile,
-    model: InitialModel = None,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    config: options.ConfigFile,
+    model: options.InitialModel = None,
+    overrides: options.Overrides = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Search for the best settings of a fine-tuning."""
     from bertlite.config.finetune_settings import SweepConfig
     from bertlite.finetuning import sweep as sweeping
 
-    check_start(overwrite, resume)
-    trials = sweeping.sweep(load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
+    options.check_start(overwrite, resume)
+    trials = sweeping.sweep(options.load_config(SweepConfig, config, overrides, out, model), resume, overwrite)
     print_result(trials, as_json, sweeping.format_trials)
 
 
@@ -201,7 +201,7 @@ def sweep(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="A run of finetune.")],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one, with the same task and test data.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare two fine-tuned models, by the predictions of their runs."""
     from bertlite.finetuning import compare as comparing
@@ -211,11 +211,11 @@ def compare(
 
 @app.command()
 def predict(
-    model: Model,
+    model: options.Model,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Default: standard input.")] = None,
     file: Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text per line, or a table.")] = None,
-    columns: Columns = None,
-    field: Field = None,
+    columns: options.Columns = None,
+    field: options.Field = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Texts are pairs, separated by a tab; by default as in fine-tuning.")
     ] = False,
@@ -223,8 +223,8 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write .jsonl, .csv or .tsv, with FILE's columns.")
     ] = None,
-    precision: Precision = "fp32",
-    as_json: AsJson = False,
+    precision: options.Precision = "fp32",
+    as_json: options.AsJson = False,
 ) -> None:
     """Predict labels with a fine-tuned model."""
     from bertlite.core.errors import UserError
@@ -237,7 +237,7 @@ def predict(
         raise UserError(f"predict reads either TEXT or {'--file' if file else 'a --column of a table'}, not both")
     for name in filter(os.path.isfile, texts or []):
         logger.warning(f"{name}: read as a text; --file {name} reads the file")
-    loaded = load_model(model, precision)
+    loaded = options.load_model(model, precision)
     settings = inputs.choose_inputs(loaded.classifier, loaded.tokenizer, columns, pairs)
     records = inputs.read_inputs(texts or None, file, settings, columns, field)
     task = find_task(loaded.classifier)
@@ -254,21 +254,21 @@ def predict(
 
 @app.command()
 def fill(
-    model: Model,
+    model: options.Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", help='Such as "Paris is the [MASK] of France."')],
     top_k: Annotated[int, typer.Option(min=1, help="Number of predictions for each [MASK].")] = 5,
-    precision: Precision = "fp32",
-    as_json: AsJson = False,
+    precision: options.Precision = "fp32",
+    as_json: options.AsJson = False,
 ) -> None:
     """Predict the tokens at [MASK]."""
     from bertlite.inference.fill import format_predictions
 
-    print_result(load_model(model, precision).fill(text, top_k), as_json, format_predictions)
+    print_result(options.load_model(model, precision).fill(text, top_k), as_json, format_predictions)
 
 
 @app.command()
 def embed(
-    model: Model,
+    model: options.Model,
     file: Annotated[str, typer.Argument(metavar="FILE", help="One text per line, or a table; may be compressed.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.npy", help="The vectors, in the order of the texts.")],
     pooling: Annotated[
@@ -286,21 +286,22 @@ def embed(
             min=3, metavar="TOKENS", help="Tokens after which texts are truncated; default: as in pretraining."
         ),
     ] = None,
-    column: Column = None,
-    field: Field = None,
-    precision: Precision = "fp32",
+    columns: options.Column = None,
+    field: options.Field = None,
+    precision: options.Precision = "fp32",
 ) -> None:
     """Turn each text of a file into a vector."""
-    loaded = load_model(model, precision)
+    options.refuse({"a second --column": (columns or [])[1:]}, "embed turns single texts into vectors")
+    loaded = options.load_model(model, precision)
     embedder = loaded.embedder(pooling=pooling, layer=layer, normalize=normalize, sequence_length=sequence_length)
     with loaded.runtime.autocast():
-        count, size = embedder.write(loaded.read_texts(file, column, field), out)
+        count, size = embedder.write(loaded.read_texts(file, columns[0] if columns else None, field), out)
     print(f"{out}: {count:,} vectors of {size}")
 
 
 @app.command()
 def export(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     format: Annotated[str, typer.Option(help="hf, onnx or sentence-transformers.")] = "hf",
     dtype: Annotated[
@@ -318,7 +319,7 @@ def export(
 
 
 @app.command()
-def verify(model: Model, precision: Precision = "fp32", as_json: AsJson = False) -> None:
+def verify(model: options.Model, precision: options.Precision = "fp32", as_json: options.AsJson = False) -> None:
     """Compare a model with transformers; exit code 1 if it differs."""
     from bertlite.export.parity import check_parity, checks_to_dict, format_checks
     from bertlite.training.run_folder import model_folder
@@ -331,16 +332,16 @@ def verify(model: Model, precision: Precision = "fp32", as_json: AsJson = False)
 
 @app.command()
 def bench(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    config: options.ConfigFile,
+    overrides: options.Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after the warm-up.")] = 20,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure throughput and memory of pretraining."""
     from bertlite.config.settings import PretrainConfig
     from bertlite.pretraining import bench as benching
 
-    result = benching.bench(load_config(PretrainConfig, config, overrides), steps)
+    result = benching.bench(options.load_config(PretrainConfig, config, overrides), steps)
     print_result(result, as_json, benching.format_bench)
 
 

@@ -32,8 +32,8 @@ InitialModel = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The pretrained model, instead of model.init_from.")
 ]
 Column = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Column that holds the text, if FILE is a table; default: text."),
+    list[str] | None,
+    typer.Option("--column", metavar="NAME", help="Column that holds the text, if FILE is a table; default: text."),
 ]
 Columns = Annotated[
     list[str] | None,

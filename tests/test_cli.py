@@ -471,3 +471,29 @@ def test_a_long_value_in_a_message_is_cut_in_its_middle(bertlite, trained, tmp_p
         code == 2 and len(err) < 1100 and err.startswith(f"bertlite: {folder}/config.json: add_cross_attention is 'aa")
     )
     assert err.endswith("aa', which bertlite does not have\n") and "aa … aa" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["evaluate", "runs/x", "test.tsv"], "to measure on test.tsv, write --data test.tsv"),
+        (["predict", "runs/x", "-5 degrees"], "to read '-5 degrees' as a text, write -- before it"),
+        (["embed", "runs/x", "a.csv", "--out", "a.npy", "--column", "a", "--column", "b"], "a second --column"),
+    ],
+)
+def test_a_command_that_was_meant_otherwise_is_explained(bertlite, arguments, hint):
+    code, _, err = bertlite(*arguments)
+    assert code == 2 and hint in err
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("train: [a.tsv, b.tsv]", r"task\.train\.path: for several files write a glob"),
+        ("train: a.tsv, text: [#1 String]", "what follows # is a comment, unless it is quoted"),
+    ],
+)
+def test_files_and_columns_that_yaml_reads_otherwise_are_explained(bertlite, tmp_path, task, message):
+    (tmp_path / "a.yaml").write_text(f"task: {{{task}}}\n")
+    code, _, err = bertlite("finetune", tmp_path / "a.yaml", "--model", tmp_path)
+    assert code == 2 and re.search(message, err), err

@@ -31,9 +31,13 @@ class FinetuneModel(Section):
     """Dropout of attention probabilities."""
 
 
-TableLocation = Annotated[
-    DataLocation, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
-]
+def _locate(value: Any) -> Any:
+    if isinstance(value, list):
+        raise ValueError("path: for several files write a glob, such as 'data/*.tsv', or the folder that holds them")
+    return {"path": value} if isinstance(value, str) else value
+
+
+TableLocation = Annotated[DataLocation, BeforeValidator(_locate)]
 _in_list = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)
 _as_text = BeforeValidator(
     lambda value: str(value) if type(value) is int else value
@@ -159,7 +163,7 @@ class FinetuneTrainSettings(OptimizationSettings):
     """Constant that AdamW adds to the denominator."""
     compile: Literal["auto"] | bool = False
     """Whether torch.compile is used; it takes about a minute before the first step."""
-    seeds: list[Seed] = Field(default=[0], min_length=1)
+    seeds: Annotated[list[Seed], _in_list] = Field(default=[0], min_length=1)
     """Seeds; one model is trained with each."""
     logging_steps: Positive = 10
     """Steps between training lines of metrics.jsonl."""

@@ -149,10 +149,18 @@ def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def find_settings(command: str = "", *arguments: str) -> Iterator[str]:
-    """Explain how to write what was given as an option but is a setting of the command's configuration.
+    """Explain how to write what was given as an option but is a setting of the command's configuration, or a text.
 
     Example: `pretrain mini.yaml --max_steps 9` gives "--max_steps is a setting: write --set train.max_steps=9".
     """
+    if command in ("predict", "fill"):
+        yield from (
+            f"to read {text!r} as a text, write -- before it"
+            for text in arguments
+            if re.match("-[^-].* |-[^a-z-]", text)
+        )
+    if command == "evaluate" and len(arguments) > 1 and not any(text.startswith("-") for text in arguments[:2]):
+        yield f"to measure on {arguments[1]}, write --data {arguments[1]}"
     if command not in _CONFIG_OF:
         return
     names = list(_setting_names(_CONFIG_OF[command]))
@@ -191,7 +199,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}") from None
+        advice = "; what follows # is a comment, unless it is quoted" if re.search(r"[:\[{,]\s+#|[\[{]#", text) else ""
+        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}{advice}") from None
     except _YAML_ERRORS as error:
         raise UserError(f"{path}: not valid YAML: {first_line(error)}") from None
     if values is None:

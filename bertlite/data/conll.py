@@ -27,6 +27,9 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
     names = table.columns or (CONLLU if is_conllu else None)
     word_index = find_column(names, "form" if is_conllu and word_column not in CONLLU else word_column, 0, "text")
     tag_index = find_column(names, tag_column, -1, "label")
+    if not names and len(first_row) > 2 and not tag_column.lstrip("-").isdecimal():
+        shown = f"{first_row[0]!r} and {first_row[-1]!r}"
+        logger.info(f"{table.path}: of {len(first_row)} columns the first is the word and the last its tag: {shown}")
     skipped = find_comments(lines, rows, tag_index)
     if skipped:
         logger.info(f"{table.path}: {len(skipped):,} comment lines (# …) are left out")

@@ -16,6 +16,8 @@ from bertlite.data.conll import group_words, read_conll
 from bertlite.data.formats import READERS, Record, TableFile, file_format, find_format, read_json
 from bertlite.data.sources import find_source_files, read_dataset
 
+DELIMITERS = {".tsv": "\t", ".csv": ","}
+
 
 def read_records(location: DataLocation, settings: InputSettings, setting: str) -> list[Record]:
     """Read the records of tables, of folders of texts, or of a dataset.
@@ -55,15 +57,35 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
     READERS has the formats. Files of none of them hold columns with tabs between or, for token classification, a word
     and its tag per line. Raises UserError, naming file and line, for what cannot be read.
     """
+    extension = find_format(table.path, table.format)
+    if extension in DELIMITERS and table.path.is_file() and settings.columns is not None:
+        settings = use_header(settings, next(table.lines(), ""), extension, table.path)
     readers, default = READERS | {".json": read_json_or_squad, ".jsonl": read_json_or_squad}, READERS[".tsv"]
     if settings.type == "token-classification" and settings.sentence is None:
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label[0])
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
-    records = readers.get(find_format(table.path, table.format), default)(table)
+    records = readers.get(extension, default)(table)
     if settings.sentence:
         return group_words(records, settings.sentence, settings.text[0], settings.label[0])
     return (add_nested(record, settings) for record in records)
+
+
+def use_header(settings: InputSettings, first: str, extension: str, path: Path) -> InputSettings:
+    """Return the settings without `columns` if the first line of a table names those of the texts.
+
+    Some tasks, such as CoLA, have a header only in the test set.
+    """
+    if settings.columns is None or not names_texts(first, DELIMITERS[extension], settings):
+        return settings
+    logger.info(f"{path}: its first line names the columns, in place of task.columns")
+    return settings.model_copy(update={"columns": None})
+
+
+def names_texts(first: str, delimiter: str, settings: InputSettings) -> bool:
+    """Return whether a line names the columns of the texts, among others."""
+    fields = [name.strip('"') for name in first.split(settings.delimiter or delimiter)]
+    return len(fields) > 1 and set(settings.text) <= set(fields)
 
 
 def add_nested(record: Record, settings: InputSettings) -> Record:
@@ -111,13 +133,18 @@ def get_column(record: Record, name: str, setting: str) -> Any:
             advice = "; if these are an example and no header, name the columns in task.columns"
         elif len(columns) == 1 and re.search(r"[,;|\t]", columns[0]):
             advice = "; task.delimiter sets what separates columns"
+        elif setting.endswith("label"):
+            advice = "; texts without labels are for bertlite predict"
         raise UserError(f"{record.location}: {setting}: there is no column {name!r}; there are {names}{advice}")
     return record.columns[name]
 
 
 def read_json_or_squad(table: TableFile) -> Iterator[Record]:
-    """Read JSON, and the questions of articles in SQuAD's format (Rajpurkar et al. 2016)."""
+    """Read JSON, and questions in the formats of SQuAD (Rajpurkar et al. 2016) and CMRC 2018 (Cui et al. 2019)."""
     for record in read_json(table):
+        if {"context_text", "qas"} <= record.columns.keys():
+            yield from read_cmrc(record, table.path)
+            continue
         if "paragraphs" not in record.columns:
             yield record
             continue
@@ -131,3 +158,19 @@ def read_json_or_squad(table: TableFile) -> Iterator[Record]:
                     yield Record(f"{table.path}: question {question['id']}", {**columns, "answers": answers})
         except (KeyError, TypeError) as error:
             raise UserError(f"{record.location}: differs from SQuAD: {error} is missing or of another type") from None
+
+
+def read_cmrc(record: Record, path: Path) -> Iterator[Record]:
+    """Yield the questions of a text of CMRC 2018, whose answers begin where they first occur in the text."""
+    try:
+        context = record.columns["context_text"]
+        for question in record.columns["qas"]:
+            texts = list(dict.fromkeys(question["answers"]))
+            location = f"{path}: question {question['query_id']}"
+            if absent := [text for text in texts if text not in context]:
+                raise UserError(f"{location}: the answer {absent[0][:40]!r} is not in its context_text")
+            answers = {"text": texts, "answer_start": [context.index(text) for text in texts]}
+            columns = {"id": question["query_id"], "question": question["query_text"], "context": context}
+            yield Record(location, {**columns, "answers": answers})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{record.location}: differs from CMRC 2018: {error} is missing or of another type") from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from bertlite.finetuning.results import EvaluationResult
 from bertlite.finetuning.splits import Split, log_split, select_examples, warn_of_unknown
 from bertlite.finetuning.tasks import Task, find_task, saved_task
 from bertlite.model.heads import Classifier
+
+# What messages call a setting, and its option of `bertlite evaluate`.
+OPTIONS = {"task.label:": "--label:", "task.text:": "--column:", "task.on_bad_example: ": "--on-bad-example "}
 
 
 def evaluate_split(
@@ -58,6 +62,7 @@ def evaluate_files(
     columns: list[str] | None = None,
     label: list[str] | None = None,
     field: str | None = None,
+    on_bad_example: Literal["error", "skip"] | None = None,
 ) -> dict[str, float]:
     """Return all metrics of a fine-tuned model on labelled files, and the loss.
 
@@ -66,7 +71,8 @@ def evaluate_files(
     have.
     """
     task, settings = find_task(model), choose_inputs(model, tokenizer, columns)
-    settings = settings.model_copy(update={"label": label or settings.label})
+    chosen = {"label": label, "on_bad_example": on_bad_example}
+    settings = settings.model_copy(update={name: value for name, value in chosen.items() if value})
     settings = settings.model_copy(update=task.settle([], model.labels, settings))
     read = [
         record for file in files for record in read_records(DataLocation(path=file, field=field), settings, "--data")
@@ -74,8 +80,10 @@ def evaluate_files(
     try:
         records = select_examples(read, task, settings, "--data", model.labels)
     except UserError as error:
-        options = str(error).replace(": task.label:", ": --label:").replace(": task.text:", ": --column:")
-        raise UserError(options) from None
+        message = str(error)
+        for setting, option in OPTIONS.items():
+            message = message.replace(setting, option)
+        raise UserError(message) from None
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)

@@ -16,11 +16,10 @@ from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
 from bertlite.data.encodings import decode_line
 from bertlite.data.formats import READERS, Record, TableFile, file_format, find_format, split_lines
-from bertlite.data.tables import read_records, read_table
+from bertlite.data.tables import DELIMITERS, names_texts, read_records, read_table, use_header
 from bertlite.finetuning.tasks import TASKS, find_task, input_settings
 from bertlite.model.heads import Classifier
 
-DELIMITERS = {".tsv": "\t", ".csv": ","}
 TAG = re.compile(r"\S+\s(?:.*\s)?(?:O|[BIMESLU]-\S+)")  # a line of a word and its tag
 
 
@@ -95,8 +94,6 @@ def read_inputs(
     has_tags = settings.type == "token-classification" and file_format(path) not in ("", ".txt")
     extension = find_format(path, table.format)
     if has_tags or extension in READERS:
-        if extension in DELIMITERS and path.is_file():
-            settings = use_header(settings, next(table.lines(), ""), extension, path)
         return read_table(table, settings)
     return parse_lines(path, table.lines(), settings, columns)
 
@@ -137,23 +134,6 @@ def parse_lines(
         return
     logger.info(f"{path}: read as {form}, which its first line shows")
     yield from records
-
-
-def use_header(settings: InputSettings, first: str, extension: str, path: Path) -> InputSettings:
-    """Return the settings without `columns` if the first line of a table names those of the texts.
-
-    Some tasks, such as CoLA, have a header only in the test set.
-    """
-    if settings.columns is None or not names_texts(first, DELIMITERS[extension], settings):
-        return settings
-    logger.info(f"{path}: its first line names the columns, in place of task.columns")
-    return settings.model_copy(update={"columns": None})
-
-
-def names_texts(first: str, delimiter: str, settings: InputSettings) -> bool:
-    """Return whether a line names the columns of the texts, among others."""
-    fields = [name.strip('"') for name in first.split(settings.delimiter or delimiter)]
-    return len(fields) > 1 and set(settings.text) <= set(fields)
 
 
 def is_json_object(line: str) -> bool:

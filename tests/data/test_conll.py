@@ -126,3 +126,10 @@ def test_a_table_with_a_word_per_row(tmp_path):
 @pytest.mark.parametrize("name, sentences", [("wnut17/train.conll", 3394), ("zh_peopledaily/dev.txt", 4631)])
 def test_named_entities_that_people_have(name, sentences):
     assert len(read(SHARED / "ner" / name)) == sentences
+
+
+def test_the_columns_that_were_taken_are_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("EU NNP B-NP B-ORG\nrejects VBZ B-VP O\n")
+    with caplog.at_level("INFO", "bertlite"):
+        read(tmp_path / "a.txt")
+    assert "of 4 columns the first is the word and the last its tag: 'EU' and 'B-ORG'" in caplog.text

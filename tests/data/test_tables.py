@@ -285,3 +285,29 @@ def test_columns_may_be_keys_of_nested_objects(tmp_path):
     assert row == {**record, "data.text": "fine", "data.meta.stars": 5}
     (row,) = read(tmp_path / "a.jsonl", text="data.id", label=["data.meta.gone"])
     assert row == record
+
+
+def test_cmrc_2018_in_its_own_form(tmp_path):
+    text = "《战国无双3》是由光荣和ω-force开发的战国无双系列的正统第三续作。"
+    question = {
+        "query_id": "DEV_0_QUERY_0",
+        "query_text": "由谁开发?",
+        "answers": ["光荣和ω-force", "光荣和ω-force", "光荣"],
+    }
+    article = {"context_id": "DEV_0", "context_text": text, "title": "战国无双3", "qas": [question]}
+    (tmp_path / "a.json").write_text(json.dumps([article], ensure_ascii=False), encoding="utf-8")
+    (record,) = read(tmp_path / "a.json", type="question-answering")
+    assert record["question"] == "由谁开发?" and record["context"] == text and record["id"] == "DEV_0_QUERY_0"
+    assert record["answers"] == {"text": ["光荣和ω-force", "光荣"], "answer_start": [text.index("光荣")] * 2}
+    article["qas"] = [question | {"answers": ["任天堂"]}]
+    (tmp_path / "a.json").write_text(json.dumps([article], ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(UserError, match="the answer '任天堂' is not in its context_text"):
+        read(tmp_path / "a.json", type="question-answering")
+
+
+def test_a_file_without_the_label_is_for_predict(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,some words\n")
+    task = TaskSettings.model_validate({"train": "unread"})
+    (record,) = read_records(DataLocation(path=str(tmp_path / "a.csv")), task, "task.test")
+    with pytest.raises(UserError, match=r"no column 'label'.*texts without labels are for bertlite predict"):
+        get_column(record, "label", "task.label")

@@ -91,3 +91,34 @@ def test_a_run_leaves_all_its_predictions(kind, write, tmp_path):
             assert all(line["correct"] == (line["predicted"] == line["label"]) for line in lines)
     best = max("01", key=lambda seed: results["seeds"][seed]["validation_" + results["metric"]])
     assert read_lines(tmp_path / "run/predictions.jsonl") == read_lines(tmp_path / f"run/seed-{best}/predictions.jsonl")
+
+
+def test_rows_that_cannot_be_used_are_skipped_on_request(bertlite, vocabulary, tmp_path):
+    model = save_model(vocabulary, "classification", tmp_path / "model", std=0.3)
+    records = [*make_records("classification")[:20], {"text": " ", "label": "astronomy"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ["evaluate", model, "--data", tmp_path / "a.jsonl"]
+    code, _, err = bertlite(*command)
+    assert code == 2 and "--on-bad-example skip leaves them out" in err
+    code, _, err = bertlite(*command, "--on-bad-example", "skip")
+    assert code == 0 and "1 of 21 rows cannot be used" in err and "20 examples" in err
+
+
+def test_a_header_takes_the_place_of_the_columns_that_a_task_names(write, bertlite, tmp_path):
+    """As in CoLA, whose test set alone has a header: training, evaluation and prediction read it the same way."""
+    records = make_records("classification")
+    rows = [f"{record['label']}\t{number}\t{record['text']}\n" for number, record in enumerate(records)]
+    (tmp_path / "train.tsv").write_text("".join(rows[:80]))
+    (tmp_path / "test.tsv").write_text(
+        "text\tlabel\n" + "".join(f"{one['text']}\t{one['label']}\n" for one in records[80:])
+    )
+    columns = {"task__columns": ["label", "number", "text"], "task__validation": None}
+    files = {"task__train": str(tmp_path / "train.tsv"), "task__test": str(tmp_path / "test.tsv")}
+    run(write("classification", **files, **columns))
+    trained = json.loads((tmp_path / "run/results.json").read_text())["seeds"]["0"]
+    code, out, err = bertlite("evaluate", tmp_path / "run", "--data", tmp_path / "test.tsv", "--json")
+    assert code == 0 and "40 examples" in err and "its first line names the columns" in err
+    found = json.loads(out)
+    assert found == pytest.approx({name: trained[name] for name in found}, abs=1e-4)
+    _, _, err = bertlite("predict", tmp_path / "run", "--file", tmp_path / "test.tsv")
+    assert "its first line names the columns" in err
