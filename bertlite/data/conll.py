@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
@@ -36,6 +37,8 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
     if is_conllu:
         skipped |= {index for index, row in enumerate(rows) if not row[0].isdecimal()}
     ends = [not line.strip() or line.startswith("-DOCSTART-") for line in lines]
+    tagged = [row for index, row in enumerate(rows) if not ends[index] and index not in skipped]
+    warn_of_prefix(table.path, [row[word_index] for row in tagged if -len(row) <= word_index < len(row)])
     for is_end, group in groupby(range(len(lines)), ends.__getitem__):
         indices = [index for index in group if index not in skipped]
         if is_end or not indices:
@@ -46,6 +49,13 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
         columns = {word_column: word_index, tag_column: tag_index}
         sentence = {name: [rows[index][column] for index in indices] for name, column in columns.items()}
         yield Record(f"{table.path}:{indices[0] + 1}", sentence)
+
+
+def warn_of_prefix(path: Path, words: list[str]) -> None:
+    """Warn if all words begin with the code of a language, as in WikiANN's files: `en:river`."""
+    prefixes = {word.partition(":")[0] for word in words if ":" in word}
+    if len(words) > 10 and len(prefixes) == 1 and all(word.startswith(f"{min(prefixes)}:") for word in words):
+        logger.warning(f"{path}: all words begin with {min(prefixes) + ':'!r}, which is read as a part of them")
 
 
 def find_problem(row: list[str], width: int, names: list[str] | None, columns: dict[str, int]) -> str | None:

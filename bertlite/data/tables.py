@@ -89,12 +89,13 @@ def names_texts(first: str, delimiter: str, settings: InputSettings) -> bool:
 
 
 def add_nested(record: Record, settings: InputSettings) -> Record:
-    """Add the values that the task's columns name by keys of nested objects: `data.text`."""
+    """Add the values that the task's columns name by keys of nested objects, and numbers of lists: `data.texts.0`."""
     nested = {}
     for name in {*settings.text, *settings.label, *settings.choices} - record.columns.keys():
         value: Any = record.columns
         for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+            is_index = isinstance(value, list) and key.isdecimal() and int(key) < len(value)
+            value = value[int(key)] if is_index else value.get(key) if isinstance(value, dict) else None
         if value is not None:
             nested[name] = value
     return Record(record.location, record.columns | nested) if nested else record

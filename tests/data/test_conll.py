@@ -133,3 +133,13 @@ def test_the_columns_that_were_taken_are_said(tmp_path, caplog):
     with caplog.at_level("INFO", "bertlite"):
         read(tmp_path / "a.txt")
     assert "of 4 columns the first is the word and the last its tag: 'EU' and 'B-ORG'" in caplog.text
+
+
+def test_the_code_of_a_language_before_each_word_is_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("en:Ada\tB-PER\n" + "en:spoke\tO\n" * 12)
+    assert read(tmp_path / "a.txt")[0]["text"][0] == "en:Ada"
+    assert "all words begin with 'en:', which is read as a part of them" in caplog.text
+    caplog.clear()
+    (tmp_path / "a.txt").write_text("en:Ada\tB-PER\n" + "spoke\tO\n" * 12)
+    read(tmp_path / "a.txt")
+    assert "all words" not in caplog.text

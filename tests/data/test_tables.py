@@ -311,3 +311,12 @@ def test_a_file_without_the_label_is_for_predict(tmp_path):
     (record,) = read_records(DataLocation(path=str(tmp_path / "a.csv")), task, "task.test")
     with pytest.raises(UserError, match=r"no column 'label'.*texts without labels are for bertlite predict"):
         get_column(record, "label", "task.label")
+
+
+def test_a_label_deep_in_an_export_is_named_by_keys_and_numbers(tmp_path):
+    result = [{"value": {"choices": ["good"]}, "type": "choices"}]
+    record = {"data": {"text": "x"}, "annotations": [{"result": result}]}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    label = "annotations.0.result.0.value.choices.0"
+    assert read(tmp_path / "a.json", text="data.text", label=label)[0][label] == "good"
+    assert label + "1" not in read(tmp_path / "a.json", text="data.text", label=label + "1")[0]
