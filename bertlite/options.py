@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from bertlite.api import LoadedModel
-    from bertlite.config.settings import Section
+    from bertlite.config.fields import Section
 
 Config = TypeVar("Config", bound="Section")
 

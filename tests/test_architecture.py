@@ -11,7 +11,7 @@ from paths import PACKAGE
 # A module imports only from packages above its own and, within its package, from modules to its left.
 ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
-    "config": "budget settings finetune_settings loading",
+    "config": "budget fields settings finetune_settings loading",
     "data": "masking words compression encodings formats sources vocabulary tokenizer_trust tokenizer summary"
     " corpus conll tables packing batches cooccurrence",
     "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"

@@ -79,6 +79,19 @@ def test_help_of_every_command(bertlite, command):
     assert command in bertlite("--help")[1]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(bertlite, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, bertlite(command, "--help")[1].splitlines())) <= 80
+
+
+def test_a_run_says_its_folder_once_and_in_lines_that_fit(bertlite, write_config, tmp_path):
+    code, out, err = bertlite("pretrain", write_config(train__max_steps=3))
+    assert code == 0 and (out + err).count(str(tmp_path / "run")) == 1
+    lines = [line.replace(str(tmp_path.parent), "") for line in err.splitlines()]
+    assert max(map(len, lines)) <= 140, max(lines, key=len)
+
+
 def test_every_command_is_in_this_list():
     assert sorted(command.callback.__name__ for command in cli.app.registered_commands) == sorted(COMMANDS)
 

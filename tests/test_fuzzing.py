@@ -205,6 +205,21 @@ def parquet(records: list[dict]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def read_table(kind: str, path: Path, on_bad_example: str) -> list[Any]:
+    task = TaskSettings.model_validate({"type": kind, "train": str(path), "on_bad_example": on_bad_example})
+    records = read_records(DataLocation(path=str(path)), task, "task.train")
+    TASKS[kind].output_labels(records, task)
+    return select_examples(records, TASKS[kind], task, "task.train", [])
+
+
+@pytest.mark.parametrize("kind", sorted(TASKS))
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_tables_that_are_not_damaged_are_read(tmp_path, kind, ending):
+    """Else the inputs below would be refused for another reason than their damage."""
+    (tmp_path / f"table{ending}").write_bytes(encode_table(kind, ending))
+    assert len(read_table(kind, tmp_path / f"table{ending}", "error")) == 20
+
+
 def encode_table(kind: str, ending: str) -> bytes:
     records = make_records(kind)[:20]
     lines = {
@@ -228,14 +243,7 @@ def encode_table(kind: str, ending: str) -> bytes:
 def test_damaged_tables(tmp_path, kind, ending, changes, on_bad_example):
     path = tmp_path / f"table{ending}"
     path.write_bytes(damage(encode_table(kind, ending), changes))
-    task = TaskSettings.model_validate({"type": kind, "train": str(path), "on_bad_example": on_bad_example})
-
-    def read() -> None:
-        records = read_records(DataLocation(path=str(path)), task, "task.train")
-        select_examples(records, TASKS[kind], task, "task.train", [])
-        TASKS[kind].output_labels(records, task)
-
-    check(read)
+    check(lambda: read_table(kind, path, on_bad_example))
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}

@@ -4,18 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from bertlite.config.settings import (
-    DataLocation,
-    Fraction,
-    NonNegative,
-    OptimizationSettings,
-    PathText,
-    Positive,
-    PositiveFloat,
-    Probability,
-    Section,
-    Seed,
-)
+from bertlite.config.fields import Fraction, NonNegative, PathText, Positive, PositiveFloat, Probability, Section, Seed
+from bertlite.config.settings import DataLocation, OptimizationSettings
 
 MAX_LENGTH = 1 << 24  # more than any model reads
 

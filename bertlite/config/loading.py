@@ -12,8 +12,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bertlite.config.fields import Section
 from bertlite.config.finetune_settings import FinetuneConfig, SavedTask, SweepConfig
-from bertlite.config.settings import PretrainConfig, Section
+from bertlite.config.settings import PretrainConfig
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.logging import logger
 

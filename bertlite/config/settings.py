@@ -3,15 +3,12 @@
 The text below a setting is its description. Names are Hugging Face's where it has one.
 """
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -20,30 +17,18 @@ from pydantic import (
 )
 
 from bertlite.config.budget import budget_seconds, check_budget
-
-
-class Section(BaseModel):
-    """One section of the YAML. Unknown keys and wrong types are errors; values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
-
-
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Width = Annotated[int, Field(gt=0, le=1 << 24)]  # the bytes of a matrix with two such sides can be counted in 64 bits
-Depth = Annotated[int, Field(gt=0, le=10_000)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a file, a folder, or a hub name
+from bertlite.config.fields import (
+    Depth,
+    Fraction,
+    NonNegative,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Seed,
+    Width,
+)  # fmt: skip
 
 
 class EncoderSettings(Section):
@@ -126,7 +111,7 @@ class TokenizerSettings(Section):
     """A Hugging Face folder, vocab.txt, tokenizer.json or hub name; null: that of model.init_from, or a new one."""
     vocab_size: Annotated[Width, Field(gt=5)] = 30522  # the special tokens alone are five
     """Vocabulary size of a new tokenizer."""
-    special_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    special_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Tokens such as "[E1]" that are added, never split and never masked."""
     lowercase: bool = True
     """Whether a new tokenizer lowercases text."""
@@ -217,7 +202,7 @@ class DataSettings(Section):
 
     train: Annotated[Sources, Field(min_length=1)]
     """Training text: files, globs, folders, datasets, or sample, the text that ships with bertlite."""
-    validation: Sources = []
+    validation: Sources = Field(default=[])
     """Validation text; without it, some documents of the training text are the validation set."""
     validation_split: Fraction = 0.02
     """Fraction of the training documents that are the validation set where data.validation is empty."""
@@ -358,16 +343,3 @@ class PretrainConfig(Section):
                 "lower the first or raise the second"
             )
         return self
-
-
-MAY_DIFFER_ON_RESUME = {
-    "output_dir",  # is the run folder itself
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.save_minutes",
-    "train.save_total_limit",
-    "train.per_device_train_batch_size",
-    "train.on_nonfinite_loss",  # stop and skip do the same until the run stops
-    "sweep.trials",  # more trials continue the sweep
-}

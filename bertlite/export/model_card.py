@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from bertlite.config.fields import Section
 from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
-from bertlite.config.settings import PretrainConfig, Section
+from bertlite.config.settings import PretrainConfig
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.logging import count, without_controls
 from bertlite.core.trust import check_run_folder

@@ -31,7 +31,7 @@ from bertlite.model.heads import (
     TokenClassifier,
 )
 from bertlite.model.layers import ACTIVATIONS
-from bertlite.model.weight_files import read_weights
+from bertlite.model.weight_files import read_weights, recognize_weights
 
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
@@ -239,7 +239,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     model_type = hf_config.get("model_type") if isinstance(hf_config, dict) else None
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = f"bertlite has {', '.join(ARCHITECTURES)}"
-        if model_type is None and isinstance(hf_config, dict) and (found := _recognize_weights(folder)):
+        if model_type is None and isinstance(hf_config, dict) and (found := recognize_weights(folder)):
             advice = f'the weights are those of {found}: add "model_type": "{found}"'
         raise UserError(f"{path}: model_type is {model_type!r}; {advice}")
     return hf_config, _validate_config(path, hf_config, ARCHITECTURES[model_type])
@@ -313,16 +313,6 @@ def _read_labels(saved: SavedModel, model_class: type[Classifier]) -> list[str]:
             f"{saved.folder / 'config.json'}: id2label should name the head's outputs, 0 to {len(numbers) - 1}"
         )
     return [str(labels[number]) for number in numbers]
-
-
-def _recognize_weights(folder: Path) -> str | None:
-    """Return the model_type whose first layer the weights have; None if there is none."""
-    names = read_weights(folder)
-    for model_type, architecture in ARCHITECTURES.items():
-        layer = architecture.layer_prefix.format(number=0)
-        if any(name.removeprefix(architecture.weight_prefix).startswith(layer) for name in names):
-            return model_type
-    return None
 
 
 def _from_hf(

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bertlite.core.errors import UserError
+from bertlite.model.architectures import ARCHITECTURES
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -28,6 +29,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
     return weights
+
+
+def recognize_weights(folder: Path) -> str | None:
+    """Return the model_type whose first layer the weights have; None if there is none."""
+    names = read_weights(folder)
+    for model_type, architecture in ARCHITECTURES.items():
+        layer = architecture.layer_prefix.format(number=0)
+        if any(name.removeprefix(architecture.weight_prefix).startswith(layer) for name in names):
+            return model_type
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

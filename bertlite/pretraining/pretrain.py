@@ -72,11 +72,7 @@ def run(
         barrier()
         if runtime.rank:
             prepared = prepare(config)
-        checkpoint = newest_checkpoint(folder) if resume else None
-        if extend and checkpoint is None:
-            raise UserError(f"{folder}: has no valid checkpoint to continue from; start another run with --out DIR")
-        if resume and checkpoint is None:
-            logger.info(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
+        checkpoint = _find_checkpoint(folder, extend) if resume else None
         callbacks = standard_callbacks(config, prepared, runtime, start)
         trainer = new_trainer(resolve_steps(config, prepared), prepared, runtime, callbacks, checkpoint)
         if runtime.rank == 0:  # not before: a mistake found until here leaves no run behind
@@ -87,6 +83,15 @@ def run(
         barrier()
     leave_process_group()
     return folder / "model"
+
+
+def _find_checkpoint(folder: Path, extend: bool) -> Path | None:
+    checkpoint = newest_checkpoint(folder)
+    if extend and checkpoint is None:
+        raise UserError(f"{folder}: has no valid checkpoint to continue from; start another run with --out DIR")
+    if checkpoint is None:
+        logger.info(f"{folder}: there is no checkpoint to resume from, so the run starts at step 0")
+    return checkpoint
 
 
 def new_trainer(

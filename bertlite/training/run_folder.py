@@ -11,8 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bertlite.config.fields import Section
 from bertlite.config.loading import diff_configs, dump_config, load_config, with_changes
-from bertlite.config.settings import MAY_DIFFER_ON_RESUME, PretrainConfig, Section
+from bertlite.config.settings import PretrainConfig
 from bertlite.core.errors import UserError
 from bertlite.core.files import remove_leftovers, write_text
 from bertlite.core.logging import logger
@@ -21,6 +22,17 @@ from bertlite.model.huggingface import local_folder
 from bertlite.model.sentence_transformers import find_encoder
 from bertlite.training.checkpoint import newest_checkpoint
 
+MAY_DIFFER_ON_RESUME = {
+    "output_dir",  # is the run folder itself
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_minutes",
+    "train.save_total_limit",
+    "train.per_device_train_batch_size",
+    "train.on_nonfinite_loss",  # stop and skip do the same until the run stops
+    "sweep.trials",  # more trials continue the sweep
+}
 # What runs write beside config.yaml, as globs.
 RUN_FILES = (
     "metrics.jsonl", "checkpoints", "model", "results.json", "predictions.jsonl", "worst.jsonl", "confusion.png",

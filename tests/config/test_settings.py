@@ -9,20 +9,20 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bertlite.config.fields import Section
 from bertlite.config.finetune_settings import FinetuneConfig, SweepConfig
 from bertlite.config.loading import choose, diff_configs, dump_config, load_config
 from bertlite.config.settings import (
-    MAY_DIFFER_ON_RESUME,
     DataSettings,
     MaskingSettings,
     ModelSettings,
     PretrainConfig,
-    Section,
     Source,
     TokenizerSettings,
     TrainSettings,
 )
 from bertlite.core.errors import UserError
+from bertlite.training.run_folder import MAY_DIFFER_ON_RESUME
 
 # The contract of design.md, word for word but for the files.
 CONTRACT = """
