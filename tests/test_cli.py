@@ -4,13 +4,17 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import snapshot_download
+from paths import ROOT
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel, pipeline
 
 from bertlite import __version__, cli, load
@@ -510,3 +514,32 @@ def test_files_and_columns_that_yaml_reads_otherwise_are_explained(bertlite, tmp
     (tmp_path / "a.yaml").write_text(f"task: {{{task}}}\n")
     code, _, err = bertlite("finetune", tmp_path / "a.yaml", "--model", tmp_path)
     assert code == 2 and re.search(message, err), err
+
+
+def run_in_shell(*arguments: object, redirection: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a shell does, with some of its streams closed."""
+    command = f"exec {shlex.join([sys.executable, '-m', 'bertlite', *map(str, arguments)])} {redirection}"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, env=variables)
+
+
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_no_command(every_head, redirection):
+    result = run_in_shell("fill", every_head["BertForMaskedLM"], "the [MASK]", redirection=redirection)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert bool(result.stdout) == (">&-" not in redirection.replace("2>&-", ""))
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_escapes(every_head, tmp_path):
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    result = run_in_shell("evaluate", every_head["BertForMaskedLM"], "--data", tmp_path / "für.txt", **ascii_only)
+    assert result.returncode == 2 and r"f\xfcr.txt" in result.stderr and "Traceback" not in result.stderr
+    (tmp_path / "für.txt").write_text("The president spoke to the people of the city.\n" * 9)
+    result = run_in_shell("evaluate", every_head["BertForMaskedLM"], "--data", tmp_path / "für.txt", **ascii_only)
+    assert result.returncode == 0 and "loss" in result.stdout, result.stderr
+
+
+def test_a_home_that_cannot_be_written_is_named(write_config):
+    path = write_config(data__cache_dir=None)
+    result = run_in_shell("prepare", path, HOME="/dev/null/home", BERTLITE_CACHE="")
+    assert result.returncode == 2 and "/dev/null/home" in result.stderr and "Traceback" not in result.stderr

@@ -13,7 +13,7 @@ from bertlite.config.finetune_settings import FinetuneConfig
 from bertlite.config.loading import load_config
 from bertlite.config.settings import PretrainConfig
 from bertlite.core.errors import UserError, first_line
-from bertlite.core.logging import count, without_controls
+from bertlite.core.logging import count, logger, without_controls
 from bertlite.core.trust import check_run_folder
 from bertlite.export.parity import Check
 from bertlite.model.heads import HEADS, Model
@@ -106,6 +106,8 @@ def describe_run(source: Path, run: Path | None, task: str) -> tuple[list[str], 
     if run is not None:
         check_run_folder(run)
         loaded = _load_run_config(run / "config.yaml") or _load_run_config(run / "best.yaml")  # the latter of a sweep
+        if loaded is None:
+            logger.warning(f"{run}/config.yaml cannot be read, so the model card says nothing about the training")
     if run is None or loaded is None:
         return ["## Training\n\nThe exported folder says nothing about its training."], []
     config = publishable(loaded.model_dump(mode="json"))

@@ -13,7 +13,7 @@ from bertlite.data.packing import collate
 from bertlite.model.heads import set_linear
 
 # Tokens of a batch, padding included: few enough for a processor's cache, enough to fill a GPU.
-CHUNK_CHARACTERS = 1 << 22  # tokenized together; limits the memory
+CHUNK_CHARACTERS = 1 << 20  # tokenized together; limits the memory
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65_536}
 
 Module = TypeVar("Module", bound=nn.Module)

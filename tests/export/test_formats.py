@@ -264,7 +264,7 @@ def test_a_package_that_is_missing_is_named(every_head, tmp_path, monkeypatch, f
         export(every_head["BertModel"], tmp_path / "out", format)
 
 
-def test_the_model_card_describes_the_run(every_head, tmp_path):
+def test_the_model_card_describes_the_run(every_head, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(every_head["BertForMaskedLM"], run / "model")
     shutil.copytree(every_head["BertForMaskedLM"], run / "checkpoints" / "step-00000002")
@@ -307,6 +307,8 @@ def test_the_model_card_describes_the_run(every_head, tmp_path):
         assert "hunter2" not in "".join(describe_run(tmp_path / "mine", tmp_path, "fill-mask")[0])
         (run / "model").with_name("config.yaml").write_text(text)
         assert "says nothing" in describe_run(run / "model", run, "fill-mask")[0][0]
+        assert "config.yaml cannot be read, so the model card says nothing about the training" in caplog.text
+        caplog.clear()
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
     export(run / "checkpoints" / "step-00000002", tmp_path / "early", "hf", run=run)
