@@ -331,6 +331,17 @@ def verify(model: options.Model, precision: options.Precision = "fp32", as_json:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders of pretrain or finetune.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="Default: report.html in RUN.")] = None,
+) -> None:
+    """Write a page with the curves, results and settings of runs."""
+    from bertlite.pages.report import write_report
+
+    print_text(write_report(runs, out))
+
+
+@app.command()
 def bench(
     config: options.ConfigFile,
     overrides: options.Overrides = None,

@@ -17,6 +17,7 @@ ORDER = {
     "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"
     " sentence_transformers",
     "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau budget",
+    "pages": "report",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",

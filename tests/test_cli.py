@@ -24,6 +24,7 @@ COMMANDS = [
     "pretrain",
     "plan",
     "bench",
+    "report",
     "batch",
     "evaluate",
     "finetune",

@@ -36,7 +36,7 @@ MAY_DIFFER_ON_RESUME = {
 # What runs write beside config.yaml, as globs.
 RUN_FILES = (
     "metrics.jsonl", "checkpoints", "model", "results.json", "predictions.jsonl", "worst.jsonl", "confusion.png",
-    "seed-*", "trial-*", "study.db", "trials.json", "trials.csv", "trials.png", "best.yaml",
+    "seed-*", "trial-*", "study.db", "trials.json", "trials.csv", "trials.png", "best.yaml", "report.html",
 )  # fmt: skip
 
 
