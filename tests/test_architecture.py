@@ -13,7 +13,7 @@ ORDER = {
     "core": "errors packages distributed logging signals random files trust runtime",
     "config": "budget fields settings finetune_settings loading",
     "data": "masking words compression encodings formats sources vocabulary tokenizer_trust tokenizer summary"
-    " corpus conll tables packing batches cooccurrence",
+    " corpus columns conll tables packing batches cooccurrence",
     "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"
     " sentence_transformers",
     "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau budget",

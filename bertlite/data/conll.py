@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record, TableFile, file_format, is_empty
 
 CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
@@ -16,16 +17,18 @@ CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "dep
 def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[Record]:
     """Read sentences in the CoNLL format: a word and its tag per line, blank lines between sentences.
 
-    The word is in the first column and the tag in the last one, unless `table.columns` names them or they are numbers
-    of columns. CoNLL-U has names of its own; its ranges of words (1-2) and empty nodes (1.1) are skipped. Raises
-    UserError for a line without its tag.
+    The word is in the first column and the tag in the last one, unless a header or `table.columns` names them or they
+    are numbers of columns. CoNLL-U has names of its own; its ranges of words (1-2) and empty nodes (1.1) are skipped.
+    Raises UserError for a line without its tag.
     """
     lines = [line.strip("\r ") for line in table.lines()]
     rows = split_columns(lines, table.delimiter)
     marked = ("#", "-DOCSTART-")
-    first_row = next((row for row, line in zip(rows, lines, strict=True) if line and not line.startswith(marked)), [])
+    first = next((index for index, line in enumerate(lines) if line and not line.startswith(marked)), -1)
+    first_row = rows[first] if first >= 0 else []
+    has_header = word_column != tag_column and {word_column, tag_column} <= set(first_row)
     is_conllu = file_format(table.path) == ".conllu" or (tag_column in CONLLU and len(first_row) == len(CONLLU))
-    names = table.columns or (CONLLU if is_conllu else None)
+    names = first_row if has_header else table.columns or (CONLLU if is_conllu else None)
     word_index = find_column(names, "form" if is_conllu and word_column not in CONLLU else word_column, 0, "text")
     tag_index = find_column(names, tag_column, -1, "label")
     if not names and len(first_row) > 2 and not tag_column.lstrip("-").isdecimal():
@@ -34,6 +37,8 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
     skipped = find_comments(lines, rows, tag_index)
     if skipped:
         logger.info(f"{table.path}: {len(skipped):,} comment lines (# …) are left out")
+    if has_header:
+        skipped.add(first)
     if is_conllu:
         skipped |= {index for index, row in enumerate(rows) if not row[0].isdecimal()}
     ends = [not line.strip() or line.startswith("-DOCSTART-") for line in lines]
@@ -111,29 +116,23 @@ def group_words(records: Iterator[Record], sentence: str, word: str, tag: str) -
     seen: set[str] = set()
     for number, group in groupby(fill_down(records, sentence), itemgetter(0)):
         rows = [record for _, record in group]
-        location, columns = rows[0]
         if number in seen:
-            raise UserError(f"{location}: the sentence {number!r} continues after another one; sort the rows")
+            raise UserError(f"{rows[0].location}: the sentence {number!r} continues after another one; sort the rows")
         seen.add(number)
-        for name, setting in {word: "text", tag: "label"}.items():
-            if name not in columns:
-                raise UserError(f"{location}: task.{setting}: there is no column {name!r}; there are {list(columns)}")
+        for name, setting in {word: "task.text", tag: "task.label"}.items():
+            get_column(rows[0], name, setting)
         for record in rows:
             if is_empty(record.columns[tag]):
                 raise UserError(f"{record.location}: the word {record.columns[word]!r} has no tag")
         words = [str(record.columns[word] or "") for record in rows]
-        yield Record(location, {word: words, tag: [str(record.columns[tag]).strip() for record in rows]})
+        yield Record(rows[0].location, {word: words, tag: [str(record.columns[tag]).strip() for record in rows]})
 
 
 def fill_down(records: Iterator[Record], column: str) -> Iterator[tuple[str, Record]]:
     """Yield each record with its value in a column; an empty one is that of the record above."""
     value = ""
     for record in records:
-        if column not in record.columns:
-            raise UserError(
-                f"{record.location}: task.sentence: there is no column {column!r}; there are {list(record.columns)}"
-            )
-        cell = record.columns[column]
+        cell = get_column(record, column, "task.sentence")
         value = value if is_empty(cell) else str(cell).strip()
         if not value:
             raise UserError(f"{record.location}: the first row has no value in the column {column!r} (task.sentence)")

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -251,6 +251,9 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
     named_by_file = re.fullmatch(r'"?sep=(.)"?', first[1])
     delimiter = table.delimiter or (named_by_file[1] if named_by_file else delimiter)
     quoting = quoting if table.quoting is None else table.quoting
+    others = [sign for sign in ";|\t" if sign in first[1] and delimiter not in first[1] and not table.delimiter]
+    guess = f", but {others[0]!r} seems to be: let the file begin with a line sep={others[0]}" if others else ""
+    table = replace(table, advice=f"; the delimiter is {delimiter!r}{guess}{table.advice}")
     split = _split_quoted if quoting else _split_unquoted
     rows = split(lines if named_by_file else chain([first], lines), table, delimiter)
     names = table.columns
@@ -263,10 +266,9 @@ def read_delimited(table: TableFile, delimiter: str, quoting: bool) -> Iterator[
             yield Record(f"{table.path}:{line}", dict(zip(names, values, strict=True)))
         elif any(map(str.strip, values)):
             expected = f"{len(values)} columns, but {len(names)} are named ({', '.join(names)})"
-            problem = f"{table.path}:{line}: {expected}; the delimiter is {delimiter!r}{table.advice}"
             if table.bad_rows is None:
-                raise UserError(problem)
-            table.bad_rows.append(problem)
+                raise UserError(f"{table.path}:{line}: {expected}{table.advice}")
+            table.bad_rows.append(f"{table.path}:{line}: {expected}{table.advice}")
 
 
 def _split_unquoted(
@@ -300,7 +302,7 @@ def _split_quoted(
                 yield start, values
             start = 0
     except csv.Error as error:
-        advice = f"close each quote, and double those inside of a value; the delimiter is {delimiter!r}{table.advice}"
+        advice = f"close each quote, and double those inside of a value{table.advice}"
         raise UserError(f"{table.path}:{start}: the record that starts here is not valid: {error}; {advice}") from None
 
 

@@ -1,6 +1,5 @@
 """Tables of labelled examples, as records of named columns."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -57,11 +56,13 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
     READERS has the formats. Files of none of them hold columns with tabs between or, for token classification, a word
     and its tag per line. Raises UserError, naming file and line, for what cannot be read.
     """
-    extension = find_format(table.path, table.format)
-    if extension in DELIMITERS and table.path.is_file() and settings.columns is not None:
-        settings = use_header(settings, next(table.lines(), ""), extension, table.path)
     readers, default = READERS | {".json": read_json_or_squad, ".jsonl": read_json_or_squad}, READERS[".tsv"]
-    if settings.type == "token-classification" and settings.sentence is None:
+    extension = find_format(table.path, table.format)
+    is_conll = settings.type == "token-classification" and settings.sentence is None
+    is_delimited = not is_conll and (extension in DELIMITERS or extension not in readers)
+    if is_delimited and settings.columns is not None and table.path.is_file():  # a pipe can be read only once
+        settings = use_header(settings, next(table.lines(), ""), extension, table.path)
+    if is_conll:
         default = partial(read_conll, word_column=settings.text[0], tag_column=settings.label[0])
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
@@ -76,7 +77,7 @@ def use_header(settings: InputSettings, first: str, extension: str, path: Path) 
 
     Some tasks, such as CoLA, have a header only in the test set.
     """
-    if settings.columns is None or not names_texts(first, DELIMITERS[extension], settings):
+    if settings.columns is None or not names_texts(first, DELIMITERS.get(extension, "\t"), settings):
         return settings
     logger.info(f"{path}: its first line names the columns, in place of task.columns")
     return settings.model_copy(update={"columns": None})
@@ -124,54 +125,37 @@ def read_class_text(table: TableFile, settings: InputSettings) -> Record:
     )
 
 
-def get_column(record: Record, name: str, setting: str) -> Any:
-    """Return the value of a column. Raises UserError, listing the columns, if there is no such column."""
-    if name not in record.columns:
-        columns = list(map(str, record.columns))
-        names = ", ".join(repr(column if len(column) <= 40 else f"{column[:39]}…") for column in columns)
-        advice = ""
-        if any(column.replace(".", "", 1).isdecimal() or len(column.split()) > 4 for column in columns):
-            advice = "; if these are an example and no header, name the columns in task.columns"
-        elif len(columns) == 1 and re.search(r"[,;|\t]", columns[0]):
-            advice = "; task.delimiter sets what separates columns"
-        elif setting.endswith("label"):
-            advice = "; texts without labels are for bertlite predict"
-        raise UserError(f"{record.location}: {setting}: there is no column {name!r}; there are {names}{advice}")
-    return record.columns[name]
-
-
 def read_json_or_squad(table: TableFile) -> Iterator[Record]:
-    """Read JSON, and questions in the formats of SQuAD (Rajpurkar et al. 2016) and CMRC 2018 (Cui et al. 2019)."""
+    """Read JSON, and the questions in SQuAD's format (Rajpurkar et al. 2016) or in that of CMRC 2018 (Cui et al. 2019).
+
+    The latter has a context in each object, and answers without positions: they stand where they first occur.
+    """
     for record in read_json(table):
-        if {"context_text", "qas"} <= record.columns.keys():
-            yield from read_cmrc(record, table.path)
-            continue
-        if "paragraphs" not in record.columns:
+        columns = record.columns
+        if "paragraphs" not in columns and not ("qas" in columns and "context_text" in columns):
             yield record
             continue
         try:
-            for paragraph in record.columns["paragraphs"]:
+            for paragraph in columns.get("paragraphs", [columns]):
+                context = paragraph["context_text" if "context_text" in paragraph else "context"]
                 for question in paragraph["qas"]:
-                    answers = {key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")}
-                    columns = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
-                    if "is_impossible" in question:  # as in SQuAD 2.0
-                        columns["is_impossible"] = question["is_impossible"]
-                    yield Record(f"{table.path}: question {question['id']}", {**columns, "answers": answers})
-        except (KeyError, TypeError) as error:
+                    fields = read_question(question, context)
+                    yield Record(f"{table.path}: question {fields['id']}", fields)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{record.location}: differs from SQuAD: {error} is missing or of another type") from None
 
 
-def read_cmrc(record: Record, path: Path) -> Iterator[Record]:
-    """Yield the questions of a text of CMRC 2018, whose answers begin where they first occur in the text."""
-    try:
-        context = record.columns["context_text"]
-        for question in record.columns["qas"]:
-            texts = list(dict.fromkeys(question["answers"]))
-            location = f"{path}: question {question['query_id']}"
-            if absent := [text for text in texts if text not in context]:
-                raise UserError(f"{location}: the answer {absent[0][:40]!r} is not in its context_text")
-            answers = {"text": texts, "answer_start": [context.index(text) for text in texts]}
-            columns = {"id": question["query_id"], "question": question["query_text"], "context": context}
-            yield Record(location, {**columns, "answers": answers})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{record.location}: differs from CMRC 2018: {error} is missing or of another type") from None
+def read_question(question: dict[str, Any], context: str) -> dict[str, Any]:
+    """Return the columns of a question of SQuAD or CMRC 2018; those of test sets have no answers."""
+    prefix = "query_" if "query_text" in question else ""
+    columns = {"id": question[f"{prefix}id"], "question": question["query_text" if prefix else "question"]}
+    columns["context"] = context
+    if "answers" in question:
+        answers = [
+            {"text": answer, "answer_start": context.find(answer)} if isinstance(answer, str) else answer
+            for answer in question["answers"]
+        ]
+        columns["answers"] = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
+    if "is_impossible" in question:  # as in SQuAD 2.0
+        columns["is_impossible"] = question["is_impossible"]
+    return columns

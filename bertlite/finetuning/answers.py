@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
-from bertlite.data.tables import get_column
 from bertlite.finetuning.answer_metrics import choose_null_threshold
 from bertlite.finetuning.batches import TaskBatch
 from bertlite.finetuning.decoding import Outputs, Scores

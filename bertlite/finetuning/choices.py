@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
-from bertlite.data.tables import get_column
 from bertlite.finetuning.batches import TaskBatch
 from bertlite.finetuning.decoding import Outputs, Scores, softmax
 from bertlite.finetuning.examples import Examples, without_labels
@@ -28,10 +28,11 @@ from bertlite.finetuning.labels import read_unlabelled as read_unlabelled_texts
 TEXT = "text"  # the only label of a model whose choices are called by their text
 
 
-def read_choices(record: Record, settings: InputSettings) -> list[str]:
+def read_choices(record: Record, settings: InputSettings, may_be_empty: bool = False) -> list[str]:
     """Read the choices of a record: a column for each, or one with a list of them, also as a text, or of their `text`.
 
-    The last columns may be empty. Raises UserError for fewer than two choices, and for one without text.
+    The last columns may be empty. Raises UserError for fewer than two choices, for one that is no text and, unless they
+    `may_be_empty`, for an empty one.
     """
     cells: Any = [get_column(record, name, "task.choices") for name in settings.choices]
     if len(cells) == 1:
@@ -47,8 +48,10 @@ def read_choices(record: Record, settings: InputSettings) -> list[str]:
             f"{record.location}: task.choices {settings.choices} should be a column with a list of two texts or more, "
             f"or a column for each choice; it holds {cells!r}"
         )
+    if may_be_empty:
+        cells = ["" if cell is None else cell for cell in cells]
     for cell in cells:
-        if not isinstance(cell, str) or not cell.strip():
+        if not isinstance(cell, str) or not (cell.strip() or may_be_empty):
             raise UserError(f"{record.location}: a choice {'holds no text' if cell else 'is empty'}: {cell!r}")
     return cells
 
@@ -59,8 +62,8 @@ def read_fields(record: Record, settings: InputSettings) -> tuple[str, ...]:
 
 
 def read_unlabelled(record: Record, settings: InputSettings) -> tuple[str, ...]:
-    """Read the texts of a record to predict for, which may be empty, and its choices."""
-    return (*read_unlabelled_texts(record, settings), *read_choices(record, settings))
+    """Read the texts of a record to predict for, and its choices; each may be empty."""
+    return (*read_unlabelled_texts(record, settings), *read_choices(record, settings, may_be_empty=True))
 
 
 def split_line(text: str, location: str, settings: InputSettings) -> Record:

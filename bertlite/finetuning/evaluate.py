@@ -10,20 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.config.settings import DataLocation
-from bertlite.core.errors import UserError
-from bertlite.core.runtime import Runtime, check_finite
+from bertlite.core.logging import logger
+from bertlite.core.runtime import PRECISION_NAMES, Runtime, check_finite
 from bertlite.data.tables import read_records
 from bertlite.finetuning.batches import ExampleBatches
 from bertlite.finetuning.decoding import Outputs
 from bertlite.finetuning.inputs import choose_inputs
 from bertlite.finetuning.losses import compute_outputs, compute_scores
 from bertlite.finetuning.results import EvaluationResult
-from bertlite.finetuning.splits import Split, log_split, select_examples, warn_of_unknown
+from bertlite.finetuning.splits import ON_COMMAND_LINE, Split, log_split, select_examples, warn_of_unknown
 from bertlite.finetuning.tasks import Task, find_task, saved_task
 from bertlite.model.heads import Classifier
-
-# What messages call a setting, and its option of `bertlite evaluate`.
-OPTIONS = {"task.label:": "--label:", "task.text:": "--column:", "task.on_bad_example: ": "--on-bad-example "}
 
 
 def evaluate_split(
@@ -67,26 +64,22 @@ def evaluate_files(
     """Return all metrics of a fine-tuned model on labelled files, and the loss.
 
     The files have the columns of the model's training files, unless `columns` and `label` name others; `field` is the
-    key of the list in JSON files. Raises UserError for what cannot be read, and for a label that the model does not
-    have.
+    key of the list in JSON files. `on_bad_example` is as in training unless it is given. Raises UserError for what
+    cannot be read, and for a label that the model does not have.
     """
     task, settings = find_task(model), choose_inputs(model, tokenizer, columns)
-    chosen = {"label": label, "on_bad_example": on_bad_example}
-    settings = settings.model_copy(update={name: value for name, value in chosen.items() if value})
+    changes = {"label": label, "on_bad_example": on_bad_example}
+    settings = settings.model_copy(update={name: value for name, value in changes.items() if value})
     settings = settings.model_copy(update=task.settle([], model.labels, settings))
     read = [
         record for file in files for record in read_records(DataLocation(path=file, field=field), settings, "--data")
     ]
-    try:
-        records = select_examples(read, task, settings, "--data", model.labels)
-    except UserError as error:
-        message = str(error)
-        for setting, option in OPTIONS.items():
-            message = message.replace(setting, option)
-        raise UserError(message) from None
+    records = select_examples(read, task, settings, "--data", model.labels, ON_COMMAND_LINE)
     examples = task.make_examples(records, model.labels, tokenizer, settings)
     split = Split(records, examples, ExampleBatches(examples, model.config.pad_token_id))
     log_split("--data", split, task, model.labels, settings)
+    precision = PRECISION_NAMES[runtime.dtype]
+    logger.info(f"--data: measured in {precision}; a run in another precision has other last digits")
     warn_of_unknown("--data", *examples.count_unknown(tokenizer))
     scores = evaluate_split(model, task, split, settings, runtime).scores
     check_finite(torch.tensor(scores["loss"]))

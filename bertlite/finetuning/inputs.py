@@ -62,32 +62,27 @@ def read_inputs(
     file: str | None,
     settings: InputSettings,
     columns: list[str] | None = None,
-    field: str | None = None,
+    key: str | None = None,
 ) -> Iterator[Record]:
     """Yield the given texts, or the records of a table or the lines of another file, or else those of standard input.
 
-    `field` is the key of the list in a JSON file.
-
-    Raises UserError, naming the file, for what cannot be read, and for lines of text if `columns` were named.
+    `key` is that of the list in a JSON file. Raises UserError, naming the file, for what cannot be read, and for lines
+    of text if `columns` were named.
     """
     split_line = TASKS[settings.type].split_line
     if texts is not None:
         return (split_line(text, f"text {number}", settings) for number, text in enumerate(texts, 1))
     if file is None:
-        if sys.stdin.isatty():
-            logger.info("reading standard input, a text per line; end it with Ctrl-D")
-        numbered = enumerate(split_lines(sys.stdin.buffer, "standard input"), 1)
-        lines = (decode_line(line, number, "standard input") for number, line in numbered)
-        return parse_lines(Path("standard input"), lines, settings, columns)
-    path = Path(file)
+        return parse_lines(Path("standard input"), read_standard_input(), settings, columns)
+    path, location = Path(file), DataLocation(path=file, field=key)
     if not path.exists():
         raise UserError(f"--file: {file}: no such file")
     if path.is_dir():
-        return iter(read_records(DataLocation(path=file, field=field), settings, "--file"))
+        return iter(read_records(location, settings, "--file"))
     table = TableFile(
         path,
-        format=DataLocation(path=file, field=field).given_format,
-        field=field,
+        format=location.given_format,
+        field=key,
         encoding=settings.encoding,
         encoding_setting="task.encoding",
     )
@@ -98,9 +93,17 @@ def read_inputs(
     return parse_lines(path, table.lines(), settings, columns)
 
 
-def read_single_texts(file: str, settings: InputSettings, field: str | None = None) -> Iterator[str]:
+def read_standard_input() -> Iterator[str]:
+    """Yield the lines of standard input; on a terminal, log that it is waited for."""
+    if sys.stdin.isatty():
+        logger.info("reading standard input, a text per line; end it with Ctrl-D")
+    for number, line in enumerate(split_lines(sys.stdin.buffer, "standard input"), 1):
+        yield decode_line(line, number, "standard input")
+
+
+def read_single_texts(file: str, settings: InputSettings, key: str | None = None) -> Iterator[str]:
     """Yield the texts of a file that `read_inputs` reads for a task of single texts, words with blanks between."""
-    for record in read_inputs(None, file, settings, field=field):
+    for record in read_inputs(None, file, settings, key=key):
         (text,) = TASKS[settings.type].read_unlabelled(record, settings)
         yield text if isinstance(text, str) else " ".join(text)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record, is_empty
-from bertlite.data.tables import get_column
 from bertlite.finetuning.labels import name_label, sort_labels
 
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}

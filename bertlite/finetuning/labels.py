@@ -10,8 +10,8 @@ import numpy as np
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import logger, without_controls
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record, is_empty
-from bertlite.data.tables import get_column
 
 MAX_LISTED, MAX_CHARACTERS = 10, 70  # labels that a message lists
 MAX_RARE = 20  # labels that may have fewer than two examples on average

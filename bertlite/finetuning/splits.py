@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from bertlite.core.errors import UserError
 from bertlite.core.files import fingerprint
 from bertlite.core.logging import logger
 from bertlite.core.random import choose_validation
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record
 from bertlite.data.summary import MAX_UNKNOWN
 from bertlite.data.tables import read_records
@@ -20,6 +22,18 @@ from bertlite.finetuning.labels import find_label_indices, list_counts, list_som
 from bertlite.finetuning.tasks import Task
 
 MAX_PLACES = 5  # rows that cannot be used and are left out, of which the places are logged
+
+
+class Names(NamedTuple):
+    """How messages name what a user may change."""
+
+    text: str = "task.text"
+    label: str = "task.label"
+    skip: str = "task.on_bad_example: skip"
+
+
+IN_YAML = Names()
+ON_COMMAND_LINE = Names("--column", "--label", "--on-bad-example skip")
 
 
 @dataclass(frozen=True)
@@ -56,17 +70,23 @@ def read_tables(task: Task, settings: TaskSettings) -> tuple[list[str], dict[str
 
 
 def select_examples(
-    records: list[Record], task: Task, settings: InputSettings, setting: str, labels: list[str]
+    records: list[Record],
+    task: Task,
+    settings: InputSettings,
+    setting: str,
+    labels: list[str],
+    names: Names = IN_YAML,
 ) -> list[Record]:
     """Return the records that can be used as examples, and log how many are left out, and why.
 
     `labels` are those that the training examples have; [] if these are the training examples. Raises UserError if no
     record has a label and, unless `on_bad_example` is skip, for those that cannot be used.
     """
+    check_columns(records, settings, names)
     are_labelled = task.are_labelled(records, settings, labels)
     labelled = [record for record, has_label in zip(records, are_labelled, strict=True) if has_label]
     if not labelled:
-        advice = "test sets are often published without labels; leave this one out, or name another"
+        advice = "test sets are often published without labels; leave this one out, and bertlite predict labels it"
         raise UserError(f"{setting}: none of the {len(records):,} rows has a label in {settings.label[0]!r}; {advice}")
     if len(labelled) < len(records):
         missing = len(records) - len(labelled)
@@ -75,18 +95,28 @@ def select_examples(
     for record in labelled:
         try:
             task.read_texts(record, settings)
-            names = task.read_labels(record, settings)
-            if labels and not known.issuperset(names):
-                find_label_indices(names, labels, record)
+            own_labels = task.read_labels(record, settings)
+            if labels and not known.issuperset(own_labels):
+                find_label_indices(own_labels, labels, record)
             usable.append(record)
         except UserError as error:
             problems[record.location] = str(error)
     if problems:
-        report_problems(problems, len(labelled), settings, setting)
+        report_problems(problems, len(labelled), settings, setting, names)
     return usable
 
 
-def report_problems(problems: dict[str, str], num_rows: int, settings: InputSettings, setting: str) -> None:
+def check_columns(records: list[Record], settings: InputSettings, names: Names) -> None:
+    """Raise UserError if no record has the column of a text or of the label."""
+    labels = settings.label if settings.type != "question-answering" else []
+    for column in [*settings.text, *labels]:
+        if not any(column in record.columns for record in records):
+            get_column(records[0], column, names.label if column in labels else names.text)
+
+
+def report_problems(
+    problems: dict[str, str], num_rows: int, settings: InputSettings, setting: str, names: Names
+) -> None:
     """Log the problems, by location, of the rows that cannot be used. Raises UserError instead if all or none may be
     left out."""
     first = next(iter(problems.values()))
@@ -94,7 +124,7 @@ def report_problems(problems: dict[str, str], num_rows: int, settings: InputSett
     if len(problems) == num_rows:
         raise UserError(first)
     if settings.on_bad_example == "error":
-        raise UserError(f"{first}\n{setting}: {count}; task.on_bad_example: skip leaves them out")
+        raise UserError(f"{first}\n{setting}: {count}; {names.skip} leaves them out")
     places = "".join(f"; {location.rsplit('/')[-1]}" for location in list(problems)[1:MAX_PLACES])
     more = f"{places}; …" if len(problems) > MAX_PLACES else places
     logger.warning(f"{setting}: {count} and are left out: {first}{more}")

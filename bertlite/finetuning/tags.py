@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from bertlite.config.finetune_settings import InputSettings
 from bertlite.core.errors import UserError
 from bertlite.core.logging import count, logger
+from bertlite.data.columns import get_column
 from bertlite.data.formats import Record
 from bertlite.data.masking import IGNORED
-from bertlite.data.tables import get_column
 from bertlite.finetuning.decoding import Outputs, softmax
 from bertlite.finetuning.examples import Examples, without_labels
 from bertlite.finetuning.labels import find_label_indices, name_label

@@ -37,6 +37,13 @@ def test_conll_columns(tmp_path):
         read(tmp_path / "a.conll", label=3)
 
 
+def test_a_header_names_the_columns(tmp_path):
+    (tmp_path / "a.tsv").write_text("word\tpos\tner\nAda\tNNP\tB-PER\nspoke\tVBD\tO\n")
+    names = {"text": "word", "label": "pos"}
+    assert read(tmp_path / "a.tsv", **names) == [{"word": ["Ada", "spoke"], "pos": ["NNP", "VBD"]}]
+    assert read(tmp_path / "a.tsv", **names, columns=["pos", "word"]) == read(tmp_path / "a.tsv", **names)
+
+
 def test_a_word_without_its_tag_is_an_error(tmp_path):
     (tmp_path / "a.conll").write_text("Ada B-PER\nspoke\n")
     with pytest.raises(UserError, match=r"a\.conll:2: 'spoke' should have 2 columns, as the first line has"):
@@ -114,12 +121,15 @@ def test_a_table_with_a_word_per_row(tmp_path):
         NUMBERED + "Sentence: 1,x,NN,O\n": r"a\.csv:6: the sentence 'Sentence: 1' continues after another one",
         NUMBERED + ",x,NN,\n": r"a\.csv:6: the word 'x' has no tag",
         "Sentence #,Word,POS,Tag\n,x,NN,O\n": r"a\.csv:2: the first row has no value in the column 'Sentence #'",
-        "Word,POS,Tag\nx,NN,O\n": r"task\.sentence: there is no column 'Sentence #'; there are \['Word'",
+        "Word,POS,Tag\nx,NN,O\n": r"task\.sentence: there is no column 'Sentence #'; there are 'Word'",
         "Sentence #,Word,POS\n1,x,NN\n": r"task\.label: there is no column 'Tag'",
     }.items():
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(UserError, match=message):
             read(tmp_path / "a.csv", **names)
+    (tmp_path / "a.csv").write_text(NUMBERED)
+    with pytest.raises(UserError, match=r"a # after a blank begins a comment in YAML: quote the name, 'Sentence #'"):
+        read(tmp_path / "a.csv", **names | {"sentence": "Sentence"})
 
 
 @needs_shared

@@ -13,7 +13,8 @@ from paths import SHARED
 from bertlite.config.finetune_settings import TaskSettings
 from bertlite.config.settings import DataLocation
 from bertlite.core.errors import UserError
-from bertlite.data.tables import get_column, read_records
+from bertlite.data.columns import get_column
+from bertlite.data.tables import read_records
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the development data are not here")
 
@@ -160,7 +161,7 @@ def test_a_missing_column_lists_those_there_are(tmp_path):
     [
         ("a.tsv", "1\ta fine film", r"are '1', 'a fine film'; if these are an example and no header, .* task\.columns"),
         ("a.tsv", f"good\t{'a fine film ' * 9}", r"are 'good', 'a fine film .*…'; if these are an example"),
-        ("a.csv", "text;label", r"are 'text;label'; task\.delimiter sets what separates columns"),
+        ("a.csv", "text;label", r"are 'text;label'; ';' seems to separate them: set task\.delimiter, or .* sep=;$"),
         ("a.csv", "body,label", r"there are 'body', 'label'$"),
     ],
 )
@@ -263,8 +264,13 @@ def test_excel_names_its_delimiter(tmp_path):
     assert read(tmp_path / "a.csv", on_bad_example="skip") == [{"text": "one; two\nlines", "label": "x"}]
     with pytest.raises(UserError, match=r"a\.csv:5: 3 columns, .* the delimiter is ';'"):
         read(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("text;label\none, two;x\n")
+    with pytest.raises(
+        UserError, match=r"b\.csv:2: .* the delimiter is ',', but ';' seems to be: .* sep=;; see .*task\.delimiter"
+    ):
+        read(tmp_path / "b.csv")
     (tmp_path / "b.csv").write_text('text;label\n"one, two";x\n')
-    with pytest.raises(UserError, match=r"b\.csv:2: .* the delimiter is ','; see .*task\.delimiter"):
+    with pytest.raises(UserError, match=r"b\.csv:2: .* not valid: .* but ';' seems to be: .* sep=;"):
         read(tmp_path / "b.csv")
 
 
@@ -287,22 +293,44 @@ def test_columns_may_be_keys_of_nested_objects(tmp_path):
     assert row == record
 
 
-def test_cmrc_2018_in_its_own_form(tmp_path):
-    text = "《战国无双3》是由光荣和ω-force开发的战国无双系列的正统第三续作。"
-    question = {
-        "query_id": "DEV_0_QUERY_0",
-        "query_text": "由谁开发?",
-        "answers": ["光荣和ω-force", "光荣和ω-force", "光荣"],
-    }
-    article = {"context_id": "DEV_0", "context_text": text, "title": "战国无双3", "qas": [question]}
-    (tmp_path / "a.json").write_text(json.dumps([article], ensure_ascii=False), encoding="utf-8")
-    (record,) = read(tmp_path / "a.json", type="question-answering")
-    assert record["question"] == "由谁开发?" and record["context"] == text and record["id"] == "DEV_0_QUERY_0"
-    assert record["answers"] == {"text": ["光荣和ω-force", "光荣"], "answer_start": [text.index("光荣")] * 2}
-    article["qas"] = [question | {"answers": ["任天堂"]}]
-    (tmp_path / "a.json").write_text(json.dumps([article], ensure_ascii=False), encoding="utf-8")
-    with pytest.raises(UserError, match="the answer '任天堂' is not in its context_text"):
-        read(tmp_path / "a.json", type="question-answering")
+# Two contexts in the form of CMRC 2018 (Cui et al. 2019), with an answer that its context does not have.
+CMRC = [
+    {
+        "context_id": "T_0",
+        "context_text": "江苏路街道位于上海市长宁区，面积1.52平方公里。",
+        "title": "江苏路街道",
+        "qas": [
+            {"query_id": "T_0_Q_0", "query_text": "它在哪个城市？", "answers": ["上海市", "上海"]},
+            {"query_id": "T_0_Q_1", "query_text": "面积多大？", "answers": ["两平方公里"]},
+        ],
+    },
+    {"context_id": "T_1", "context_text": "他生于1930年。", "qas": [{"query_id": "T_1_Q_0", "query_text": "何时？"}]},
+]
+
+
+@pytest.mark.parametrize("content", [json.dumps(CMRC), "\n".join(map(json.dumps, CMRC)), json.dumps({"data": CMRC})])
+def test_cmrc_becomes_flat_records(content, tmp_path):
+    """Answers without positions stand where they first occur, as the squad-like release of the same set has them."""
+    (tmp_path / "a.json").write_text(content)
+    first, second, unanswered = read(tmp_path / "a.json", type="question-answering")
+    assert first["question"] == "它在哪个城市？" and first["id"] == "T_0_Q_0"
+    assert first["context"] == CMRC[0]["context_text"]
+    assert first["answers"] == {"text": ["上海市", "上海"], "answer_start": [7, 7]}
+    assert first["context"][7:10] == "上海市" and second["answers"]["answer_start"] == [-1]
+    assert unanswered == {"id": "T_1_Q_0", "question": "何时？", "context": "他生于1930年。"}  # of a test set
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.txt"])
+def test_a_header_with_the_texts_stands_above_the_columns_of_the_settings(name, tmp_path, caplog):
+    sign, columns = "," if name == "a.csv" else "\t", {"text": ["body"], "columns": ["label", "body"]}
+    quote = '"' if name == "a.csv" else ""
+    for header in (sign.join(["body", "label", "id"]), f"\ufeff{quote}body{quote}{sign}label{sign}id"):
+        (tmp_path / name).write_text(f"{header}\n{sign.join(['fine', 'good', '3'])}\n", encoding="utf-8")
+        assert read(tmp_path / name, **columns) == [{"body": "fine", "label": "good", "id": "3"}]
+        assert f"{name}: its first line names the columns, in place of task.columns" in caplog.text
+        caplog.clear()
+    (tmp_path / name).write_text(f"label{sign}text\n")  # no column of the texts: an example
+    assert read(tmp_path / name, **columns) == [{"label": "label", "body": "text"}]
 
 
 def test_a_file_without_the_label_is_for_predict(tmp_path):

@@ -15,7 +15,13 @@ from bertlite.config.finetune_settings import SavedTask, TaskSettings
 from bertlite.core.errors import UserError
 from bertlite.core.runtime import initialize_runtime
 from bertlite.data.formats import Record
-from bertlite.finetuning.choices import collect_choice_names, find_right_choice, have_right_choice, read_choices
+from bertlite.finetuning.choices import (
+    collect_choice_names,
+    find_right_choice,
+    have_right_choice,
+    read_choices,
+    read_unlabelled,
+)
 from bertlite.finetuning.finetune import run
 
 M = "multiple-choice"
@@ -85,6 +91,15 @@ def test_rows_without_a_label_are_known():
 def test_choices_that_cannot_be_read_are_named(record, message):
     with pytest.raises(UserError, match=message):
         read_choices(Record("row", record), TaskSettings.model_validate({"train": "x", "type": M}))
+
+
+def test_an_empty_choice_to_predict_for_is_an_empty_text():
+    settings = TaskSettings.model_validate({"train": "x", "type": M, "choices": ["a", "b", "c"]})
+    record = Record("row", {"text": "t", "a": "x", "b": None, "c": "z"})
+    assert read_unlabelled(record, settings) == ("t", "x", "", "z")
+    assert read_unlabelled(Record("row", {"text": "t", "a": "x", "b": "y", "c": ""}), settings) == ("t", "x", "y")
+    with pytest.raises(UserError, match="row: a choice holds no text: 7"):
+        read_unlabelled(Record("row", {"text": "t", "a": "x", "b": 7, "c": "z"}), settings)
 
 
 def test_labels_of_no_form_are_named(write):

@@ -54,6 +54,7 @@ def test_evaluate_of_other_columns_and_a_folder_of_hugging_faces(bertlite, vocab
         ("classification", ["--document", "line"], "--document does not apply: "),
         ("", ["--label", "label"], "--label does not apply: .* is not fine-tuned"),
         ("", ["--column", "a", "--column", "b"], "a second --column does not apply"),
+        ("", ["--on-bad-example", "skip"], "--on-bad-example does not apply: .* is not fine-tuned"),
     ],
 )
 def test_options_for_the_other_kind_of_model_are_refused(kind, options, message, bertlite, vocabulary, tmp_path):
@@ -61,6 +62,14 @@ def test_options_for_the_other_kind_of_model_are_refused(kind, options, message,
     model = save_model(vocabulary, kind, tmp_path / "model")
     code, _, err = bertlite("evaluate", model, "--data", tmp_path / "a.jsonl", *options)
     assert code == 2 and re.search(message, err) and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluate_says_in_which_precision_it_measures(precision, bertlite, vocabulary, tmp_path):
+    model = save_model(vocabulary, "classification", tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in make_records("classification")[:3]))
+    _, _, err = bertlite("evaluate", model, "--data", tmp_path / "a.jsonl", "--precision", precision)
+    assert f"--data: measured in {precision}; " in err
 
 
 @pytest.mark.parametrize("kind", TASKS)
