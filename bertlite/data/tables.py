@@ -45,9 +45,25 @@ def read_records(location: DataLocation, settings: InputSettings, setting: str) 
         logger.warning(
             f"{setting}: left out for their number of columns: {count(len(table.bad_rows), 'row')}: {table.bad_rows[0]}"
         )
+    records = leave_out_rejected(records, settings, setting)
     if not records:
         raise UserError((table.bad_rows or [f"{setting}: {location.path} holds no examples"])[0])
     return records
+
+
+def leave_out_rejected(records: list[Record], settings: InputSettings, setting: str) -> list[Record]:
+    """Leave out, and count, what an annotator rejected or ignored in Prodigy, unless that answer is the label."""
+    if "answer" in settings.label:
+        return records
+    accepted = [
+        record
+        for record in records
+        if not ("_task_hash" in record.columns and record.columns.get("answer") in ("reject", "ignore"))
+    ]
+    if len(accepted) < len(records):
+        left_out = count(len(records) - len(accepted), "record")
+        logger.info(f"{setting}: left out {left_out} of which Prodigy's answer is reject or ignore")
+    return accepted
 
 
 def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:

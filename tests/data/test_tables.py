@@ -333,6 +333,18 @@ def test_a_header_with_the_texts_stands_above_the_columns_of_the_settings(name, 
     assert read(tmp_path / name, **columns) == [{"label": "label", "body": "text"}]
 
 
+def test_what_annotators_rejected_in_prodigy_is_left_out_and_counted(tmp_path, caplog):
+    answers = ["accept", "reject", "ignore", "accept"]
+    records = [{"text": f"t{n}", "label": "x", "_task_hash": n, "answer": answer} for n, answer in enumerate(answers)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with caplog.at_level("INFO", "bertlite"):
+        assert [record["text"] for record in read(tmp_path / "a.jsonl")] == ["t0", "t3"]
+    assert "task.train: left out 2 records of which Prodigy's answer is reject or ignore" in caplog.text
+    assert len(read(tmp_path / "a.jsonl", label="answer")) == 4  # a yes or no for each text
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x", "answer": "reject"}\n')  # not Prodigy's
+    assert len(read(tmp_path / "a.jsonl")) == 1
+
+
 def test_a_file_without_the_label_is_for_predict(tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,some words\n")
     task = TaskSettings.model_validate({"train": "unread"})
