@@ -1,5 +1,6 @@
 """Tables of labelled examples, as records of named columns."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,8 @@ def read_records(location: DataLocation, settings: InputSettings, setting: str) 
         bad_rows=[] if settings.on_bad_example == "skip" else None,
     )
     paths = find_table_files(location, setting)
-    if table.path.is_dir() and all(is_class_text(path, table.path) for path in paths):
+    has_classes = settings.type in ("classification", "multilabel", "regression")
+    if has_classes and table.path.is_dir() and all(is_class_text(path, table.path) for path in paths):
         records = [read_class_text(replace(table, path=path), settings) for path in paths]
     else:
         records = [record for path in paths for record in read_table(replace(table, path=path), settings)]
@@ -83,9 +85,38 @@ def read_table(table: TableFile, settings: InputSettings) -> Iterator[Record]:
         readers |= {".csv": default, ".tsv": default}
     table = replace(table, columns=settings.columns, delimiter=settings.delimiter, quoting=settings.quoting)
     records = readers.get(extension, default)(table)
+    if extension == ".parquet" and (names := read_class_names(table.path)):
+        records = (name_classes(record, names) for record in records)
     if settings.sentence:
         return group_words(records, settings.sentence, settings.text[0], settings.label[0])
     return (add_nested(record, settings) for record in records)
+
+
+def read_class_names(path: Path) -> dict[str, list[str]]:
+    """Return the names of classes that the datasets library writes into Parquet files, by the column."""
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        types = {column: feature.get("feature", feature) for column, feature in features.items()}  # of list items
+        names = {column: list(kind["names"]) for column, kind in types.items() if kind.get("_type") == "ClassLabel"}
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}  # another program wrote the file, or the reader of its rows says what is wrong
+    return names
+
+
+def name_classes(record: Record, names: dict[str, list[str]]) -> Record:
+    """Return a record with the names of classes in place of their numbers; -1 is the mark of a missing label."""
+
+    def find_name(cell: Any, column: str) -> Any:
+        if isinstance(cell, list):
+            return [find_name(item, column) for item in cell]
+        is_number = isinstance(cell, int) and 0 <= cell < len(names[column])
+        return str(names[column][cell]) if is_number else None if cell == -1 else cell
+
+    named = {column: find_name(record.columns[column], column) for column in names.keys() & record.columns.keys()}
+    return Record(record.location, record.columns | named)
 
 
 def use_header(settings: InputSettings, first: str, extension: str, path: Path) -> InputSettings:
@@ -148,6 +179,9 @@ def read_json_or_squad(table: TableFile) -> Iterator[Record]:
     """
     for record in read_json(table):
         columns = record.columns
+        if {"article", "questions", "options", "answers"} <= columns.keys():
+            yield from read_race(record)
+            continue
         if "paragraphs" not in columns and not ("qas" in columns and "context_text" in columns):
             yield record
             continue
@@ -159,6 +193,17 @@ def read_json_or_squad(table: TableFile) -> Iterator[Record]:
                     yield Record(f"{table.path}: question {fields['id']}", fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{record.location}: differs from SQuAD: {error} is missing or of another type") from None
+
+
+def read_race(record: Record) -> Iterator[Record]:
+    """Yield the questions of an article of RACE (Lai et al. 2017), with the columns that the hub's version has."""
+    article, identifier = record.columns["article"], record.columns.get("id", record.location)
+    lists = [record.columns[name] for name in ("questions", "options", "answers")]
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        raise UserError(f"{record.location}: questions, options and answers should be lists of one length, as in RACE")
+    for number, (question, options, answer) in enumerate(zip(*lists, strict=True), 1):
+        columns = {"example_id": identifier, "article": article, "question": question}
+        yield Record(f"{record.location}, question {number}", columns | {"options": options, "answer": answer})
 
 
 def read_question(question: dict[str, Any], context: str) -> dict[str, Any]:

@@ -345,6 +345,41 @@ def test_what_annotators_rejected_in_prodigy_is_left_out_and_counted(tmp_path, c
     assert len(read(tmp_path / "a.jsonl")) == 1
 
 
+def test_parquet_of_the_datasets_library_keeps_the_names_of_classes(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "tags": datasets.Sequence(names)})
+    rows = [{"text": "x", "label": 1, "tags": [0, 1]}, {"text": "y", "label": -1, "tags": []}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    expected = [{"text": "x", "label": "good", "tags": ["bad", "good"]}, {"text": "y", "label": None, "tags": []}]
+    assert read(tmp_path / "a.parquet") == expected
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    for metadata in (b"no JSON", b"[]", b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}'):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "b.parquet")
+        assert [row["label"] for row in read(tmp_path / "b.parquet")] == [1, -1]
+
+
+def test_race_in_its_own_form(tmp_path):
+    """A file of JSON for each article, in folders that are no labels."""
+    (tmp_path / "train/high").mkdir(parents=True)
+    choices = [["a", "b", "c", "d"], ["e", "f", "g", "h"]]
+    article = {"answers": ["A", "C"], "options": choices, "questions": ["What?", "Who _ ?"], "article": "An article."}
+    path = tmp_path / "train/high/1.txt"
+    path.write_text(json.dumps(article | {"id": "high1.txt"}))
+    rows = read(tmp_path / "train", type="multiple-choice", text=["article", "question"])
+    assert [(row["question"], row["options"], row["answer"]) for row in rows] == [
+        ("What?", choices[0], "A"),
+        ("Who _ ?", choices[1], "C"),
+    ]
+    assert {(row["article"], row["example_id"]) for row in rows} == {("An article.", "high1.txt")}
+    path.write_text(json.dumps(article | {"answers": ["A"]}))
+    with pytest.raises(
+        UserError, match=r"1\.txt: object 1: questions, options and answers should be lists of one length"
+    ):
+        read(tmp_path / "train", type="multiple-choice", text=["article", "question"])
+
+
 def test_a_file_without_the_label_is_for_predict(tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,some words\n")
     task = TaskSettings.model_validate({"train": "unread"})
