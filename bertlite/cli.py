@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -111,27 +111,15 @@ def batch(
 @app.command()
 def evaluate(
     model: options.Model,
-    data: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Text, or labelled examples; repeatable.")
-    ] = None,
-    pairs: Annotated[list[str] | None, typer.Option(metavar="FILE", help="File of BLiMP pairs; repeatable.")] = None,
-    pseudo_perplexity: Annotated[
-        bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
-    ] = False,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, metavar="TOKENS", help="Default: as in pretraining.")
-    ] = None,
-    document: Annotated[
-        Literal["blank-line", "line"] | None, typer.Option(help="What ends a document; default: a blank line.")
-    ] = None,
+    data: options.EvaluationData = None,
+    pairs: options.MinimalPairs = None,
+    pseudo_perplexity: options.PseudoPerplexity = False,
+    sequence_length: options.EvaluationLength = None,
+    document: options.DocumentEnd = None,
     columns: options.Columns = None,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Column of the label; default: as in fine-tuning.")
-    ] = None,
+    label: options.Labels = None,
     field: options.Field = None,
-    on_bad_example: Annotated[
-        Literal["error", "skip"] | None, typer.Option(help="What to do with rows that cannot be used.")
-    ] = None,
+    on_bad_example: options.OnBadExample = None,
     precision: options.Precision = "fp32",
     as_json: options.AsJson = False,
 ) -> None:

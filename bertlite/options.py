@@ -47,6 +47,27 @@ Field = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of matrix products.")]
 
+# Of `evaluate`.
+EvaluationData = Annotated[
+    list[str] | None, typer.Option("--data", metavar="FILE", help="Text, or labelled examples; repeatable.")
+]
+MinimalPairs = Annotated[
+    list[str] | None, typer.Option("--pairs", metavar="FILE", help="File of BLiMP pairs; repeatable.")
+]
+PseudoPerplexity = Annotated[
+    bool, typer.Option("--pseudo-perplexity", help="Also mask each token of the text in turn, which is slow.")
+]
+EvaluationLength = Annotated[int | None, typer.Option(min=8, metavar="TOKENS", help="Default: as in pretraining.")]
+DocumentEnd = Annotated[
+    Literal["blank-line", "line"] | None, typer.Option(help="What ends a document; default: a blank line.")
+]
+Labels = Annotated[
+    list[str] | None, typer.Option(metavar="COLUMN", help="Column of the label; default: as in fine-tuning.")
+]
+OnBadExample = Annotated[
+    Literal["error", "skip"] | None, typer.Option(help="What to do with rows that cannot be used.")
+]
+
 
 def load_config(
     config_type: type[Config],

@@ -37,8 +37,7 @@ def read_conll(table: TableFile, word_column: str, tag_column: str) -> Iterator[
     skipped = find_comments(lines, rows, tag_index)
     if skipped:
         logger.info(f"{table.path}: {len(skipped):,} comment lines (# …) are left out")
-    if has_header:
-        skipped.add(first)
+    skipped |= {first} if has_header else set()
     if is_conllu:
         skipped |= {index for index, row in enumerate(rows) if not row[0].isdecimal()}
     ends = [not line.strip() or line.startswith("-DOCSTART-") for line in lines]
