@@ -3,8 +3,9 @@
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bertlite.core.distributed import check_environment, get_rank
@@ -29,9 +30,7 @@ def run_app(app: Callable[[], object]) -> None:
         app()
     except SystemExit as end:
         if end.code == 2:  # typer has printed what is wrong with the arguments
-            from bertlite.config.loading import find_settings
-
-            for hint in find_settings(*sys.argv[1:]):
+            for hint in _explain_arguments(*sys.argv[1:]):
                 print(f"bertlite: {hint}", file=sys.stderr)
         raise
     except BrokenPipeError:  # whoever read the output has ended, such as head
@@ -58,6 +57,18 @@ def _open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+
+
+def _explain_arguments(command: str = "", *arguments: str) -> Iterator[str]:
+    """Explain how to write what was given in another place: texts, files and settings."""
+    from bertlite.config.loading import find_settings
+
+    if command in ("predict", "fill"):
+        texts = [text for text in arguments if re.match("-[^-].* |-[^a-z-]", text)]
+        yield from (f"to read {text!r} as a text, write -- before it" for text in texts)
+    if command == "evaluate" and len(arguments) > 1 and not any(text.startswith("-") for text in arguments[:2]):
+        yield f"to measure on {arguments[1]}, write --data {arguments[1]}"
+    yield from find_settings(command, *arguments)
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:

@@ -17,12 +17,12 @@ ORDER = {
     "model": "layers attention encoder bert architectures heads initialization counted weight_files huggingface"
     " sentence_transformers",
     "training": "progress muon optim memory checkpoint run_folder trainer callbacks plateau budget",
-    "pages": "report",
     "inference": "batching embed fill",
     "pretraining": "losses starting_model prepare pretrain scoring evaluate bench estimate",
     "export": "parity onnx model_card formats",
     "finetuning": "metrics answer_metrics labels label_lists confusion examples batches losses decoding answers choices"
     " spans tag_schemes tags tasks inputs splits results compare evaluate experiment finetune predict sweep",
+    "pages": "report",
     "": "api terminal options cli __main__",
 }
 MODULES = [".".join(filter(None, (package, name))) for package, names in ORDER.items() for name in names.split()]

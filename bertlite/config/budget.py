@@ -12,14 +12,14 @@ def parse_budget(text: str) -> tuple[float, str]:
 
     Raises ValueError for anything else.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(?:(s|m|min|h|d)|([kmb]?)\s*tokens)\s*", text, re.IGNORECASE)
-    try:
-        assert match
-        number, unit, multiple = match.groups()
-        amount = float(number) * (SECONDS[unit.lower()] if unit else MULTIPLES[multiple.lower()])
-        assert 0 < amount < math.inf
-    except (AssertionError, ValueError):
-        raise ValueError(f"{text!r} is neither a time, such as 30m or 24h, nor a number such as 2e9 tokens") from None
+    number = r"(\d+\.?\d*(?:e\d+)?)"
+    match = re.fullmatch(rf"\s*{number}\s*(?:(s|m|min|h|d)|([kmb]?)\s*tokens)\s*", text, re.IGNORECASE)
+    amount, unit = 0.0, ""
+    if match:
+        unit, multiple = (group and group.lower() for group in match.groups()[1:])
+        amount = float(match[1]) * (SECONDS[unit] if unit else MULTIPLES[multiple])
+    if not 0 < amount < math.inf:
+        raise ValueError(f"{text!r} is neither a time, such as 30m or 24h, nor a number such as 2e9 tokens")
     return amount, "seconds" if unit else "tokens"
 
 

@@ -149,19 +149,21 @@ def diff_configs(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
+def load_run_config(path: Path) -> Section | None:
+    """Load the configuration of a pretraining or a fine-tuning; None for a file that is neither."""
+    for config_class in (PretrainConfig, FinetuneConfig):
+        try:
+            return load_config(config_class, path)
+        except UserError:
+            continue
+    return None
+
+
 def find_settings(command: str = "", *arguments: str) -> Iterator[str]:
-    """Explain how to write what was given as an option but is a setting of the command's configuration, or a text.
+    """Explain how to write what was given as an option but is a setting of the command's configuration.
 
     Example: `pretrain mini.yaml --max_steps 9` gives "--max_steps is a setting: write --set train.max_steps=9".
     """
-    if command in ("predict", "fill"):
-        yield from (
-            f"to read {text!r} as a text, write -- before it"
-            for text in arguments
-            if re.match("-[^-].* |-[^a-z-]", text)
-        )
-    if command == "evaluate" and len(arguments) > 1 and not any(text.startswith("-") for text in arguments[:2]):
-        yield f"to measure on {arguments[1]}, write --data {arguments[1]}"
     if command not in _CONFIG_OF:
         return
     names = list(_setting_names(_CONFIG_OF[command]))

@@ -28,7 +28,7 @@ from bertlite.config.fields import (
     Section,
     Seed,
     Width,
-)  # fmt: skip
+)
 
 
 class EncoderSettings(Section):

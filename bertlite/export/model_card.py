@@ -8,10 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from bertlite.config.fields import Section
-from bertlite.config.finetune_settings import FinetuneConfig
-from bertlite.config.loading import load_config
-from bertlite.config.settings import PretrainConfig
+from bertlite.config.loading import load_run_config
 from bertlite.core.errors import UserError, first_line
 from bertlite.core.logging import count, logger, without_controls
 from bertlite.core.trust import check_run_folder
@@ -105,7 +102,7 @@ def describe_run(source: Path, run: Path | None, task: str) -> tuple[list[str], 
     loaded = None
     if run is not None:
         check_run_folder(run)
-        loaded = _load_run_config(run / "config.yaml") or _load_run_config(run / "best.yaml")  # the latter of a sweep
+        loaded = load_run_config(run / "config.yaml") or load_run_config(run / "best.yaml")  # the latter of a sweep
         if loaded is None:
             logger.warning(f"{run}/config.yaml cannot be read, so the model card says nothing about the training")
     if run is None or loaded is None:
@@ -171,16 +168,6 @@ def _source_names(sources: list[Any]) -> str:
 def escape_markdown(text: str) -> str:
     """Escape what has a meaning in Markdown or HTML, and put line breaks and control characters as spaces."""
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", without_controls(text))
-
-
-def _load_run_config(path: Path) -> Section | None:
-    """Load a run's configuration; None for a file that bertlite did not write."""
-    for config_class in (PretrainConfig, FinetuneConfig):
-        try:
-            return load_config(config_class, path)
-        except UserError:
-            continue
-    return None
 
 
 def publishable(value: Any, key: str = "") -> Any:

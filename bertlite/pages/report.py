@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bertlite.config.fields import Section
-from bertlite.config.finetune_settings import FinetuneConfig
-from bertlite.config.loading import load_config
-from bertlite.config.settings import PretrainConfig
+from bertlite.config.loading import load_run_config
+from bertlite.config.settings import LinearSchedule, PretrainConfig
 from bertlite.core.errors import UserError
-from bertlite.core.files import write_text
-from bertlite.core.trust import MAX_JSON_BYTES, check_run_folder
+from bertlite.core.files import read_json, write_text
+from bertlite.core.trust import check_run_folder
+from bertlite.finetuning.results import read_results
 from bertlite.training.run_folder import find_run, read_metrics
 
 MAX_POINTS = 1000  # of a curve; more cannot be told apart on a screen
@@ -49,7 +49,9 @@ def describe_run(run: Path, name: str) -> dict[str, Any]:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{name}: holds no run (there is no config.yaml)")
     check_run_folder(run)
-    config = _load_config(run / "config.yaml")
+    config = load_run_config(run / "config.yaml")
+    if config is None:
+        raise UserError(f"{run}/config.yaml: is neither that of a pretraining nor that of a fine-tuning")
     seeds = sorted(run.glob("seed-*"), key=lambda path: int(path.name[5:]) if path.name[5:].isdecimal() else 0)
     curves = {folder.name: _read_curves(folder) for folder in seeds} or {"": _read_curves(run)}
     return {
@@ -58,7 +60,7 @@ def describe_run(run: Path, name: str) -> dict[str, Any]:
         "curves": [{"name": key, **curve} for key, curve in curves.items()],
         "facts": _read_facts(run),
         "settings": list(list_settings(config)),
-        "results": _read_json(run / "results.json"),
+        "results": read_results(run) if (run / "results.json").is_file() else None,
         "confusion": count_confusion(_read_lines(run / "predictions.jsonl")),
         "worst": [_describe_example(line) for line in _read_lines(run / "worst.jsonl")][:MAX_EXAMPLES],
     }
@@ -80,7 +82,7 @@ def list_settings(section: Section, prefix: str = "") -> Iterator[tuple[str, str
     """Yield the dotted name and value of each setting, and its default if that is another one."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section) and name not in ("rate",):
+        if isinstance(value, Section) and not isinstance(value, LinearSchedule):
             yield from list_settings(value, f"{prefix}{name}.")
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -131,26 +133,8 @@ def _read_curves(folder: Path) -> dict[str, Any]:
 def _read_facts(run: Path) -> dict[str, Any]:
     """Return what the newest checkpoint says about the machine and the progress."""
     states = sorted(run.glob("checkpoints/step-*/training/state.json"))
-    state = _read_json(states[-1]) if states else None
+    state = read_json(states[-1]) if states else None
     return {**state.get("facts", {}), **state.get("progress", {})} if isinstance(state, dict) else {}
-
-
-def _load_config(path: Path) -> PretrainConfig | FinetuneConfig:
-    try:
-        return load_config(PretrainConfig, path)
-    except UserError:
-        return load_config(FinetuneConfig, path)
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a report")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is damaged; remove it, or run the command that wrote it again") from None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

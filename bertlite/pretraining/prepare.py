@@ -91,10 +91,12 @@ def training_batches(config: PretrainConfig, prepared: Prepared) -> Batches:
 
 def batch_of_step(config: PretrainConfig, step: int) -> list[list[str]]:
     """Return the sequences of step `step`, counted from 1, as `Batches.describe` shows them."""
+    if not config.train.budget and not 1 <= step <= config.train.max_steps:
+        raise UserError(f"--step is {step}, but the steps are 1 to train.max_steps {config.train.max_steps}")
     prepared = prepare(config)
     config = resolve_steps(config, prepared)
-    if not budget_seconds(config.train.budget) and not 1 <= step <= config.train.max_steps:
-        raise UserError(f"--step is {step}, but the steps are 1 to train.max_steps {config.train.max_steps}")
+    if config.train.budget and not budget_seconds(config.train.budget) and step > config.train.max_steps:
+        raise UserError(f"--step is {step}, but train.budget {config.train.budget} buys {config.train.max_steps} steps")
     batches, size = training_batches(config, prepared), config.train.global_batch_size
     return batches.describe(batches.training((step - 1) * size, size))
 

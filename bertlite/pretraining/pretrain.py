@@ -73,8 +73,9 @@ def run(
         if runtime.rank:
             prepared = prepare(config)
         checkpoint = _find_checkpoint(folder, extend) if resume else None
-        callbacks = standard_callbacks(config, prepared, runtime, start)
-        trainer = new_trainer(resolve_steps(config, prepared), prepared, runtime, callbacks, checkpoint)
+        resolved = resolve_steps(config, prepared)
+        callbacks = standard_callbacks(resolved, prepared, runtime, start)
+        trainer = new_trainer(resolved, prepared, runtime, callbacks, checkpoint)
         if runtime.rank == 0:  # not before: a mistake found until here leaves no run behind
             write_config(folder, config, outdated=RUN_FILES if overwrite else ["model"] if extend else [])
         trainer.train()

@@ -27,11 +27,12 @@ class Budget(Callback):
     def __init__(self, seconds: float, start: float, measure_evaluation: Callable[[Trainer], float]) -> None:
         self.seconds, self.start, self.measure_evaluation = seconds, start, measure_evaluation
         self.steps: deque[float] = deque(maxlen=WINDOW)
-        self.evaluation, self.spent_before = 0.0, 0.0
+        self.evaluation, self.reserve, self.spent_before = 0.0, 0.0, 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         self.spent_before = trainer.progress.spent_seconds
         self.evaluation = self.measure_evaluation(trainer)
+        self.reserve = self.evaluation + parameter_count(trainer.model) * CHECKPOINT_BYTES / BYTES_PER_SECOND
         self._set_steps(trainer, trainer.progress.planned_steps or UNKNOWN)
 
     def on_step(self, trainer: Trainer, step: Step) -> None:
@@ -40,8 +41,7 @@ class Budget(Callback):
         if progress.step == trainer.first_step + 1 and trainer.runtime.compile:
             return  # it has compiled
         self.steps.append(step.seconds)
-        reserve = self.evaluation + parameter_count(trainer.model) * CHECKPOINT_BYTES / BYTES_PER_SECOND
-        left = self.seconds - progress.spent_seconds - reserve
+        left = self.seconds - progress.spent_seconds - self.reserve
         seconds = mean(self.steps) + self.evaluation / trainer.settings.eval_steps
         fit = all_reduce_max(max(0, round(left / seconds)), trainer.runtime.device)
         if len(self.steps) == 1 and trainer.first_step == 0:

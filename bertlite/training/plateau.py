@@ -28,6 +28,8 @@ class PlateauWatch(Callback):
         self.has_warned = False
 
     def on_step(self, trainer: Trainer, step: Step) -> None:
+        settings = trainer.settings
+        self.warmup_steps = math.ceil(settings.warmup_ratio * settings.max_steps)  # a budget changes it
         if not step.skipped:
             self.watch(trainer.progress.step, step.loss_sum, step.num_predictions)
 
