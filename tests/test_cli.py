@@ -517,6 +517,19 @@ def test_files_and_columns_that_yaml_reads_otherwise_are_explained(bertlite, tmp
     assert code == 2 and re.search(message, err), err
 
 
+@pytest.mark.parametrize(
+    "command, setting, message",
+    [
+        ("finetune", "train.seeds=3", r"train\.seeds is 3: it should be a list of seeds, such as \[0, 1, 2\]"),
+        ("pretrain", "train.budget=5parsecs", r"train\.budget is '5parsecs': neither a time, such as 30m or 24h"),
+    ],
+)
+def test_values_of_another_kind_are_explained(bertlite, command, setting, message):
+    config = ROOT / "configs" / ("classification.yaml" if command == "finetune" else "mini.yaml")
+    code, _, err = bertlite(command, config, "--set", setting)
+    assert code == 2 and re.search(message, err), err
+
+
 def run_in_shell(*arguments: object, redirection: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a shell does, with some of its streams closed."""
     command = f"exec {shlex.join([sys.executable, '-m', 'bertlite', *map(str, arguments)])} {redirection}"

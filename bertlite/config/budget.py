@@ -3,6 +3,8 @@
 import math
 import re
 
+from pydantic_core import PydanticCustomError
+
 SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 MULTIPLES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -19,12 +21,16 @@ def parse_budget(text: str) -> tuple[float, str]:
         unit, multiple = (group and group.lower() for group in match.groups()[1:])
         amount = float(match[1]) * (SECONDS[unit] if unit else MULTIPLES[multiple])
     if not 0 < amount < math.inf:
-        raise ValueError(f"{text!r} is neither a time, such as 30m or 24h, nor a number such as 2e9 tokens")
+        raise ValueError("neither a time, such as 30m or 24h, nor a number such as 2e9 tokens")
     return amount, "seconds" if unit else "tokens"
 
 
 def check_budget(text: str) -> str:
-    parse_budget(text)
+    """Return the text of a budget. Raises PydanticCustomError for what is none."""
+    try:
+        parse_budget(text)
+    except ValueError as error:
+        raise PydanticCustomError("budget", "{reason}", {"reason": str(error)}) from None
     return text
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from bertlite.config.fields import Fraction, NonNegative, PathText, Positive, PositiveFloat, Probability, Section, Seed
 from bertlite.config.settings import DataLocation, OptimizationSettings
@@ -25,6 +26,12 @@ def _locate(value: Any) -> Any:
     if isinstance(value, list):
         raise ValueError("path: for several files write a glob, such as 'data/*.tsv', or the folder that holds them")
     return {"path": value} if isinstance(value, str) else value
+
+
+def _check_seeds(value: Any) -> Any:
+    if isinstance(value, int):  # it could mean a seed or a number of them
+        raise PydanticCustomError("seeds", "it should be a list of seeds, such as [0, 1, 2]")
+    return value
 
 
 TableLocation = Annotated[DataLocation, BeforeValidator(_locate)]
@@ -153,7 +160,7 @@ class FinetuneTrainSettings(OptimizationSettings):
     """Constant that AdamW adds to the denominator."""
     compile: Literal["auto"] | bool = False
     """Whether torch.compile is used; it takes about a minute before the first step."""
-    seeds: Annotated[list[Seed], _in_list] = Field(default=[0], min_length=1)
+    seeds: Annotated[list[Seed], BeforeValidator(_check_seeds)] = Field(default=[0], min_length=1)
     """Seeds; one model is trained with each."""
     logging_steps: Positive = 10
     """Steps between training lines of metrics.jsonl."""
